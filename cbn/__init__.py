@@ -1,0 +1,41 @@
+"""Batch normalization for CPUs: Cython kernels, parallel with OpenMP, behind numpy-facing layers.
+
+========================  ============================================================================
+`cbn.batchnorm`           the layers: parameters, running statistics, train and eval, forward, backward
+`cbn.functional`          the same without state: check, allocate, call the kernels
+`cbn.moments`             count, mean and sum of squared distances; exact merge
+`cbn.storage`             layers in files
+`cbn.threads`             how many threads
+`cbn.config`              show_config and the self-check
+`cbn.checks`              checks of arguments, and the words of every refusal
+`cbn.reference`           the specification, in float64 numpy
+`cbn.kernels`             four passes over two layouts, compiled for every instruction set
+========================  ============================================================================
+
+Imports run one way: layers → functional → kernels; `reference` and `kernels` know nobody.
+"""
+
+from . import functional, reference
+from .batchnorm import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
+from .config import VERSION as __version__
+from .config import show_config
+from .moments import Moments, moments
+from .storage import load
+from .threads import get_num_threads, num_threads, set_num_threads
+
+__all__ = [
+    "BatchNorm",
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "Moments",
+    "__version__",
+    "functional",
+    "get_num_threads",
+    "load",
+    "moments",
+    "num_threads",
+    "reference",
+    "set_num_threads",
+    "show_config",
+]

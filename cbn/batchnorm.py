@@ -1,0 +1,590 @@
+"""The layers: parameters, running statistics, train and eval state, forward and backward.
+
+The arithmetic is in `cbn.functional`; what is here is what a layer remembers and when it may change.
+"""
+
+import operator
+import os
+import threading
+
+import numpy as np
+
+from . import checks, functional
+
+__all__ = ["BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
+
+# One lock for the updates of all layers: they last microseconds, a layer stays picklable, and a fork can wait for it,
+# so that no child starts with statistics half updated or with a lock that nobody will release.
+_update_lock = threading.Lock()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_update_lock.acquire, after_in_parent=_update_lock.release, after_in_child=_update_lock.release
+    )
+
+NO_FORWARD = "there is nothing to go back through: call the layer in training mode first"
+AFTER_EVAL = (
+    "the last forward was in evaluation mode, which keeps nothing for backward. To train through fixed statistics, call "
+    "freeze() and stay in training mode; or use cbn.functional.native_batch_norm_backward(..., train=False)"
+)
+OVERWRITTEN = "the input of the last forward has been overwritten (out=), and without it there is no gradient"
+
+
+class _ChannelArray:
+    """Attribute that holds a (C,) array of the layer's dtype, or None where it is switched off."""
+
+    def __set_name__(self, owner, name):
+        self.name, self.key = name, "_" + name
+
+    def __get__(self, layer, owner=None):
+        return self if layer is None else layer.__dict__[self.key]
+
+    def __set__(self, layer, value):
+        layer.__dict__[self.key] = self.checked(layer, value)
+
+    def checked(self, layer, value):
+        if value is None:
+            return None
+        if not isinstance(value, np.ndarray):
+            raise TypeError(f"{self.name} must be a numpy array or None, not {type(value).__name__}")
+        if value.shape != (layer.num_features,):
+            raise ValueError(f"{self.name} has shape {value.shape}; expected ({layer.num_features},)")
+        value = checks.per_channel(value, self.name, layer.num_features)
+        return value if value.dtype == layer.dtype else value.astype(layer.dtype)
+
+
+class _Counter(_ChannelArray):
+    """The same for num_batches_tracked: an int64 array without dimensions."""
+
+    def checked(self, layer, value):
+        if value is None:
+            return None
+        if not isinstance(value, np.ndarray) or value.shape != () or value.dtype.kind not in "iu":
+            raise TypeError(f"{self.name} must be an integer array without dimensions, or None, not {value!r}")
+        if value < 0:
+            raise ValueError(f"{self.name} must not be negative, but got {value}")
+        return value if value.dtype == np.int64 else value.astype(np.int64)
+
+
+class BatchNorm:
+    """Batch normalization over any input of two or more dimensions.
+
+    In training: ``y = (x - mean) / sqrt(var + eps) * weight + bias`` per channel, with the mean and the biased variance
+    of the batch, which also move the running statistics. In evaluation: the same with the running statistics.
+
+    Parameters
+    ----------
+    num_features : int
+        C, the number of channels.
+    eps : float
+        Added to the variance.
+    momentum : float in [0, 1] or None
+        Weight of the new batch in the running statistics; None: a plain average over all batches.
+    affine : bool
+        Whether there are a weight and a bias.
+    track_running_stats : bool
+        Whether there are running statistics; without them evaluation uses the batch's too.
+    bias : bool
+        Whether an affine layer has a bias.
+    dtype : float32 or float64
+        Of parameters and statistics. The output has the input's.
+    channel_axis : int
+        1 for NC, NCL, NCHW, NCDHW; -1 for NLC, NHWC; any other axis.
+    running_var : {"unbiased", "biased"}
+        The variance that is tracked: with 1/(n - 1), as PyTorch, or 1/n, as Keras and ONNX.
+    activation, nonfinite
+        Not supported yet.
+
+    Attributes
+    ----------
+    weight, bias, weight_grad, bias_grad, running_mean, running_var : (C,) ndarray or None
+        None where switched off. A (C,) array may be assigned, and is kept by reference if of the layer's dtype.
+    num_batches_tracked : 0-d int64 ndarray or None
+    training, frozen : bool
+
+    Raises
+    ------
+    TypeError, ValueError
+        For arguments out of range.
+    NotImplementedError
+        For what this version does not support yet.
+
+    Notes
+    -----
+    One layer may be used by many threads: evaluation is exact, the updates of a training call are atomic. `backward`
+    belongs to the layer's last training forward, so threads that train want a layer each.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cbn
+    >>> bn = cbn.BatchNorm(2)
+    >>> bn(np.array([[0.0, 1.0], [4.0, 1.0]], dtype=np.float32))
+    array([[-0.99999875,  0.        ],
+           [ 0.99999875,  0.        ]], dtype=float32)
+    >>> bn.running_var
+    array([1.7, 0.9], dtype=float32)
+    >>> bn.eval()(np.array([[1.0, 1.0]], dtype=np.float32))
+    array([[0.6135698, 0.948678 ]], dtype=float32)
+    """
+
+    _ranks = None  # numbers of dimensions that the class accepts; None: any from 2
+
+    weight = _ChannelArray()
+    bias = _ChannelArray()
+    weight_grad = _ChannelArray()
+    bias_grad = _ChannelArray()
+    running_mean = _ChannelArray()
+    running_var = _ChannelArray()
+    num_batches_tracked = _Counter()
+
+    def __init__(
+        self,
+        num_features,
+        eps=1e-5,
+        momentum=0.1,
+        affine=True,
+        track_running_stats=True,
+        *,
+        bias=True,
+        dtype=np.float32,
+        channel_axis=1,
+        running_var="unbiased",
+        activation=None,
+        nonfinite="propagate",
+    ):
+        checks.not_yet(activation=activation)
+        if nonfinite not in ("propagate", "skip", "raise"):
+            raise ValueError(f"nonfinite must be 'propagate', 'skip' or 'raise', not {nonfinite!r}")
+        checks.not_yet(nonfinite=None if nonfinite == "propagate" else nonfinite)
+        if running_var not in ("unbiased", "biased"):
+            raise ValueError(f"running_var must be 'unbiased' or 'biased', not {running_var!r}")
+        try:
+            self._dtype = np.dtype(dtype).newbyteorder("=")
+        except TypeError:
+            raise TypeError(f"dtype must be float32 or float64, not {dtype!r}") from None
+        if self._dtype not in checks.FLOATS:
+            raise TypeError(f"dtype must be float32 or float64, not {self._dtype}")
+        if isinstance(num_features, (bool, np.bool_)):
+            raise TypeError(f"num_features must be a number of channels, not {num_features!r}")
+        self._num_features = operator.index(num_features)
+        if self._num_features < 1:
+            raise ValueError(f"num_features must be 1 or more, but got {num_features}")
+        self._channel_axis = operator.index(channel_axis)
+        if self._ranks is not None:
+            widest = max(self._ranks)
+            if not -widest <= self._channel_axis < widest:
+                raise ValueError(f"channel_axis {channel_axis} is out of range for an input of {widest} dimensions")
+        self.eps = eps
+        self.momentum = momentum
+        self.affine = bool(affine)
+        self.track_running_stats = bool(track_running_stats)
+        self.activation = activation
+        self.nonfinite = nonfinite
+        self._unbiased = running_var == "unbiased"
+        self.training = True
+        self._frozen = False
+        self._saved = NO_FORWARD
+        shape = (self._num_features,)
+        self.weight = np.ones(shape, self._dtype) if affine else None
+        self.bias = np.zeros(shape, self._dtype) if affine and bias else None
+        self.weight_grad = np.zeros(shape, self._dtype) if affine else None
+        self.bias_grad = np.zeros(shape, self._dtype) if affine and bias else None
+        self.running_mean = np.zeros(shape, self._dtype) if track_running_stats else None
+        self.running_var = np.ones(shape, self._dtype) if track_running_stats else None
+        self.num_batches_tracked = np.zeros((), np.int64) if track_running_stats else None
+
+    @property
+    def num_features(self):
+        """Number of channels."""
+        return self._num_features
+
+    @property
+    def dtype(self):
+        """dtype of parameters and statistics."""
+        return self._dtype
+
+    @property
+    def channel_axis(self):
+        """The axis with the channels."""
+        return self._channel_axis
+
+    @property
+    def eps(self):
+        """What is added to the variance."""
+        return self._eps
+
+    @eps.setter
+    def eps(self, value):
+        self._eps = checks.epsilon(value)
+
+    @property
+    def momentum(self):
+        """Weight of the new batch; None: a plain average."""
+        return self._momentum
+
+    @momentum.setter
+    def momentum(self, value):
+        self._momentum = None if value is None else checks.momentum_fraction(value)
+
+    # ---- state -----------------------------------------------------------------------------------------------------
+
+    def train(self, mode=True):
+        """Switch to training mode, or to evaluation with ``mode=False``; returns the layer."""
+        if not isinstance(mode, (bool, np.bool_)):
+            raise ValueError("training mode is expected to be boolean")
+        self.training = bool(mode)
+        return self
+
+    def eval(self):
+        """Switch to evaluation mode; returns the layer."""
+        return self.train(False)
+
+    @property
+    def frozen(self):
+        """Whether the running statistics normalize, and stay as they are, whatever the mode."""
+        return self._frozen
+
+    def freeze(self):
+        """Normalize with the running statistics and keep them, in training mode too; returns the layer.
+
+        It survives `train()`. In training mode a frozen layer remembers its input, so that gradients flow through it.
+        """
+        checks.buffers_for_eval(self.running_mean, self.running_var)
+        self._frozen = True
+        return self
+
+    def unfreeze(self):
+        """Undo `freeze`; returns the layer."""
+        self._frozen = False
+        return self
+
+    # ---- passes ----------------------------------------------------------------------------------------------------
+
+    def __call__(self, x, *, out=None, residual=None, mask=None, lengths=None, sample_weight=None):
+        """Normalize x in the current mode.
+
+        Parameters
+        ----------
+        x : array_like
+            Of the class's number of dimensions, float32 or float64. In training mode it is remembered, by reference,
+            for `backward`.
+        out : ndarray, optional
+            Of x's shape and dtype; receives y. ``out=x`` works in place.
+        residual, mask, lengths, sample_weight
+            Not supported yet.
+
+        Returns
+        -------
+        ndarray
+            y, of x's shape and dtype, in x's order in memory.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `cbn.functional.batch_norm`, and for another number of dimensions or channels. The layer and `out` are
+            then as they were.
+        """
+        checks.not_yet(residual=residual, mask=mask, lengths=lengths, sample_weight=sample_weight)
+        inp = functional.Input(x, self._channel_axis, ranks=self._ranks)
+        checks.output(out, inp.x.shape, inp.x.dtype)
+        with _update_lock:  # a snapshot: mean and variance of the same batch
+            mean, var = self.running_mean, self.running_var
+            snapshot = mean is not None and var is not None
+            if snapshot:
+                mean, var = mean.copy(), var.copy()
+        weight, bias = self.weight, self.bias
+        batch_statistics = not self._frozen and (self.training or (mean is None and var is None))
+        tracked = self.training and self.track_running_stats and not self._frozen
+        if not batch_statistics:
+            checks.buffers_for_eval(mean, var)
+        elif tracked:
+            checks.buffers_for_batch(mean, var)
+        self._check_channels(inp, mean, batch_statistics and not tracked)
+        eps = checks.epsilon_for(self._eps, batch_statistics)
+        if batch_statistics:
+            checks.more_than_one_value(inp.x, inp.n_channels)
+            updated = tracked and snapshot and inp.layout is not None
+            if updated:
+                self._check_writable("running_mean", "running_var", "num_batches_tracked")
+            y, mean, m2 = functional.normalize_batch(inp, weight, bias, eps, out)
+            if updated:
+                self._update(inp.count, mean, m2)
+            invstd = functional.inverse_std(m2 / max(inp.count, 1), eps) if self.training else None
+        else:
+            y = functional.normalize(inp, mean, var, weight, bias, eps, out)
+            invstd = functional.inverse_std(var, eps) if self.training else None
+        if not self.training:
+            self._saved = AFTER_EVAL
+        elif out is not None and functional.overlaps(inp.x, out):
+            self._saved = OVERWRITTEN
+        else:
+            self._saved = (inp, weight, mean, invstd, batch_statistics)
+        return y
+
+    forward = __call__
+
+    def _check_channels(self, inp, mean, untracked):
+        """Refuse an input with another number of channels, in PyTorch's words for what is compared with it first."""
+        n = self._num_features
+        if inp.n_channels == n:
+            return
+        if mean is not None and not untracked:
+            name = "running_mean"
+        elif self.weight is not None or self.bias is not None:
+            name = "bias" if self.weight is None else "weight"
+        else:
+            raise checks.ArgumentError(
+                f"num_features is {n}, but axis {inp.axis} of the input, of size {inp.x.shape}, has {inp.n_channels}"
+            )
+        raise checks.ArgumentError(f"{name} should contain {inp.n_channels} elements not {n}")
+
+    def _check_writable(self, *names):
+        for name in names:
+            a = getattr(self, name)
+            if a is not None and not a.flags.writeable:
+                raise ValueError(f"{name} is read-only, but has to be updated")
+
+    def _update(self, count, mean, m2):
+        """Count the batch and move the running statistics, at once for all threads."""
+        with _update_lock:
+            counter = self.num_batches_tracked
+            momentum = self._momentum
+            if momentum is None:
+                momentum = 0.0 if counter is None else 1 / (int(counter) + 1)
+            functional.update_running(
+                self.running_mean, self.running_var, count, mean, m2, momentum, unbiased=self._unbiased
+            )
+            if counter is not None:
+                counter += 1
+
+    def backward(self, dy, *, out=None):
+        """Gradient with respect to the input of the last training forward.
+
+        The gradients of weight and bias are **added** to `weight_grad` and `bias_grad`, except where those are None.
+
+        Parameters
+        ----------
+        dy : array_like
+            Gradient of y, of its shape.
+        out : ndarray, optional
+            Of x's shape and dtype; receives dx. It may be dy or x.
+
+        Returns
+        -------
+        ndarray
+            dx, of x's dtype, in x's order in memory.
+
+        Raises
+        ------
+        RuntimeError
+            Before any forward in training mode, after one in evaluation mode, and where the forward overwrote its
+            input.
+        TypeError, ValueError
+            For a dy or an `out` that does not fit.
+        """
+        if isinstance(self._saved, str):
+            raise RuntimeError(self._saved)
+        inp, weight, mean, invstd, batch_statistics = self._saved
+        dy = checks.float_array(dy, "dy")
+        if dy.shape != inp.x.shape:
+            raise ValueError(f"dy has shape {dy.shape}; expected {inp.x.shape}, as the input")
+        checks.output(out, inp.x.shape, inp.x.dtype)
+        want_weight = self.weight_grad is not None and weight is not None
+        want_bias = self.bias_grad is not None
+        self._check_writable("weight_grad", "bias_grad")
+        dx, dbias, dweight = functional.gradients(
+            dy, inp, weight, mean, invstd, batch_statistics, True, want_weight or want_bias, out
+        )
+        with np.errstate(all="ignore"), _update_lock:
+            if want_weight:
+                self.weight_grad[...] = self.weight_grad + dweight
+            if want_bias:
+                self.bias_grad[...] = self.bias_grad + dbias
+        if out is not None and functional.overlaps(inp.x, out):
+            self._saved = OVERWRITTEN
+        return dx
+
+    # ---- parameters ------------------------------------------------------------------------------------------------
+
+    def zero_grad(self):
+        """Fill the gradients with zeros, in place."""
+        for grad in (self.weight_grad, self.bias_grad):
+            if grad is not None:
+                grad.fill(0)
+
+    def reset_running_stats(self):
+        """Running mean 0, variance 1, no batches counted; in place."""
+        for array, value in ((self.running_mean, 0), (self.running_var, 1), (self.num_batches_tracked, 0)):
+            if array is not None:
+                array.fill(value)
+
+    def reset_parameters(self):
+        """Weight 1, bias 0, and `reset_running_stats`; in place."""
+        self.reset_running_stats()
+        for array, value in ((self.weight, 1), (self.bias, 0)):
+            if array is not None:
+                array.fill(value)
+
+    def parameters(self):
+        """Iterate over the weight and the bias, where there are any."""
+        return iter([a for a in (self.weight, self.bias) if a is not None])
+
+    # ---- state dict ------------------------------------------------------------------------------------------------
+
+    _state_names = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+
+    def state_dict(self):
+        """Copies of all parameters and statistics under PyTorch's names, without those that are None.
+
+        Examples
+        --------
+        >>> import cbn
+        >>> list(cbn.BatchNorm1d(3, affine=False).state_dict())
+        ['running_mean', 'running_var', 'num_batches_tracked']
+        """
+        with _update_lock:
+            return {name: getattr(self, name).copy() for name in self._state_names if getattr(self, name) is not None}
+
+    def load_state_dict(self, state, strict=True):
+        """Copy parameters and statistics into the layer's arrays, all or none.
+
+        Parameters
+        ----------
+        state : mapping
+            From `state_dict` or from PyTorch's. A missing num_batches_tracked keeps the layer's.
+        strict : bool
+            Whether missing and unexpected entries are errors; wrong shapes and values always are.
+
+        Returns
+        -------
+        (missing_keys, unexpected_keys) : tuple of lists
+
+        Raises
+        ------
+        ValueError
+            One error that lists everything that is wrong; the layer is then as it was.
+        """
+        return self._load(state, strict, allow_nonfinite=False)
+
+    def _load(self, state, strict, allow_nonfinite, optional=("num_batches_tracked",), names=_state_names):
+        own = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        missing = [name for name in own if name not in state and name not in optional]
+        unexpected = [name for name in state if name not in own]
+        problems = []
+        if strict:
+            problems += [f"missing entry {name!r}" for name in missing]
+            problems += [f"unexpected entry {name!r}" for name in unexpected]
+        new = {}
+        for name, target in own.items():
+            if name in state:
+                try:
+                    new[name] = _state_entry(name, state[name], target, allow_nonfinite)
+                except ValueError as error:
+                    problems.append(str(error))
+        if problems:
+            raise checks.ArgumentError(
+                f"cannot load the state into {type(self).__name__}({self._num_features}): " + "; ".join(problems)
+            )
+        with _update_lock:
+            for name, value in new.items():
+                own[name][...] = value
+        return missing, unexpected
+
+    def save(self, path, *, allow_nonfinite=False):
+        """Write the layer to a file that `cbn.load` reads: class, arguments, arrays, mode.
+
+        Parameters
+        ----------
+        path : str or path-like
+            The file, numpy's ``.npz`` format. It is replaced as a whole, or not at all.
+        allow_nonfinite : bool
+            Whether NaN and infinities may be written.
+
+        Raises
+        ------
+        ValueError
+            If an array is not finite.
+        """
+        from . import storage
+
+        storage.save(self, path, allow_nonfinite=allow_nonfinite)
+
+    def __getstate__(self):
+        with _update_lock:
+            state = dict(self.__dict__)
+        state["_saved"] = NO_FORWARD
+        return state
+
+    def __repr__(self):
+        return (
+            f"{type(self).__name__}({self._num_features}, eps={self._eps}, momentum={self._momentum}, "
+            f"affine={self.affine}, bias={self.bias is not None}, track_running_stats={self.track_running_stats})"
+        )
+
+
+def _state_entry(name, value, target, allow_nonfinite):
+    """One entry of a state as an array that can be copied into `target`, or a ValueError that names it."""
+    try:
+        value = np.asarray(value)
+    except Exception as error:
+        raise ValueError(f"{name} cannot be read as an array ({error})") from None
+    if value.dtype.kind not in ("iu" if target.dtype.kind == "i" else "fiu"):
+        raise ValueError(f"{name} has dtype {value.dtype}; expected {target.dtype}")
+    if value.shape != target.shape:
+        raise ValueError(f"{name} has shape {value.shape}; expected {target.shape}")
+    with np.errstate(over="ignore"):
+        value = value.astype(target.dtype)
+    if not allow_nonfinite and not np.all(np.isfinite(value)):
+        raise ValueError(f"{name} is not finite")
+    if name in ("running_var", "num_batches_tracked") and np.any(value < 0):
+        raise ValueError(f"{name} is negative")
+    if not target.flags.writeable:
+        raise ValueError(f"the layer's {name} is read-only")
+    return value
+
+
+class BatchNorm1d(BatchNorm):
+    """Batch normalization over (N, C) or (N, C, L); see `BatchNorm` for arguments, attributes and members.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cbn
+    >>> bn = cbn.BatchNorm1d(64)
+    >>> bn
+    BatchNorm1d(64, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True)
+    >>> bn(np.zeros((8, 64, 100), np.float32)).shape
+    (8, 64, 100)
+    >>> cbn.BatchNorm1d(64, channel_axis=-1)(np.zeros((8, 100, 64), np.float32)).shape
+    (8, 100, 64)
+    """
+
+    _ranks = (2, 3)
+
+
+class BatchNorm2d(BatchNorm):
+    """Batch normalization over (N, C, H, W); see `BatchNorm` for arguments, attributes and members.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cbn
+    >>> cbn.BatchNorm2d(3)(np.zeros((2, 3, 8, 8), np.float32)).shape
+    (2, 3, 8, 8)
+    """
+
+    _ranks = (4,)
+
+
+class BatchNorm3d(BatchNorm):
+    """Batch normalization over (N, C, D, H, W); see `BatchNorm` for arguments, attributes and members.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cbn
+    >>> cbn.BatchNorm3d(3)(np.zeros((2, 3, 4, 8, 8), np.float32)).shape
+    (2, 3, 4, 8, 8)
+    """
+
+    _ranks = (5,)

@@ -1,0 +1,149 @@
+"""Checks of arguments, and the words of every refusal. Nothing here computes or changes anything.
+
+The words are PyTorch's where PyTorch has them, so that a search for the text finds the known answer. Types are
+Python's: ValueError for shapes and values, TypeError for dtypes and kinds of object, and `ArgumentError`, which is a
+ValueError and a RuntimeError, where PyTorch raises RuntimeError.
+"""
+
+import math
+import operator
+
+import numpy as np
+
+FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
+
+
+class ArgumentError(ValueError, RuntimeError):
+    """A ValueError that code written for PyTorch's RuntimeError catches too."""
+
+
+def not_yet(**options):
+    """Refuse what the interface names and this version does not do."""
+    for name, value in options.items():
+        if value is not None:
+            raise NotImplementedError(f"{name}={value!r} is not supported yet")
+
+
+def float_array(x, name):
+    """x as an aligned array in native byte order, of float32 or float64; a copy only where it has to be one."""
+    if isinstance(x, np.ma.MaskedArray):
+        raise TypeError(
+            f"{name} is a masked array, which cbn does not support: its mask would be ignored. "
+            "Expected a plain float32 or float64 array, for example x.filled(0)"
+        )
+    x = np.asarray(x)
+    dtype = x.dtype.newbyteorder("=")
+    if dtype not in FLOATS:
+        hint = ""
+        if dtype == np.float16 or dtype.name == "bfloat16":
+            hint = ", which cbn does not support yet"
+        raise TypeError(f"{name} has dtype {x.dtype}{hint}; expected float32 or float64, as in x.astype(numpy.float32)")
+    if not (x.flags.aligned and x.dtype.isnative):
+        x = x.astype(dtype, order="K", copy=True)
+    return x
+
+
+def axis_index(channel_axis, ndim):
+    """The channel axis as an index from 0."""
+    axis = operator.index(channel_axis)
+    if not -ndim <= axis < ndim:
+        raise ValueError(f"channel_axis {axis} is out of range for an input of {ndim} dimensions")
+    return axis % ndim
+
+
+def rank(x, ranks):
+    """Refuse an input whose number of dimensions is not one of `ranks`; None: any from 2."""
+    if ranks is None:
+        if x.ndim < 2:
+            raise ValueError(f"expected at least 2D input (got {x.ndim}D input)")
+    elif x.ndim not in ranks:
+        expected = " or ".join(f"{r}D" for r in ranks)
+        raise ValueError(f"expected {expected} input (got {x.ndim}D input)")
+
+
+def output(out, shape, dtype):
+    """Refuse an `out` that is not exactly an array of this shape and dtype that can be written to."""
+    if out is None:
+        return
+    if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
+        raise TypeError(f"out must be a numpy array, not {type(out).__name__}")
+    if out.dtype != dtype or not out.dtype.isnative:
+        raise TypeError(f"out has dtype {out.dtype.str!r}; expected {dtype.str!r}, as the input ({dtype})")
+    if out.shape != shape:
+        raise ValueError(f"out has shape {out.shape}; expected {shape}, as the input")
+    if not out.flags.writeable:
+        raise ValueError("out is read-only")
+
+
+def per_channel(a, name, n_channels, *, written=False):
+    """Refuse a parameter or statistic that is not a float array (C,); None passes. Returns it as an array."""
+    if a is None:
+        return None
+    if written and (not isinstance(a, np.ndarray) or isinstance(a, np.ma.MaskedArray)):
+        raise TypeError(f"{name} is updated in place and must be a numpy array, not {type(a).__name__}")
+    a = np.asarray(a)
+    if a.dtype.newbyteorder("=") not in FLOATS:
+        raise TypeError(f"{name} has dtype {a.dtype}; expected float32 or float64")
+    if a.size != n_channels:
+        raise ArgumentError(f"{name} should contain {n_channels} elements not {a.size}")
+    if a.ndim != 1:
+        raise ValueError(f"{name} has shape {a.shape}; expected ({n_channels},)")
+    if written and not a.flags.writeable:
+        raise ValueError(f"{name} is read-only, but has to be updated")
+    return a
+
+
+def buffers_for_batch(running_mean, running_var):
+    """Refuse one running buffer without the other where batch statistics are used."""
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("running_mean and running_var must either both be None or neither be None")
+
+
+def buffers_for_eval(running_mean, running_var):
+    """Refuse absent running statistics where they are what normalizes."""
+    if running_mean is None:
+        raise ArgumentError("running_mean must be defined in evaluation mode")
+    if running_var is None:
+        raise ArgumentError("running_var must be defined in evaluation mode")
+
+
+def number(value, name, expected):
+    """value as a float; bools and what is no number are refused."""
+    if isinstance(value, (bool, np.bool_, str, bytes)):
+        raise TypeError(f"{name} must be {expected}, not {value!r}")
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be {expected}, not {value!r}") from None
+
+
+def epsilon(eps):
+    """eps as a float that is finite and not negative."""
+    eps = number(eps, "eps", "a number")
+    if not math.isfinite(eps) or eps < 0:
+        raise ValueError(f"eps must be finite and non-negative, but got {eps}")
+    return eps
+
+
+def epsilon_for(eps, batch_statistics):
+    """eps where it is used: batch statistics, whose variance may be 0, need a positive one."""
+    eps = number(eps, "eps", "a number")
+    if batch_statistics and eps <= 0:
+        raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
+    if eps < 0:
+        raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
+    return epsilon(eps)
+
+
+def momentum_fraction(momentum):
+    """momentum as a float in [0, 1]."""
+    momentum = number(momentum, "momentum", "a number in [0, 1]")
+    if not 0 <= momentum <= 1:
+        raise ValueError(f"momentum must be in [0, 1] (the weight of the new batch), but got {momentum}")
+    return momentum
+
+
+def more_than_one_value(x, n_channels):
+    """Refuse a batch with one value per channel: its variance is 0 and its output the bias alone."""
+    if x.size == n_channels and n_channels:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")

@@ -1,0 +1,102 @@
+"""show_config: versions, compiler, OpenMP runtime, instruction sets, threads; and the self-check."""
+
+import os
+import platform
+import sys
+
+import numpy as np
+
+from . import reference, threads
+from .functional import native_batch_norm, native_batch_norm_backward
+from .kernels import passes
+
+__all__ = ["show_config"]
+
+VERSION = "0.1.0"
+
+
+def openmp_runtime():
+    """Paths of the OpenMP runtimes that are loaded in this process; more than one fight for the processors."""
+    try:
+        with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
+            paths = {line.split(maxsplit=5)[-1].strip() for line in maps if "/" in line}
+    except OSError:
+        return []
+    return sorted(p for p in paths if os.path.basename(p).startswith(("libgomp", "libomp", "libiomp")))
+
+
+def config():
+    """What show_config prints, as a dict of strings."""
+    info = passes.build_info()
+    runtimes = openmp_runtime()
+    openmp = "none: built with CBN_WITHOUT_OPENMP"
+    if info["openmp"]:
+        openmp = f"{info['openmp']}, {', '.join(runtimes) or 'runtime not found'}"
+        if len(runtimes) > 1:
+            openmp += " (more than one: parallel calls of different libraries will slow each other down)"
+    why = "CBN_ISA" if os.environ.get("CBN_ISA") else "the highest available"
+    return {
+        "cbn": VERSION,
+        "python": f"{platform.python_version()} ({sys.executable})",
+        "numpy": np.__version__,
+        "platform": f"{platform.system()} {platform.machine()}",
+        "compiler": info["compiler"],
+        "OpenMP": openmp,
+        "instruction sets": f"built {', '.join(passes.built())}; available {', '.join(passes.available())}",
+        "in use": f"{passes.isa()} ({why})",
+        "threads": f"{threads.get_num_threads()} ({threads.explain()})",
+    }
+
+
+def show_config():
+    """Print versions, compiler, OpenMP runtime, instruction sets and threads, with the reason for each choice.
+
+    Examples
+    --------
+    >>> import cbn
+    >>> cbn.show_config()  # doctest: +ELLIPSIS
+    cbn              ...
+    """
+    for name, value in config().items():
+        print(f"{name:16} {value}")
+
+
+def self_check(report=print):
+    """Compare the kernels of every instruction set available with `cbn.reference`; True if all agree.
+
+    Every type, both layouts, whole vectors and tails, one thread and three, forward and backward, on data whose mean is
+    large beside its spread. Errors are relative to the largest value of the exact result.
+    """
+    rng = np.random.default_rng(0)
+    good = True
+    before = passes.isa()
+    region = passes.set_bytes_per_thread(1)
+    try:
+        for isa in passes.available():
+            passes.use_isa(isa)
+            for dtype, limit in ((np.float32, 1e-6), (np.float64, 1e-12)):
+                for layout, shape, axis in (("first", (7, 5, 113), 1), ("last", (211, 37), 1)):
+                    x = (rng.standard_normal(shape) + 1000).astype(dtype)
+                    dy = rng.standard_normal(shape).astype(dtype)
+                    weight, bias = rng.standard_normal((2, shape[axis]))
+                    worst = 0.0
+                    for n in (1, 3):
+                        with threads.num_threads(n):
+                            worst = max(worst, _largest_error(x, dy, weight.astype(dtype), bias.astype(dtype)))
+                    good &= worst <= limit
+                    verdict = "ok" if worst <= limit else f"WRONG, more than {limit:.0e}"
+                    report(f"{isa:9} {np.dtype(dtype).name} channels {layout:5}  largest error {worst:.1e}  {verdict}")
+    finally:
+        passes.use_isa(before)
+        passes.set_bytes_per_thread(region)
+    return good
+
+
+def _largest_error(x, dy, weight, bias):
+    n, exact_mean, exact_m2 = reference.moments(x)
+    y, mean, invstd = native_batch_norm(x, weight, bias, None, None, True, 0.1, 1e-5)
+    pairs = [(y, reference.normalize(x, exact_mean, exact_m2 / n, weight, bias))]
+    gradients = native_batch_norm_backward(dy, x, weight, None, None, mean, invstd, True, 1e-5)
+    exact = reference.backward(dy, x, exact_mean, exact_m2 / n, weight)
+    pairs += zip(gradients, exact, strict=True)
+    return max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in pairs)

@@ -1,0 +1,432 @@
+"""Batch normalization without state: check, allocate, call the passes.
+
+The public functions are `batch_norm`, `native_batch_norm` and `native_batch_norm_backward`, named and ordered as
+PyTorch's. What the layers share with them (`Input`, `normalize_batch`, `normalize`, `gradients`, `update_running`)
+stands above them.
+"""
+
+import numpy as np
+
+from . import checks
+from .kernels import passes
+
+__all__ = ["batch_norm", "native_batch_norm", "native_batch_norm_backward"]
+
+
+class Input:
+    """An array that the passes can read, with its channel axis and its layout in memory.
+
+    Parameters
+    ----------
+    x : array_like
+        Any rank from 2 on (or one of `ranks`), float32 or float64, any strides and byte order.
+    channel_axis : int
+    name : str
+        What an error calls it.
+    ranks : tuple of int, optional
+
+    Attributes
+    ----------
+    x : ndarray
+        x itself, or a copy that keeps its order in memory if no loop reads it as it lies.
+    layout : Layout or None
+        None for an empty array.
+    """
+
+    def __init__(self, x, channel_axis, name="input", ranks=None):
+        x = checks.float_array(x, name)
+        checks.rank(x, ranks)
+        self.axis = checks.axis_index(channel_axis, x.ndim)
+        self.n_channels = x.shape[self.axis]
+        self.layout = None
+        if x.size:
+            self.layout = passes.Layout.of(x, self.axis)
+            if self.layout is None:
+                x = x.copy(order="K")
+                self.layout = passes.Layout.of(x, self.axis)
+        self.x = x
+
+    @property
+    def count(self):
+        """Values per channel; 0 for an empty array, whatever is empty about it."""
+        return self.layout.count if self.layout else 0
+
+    def lies_as(self, a):
+        """a itself if the loops can go through it beside x, else a copy that lies as x does."""
+        if self.layout is None or (a.flags.aligned and self.layout.fits(a)):
+            return a
+        copy = np.empty_like(self.x, dtype=a.dtype, subok=False)
+        copy[...] = a
+        return copy
+
+    def destination(self, out, *read):
+        """Where a pass may write: `out`, if it lies as x does and no array that is read overlaps it in part."""
+        if out is None or self.layout is None or not (out.flags.aligned and self.layout.fits(out)):
+            return np.empty_like(self.x, subok=False)
+        if any(overlaps(a, out) and not same_memory(a, out) for a in read):
+            return np.empty_like(self.x, subok=False)
+        return out
+
+
+def overlaps(a, b):
+    """Whether two arrays share memory; when in doubt, yes."""
+    try:
+        return np.may_share_memory(a, b) and np.shares_memory(a, b, max_work=100_000)
+    except np.exceptions.TooHardError:
+        return True
+
+
+def same_memory(a, b):
+    """Whether element by element two arrays are the same memory."""
+    return a.ctypes.data == b.ctypes.data and a.strides == b.strides and a.shape == b.shape
+
+
+def delivered(y, out):
+    """y, put into `out` if it was computed beside it."""
+    if out is None or y is out:
+        return y
+    np.copyto(out, y)
+    return out
+
+
+def as_doubles(a):
+    """A contiguous float64 copy: the passes read parameters so, and an output may overlap them."""
+    return None if a is None else np.array(a, dtype=np.float64, order="C")
+
+
+def is_wide(x, *per_channel):
+    """Whether float64 parameters ask for float64 arithmetic on a float32 array."""
+    return x.dtype == np.float32 and any(a is not None and a.dtype.itemsize == 8 for a in per_channel)
+
+
+def inverse_std(var, eps):
+    """1/sqrt(var + eps) in float64; inf and NaN without a warning."""
+    with np.errstate(all="ignore"):
+        return 1 / np.sqrt(np.asarray(var, dtype=np.float64) + eps)
+
+
+def normalize_batch(inp, weight, bias, eps, out):
+    """(y, mean, m2), normalized with the batch's own statistics; arguments are checked."""
+    if inp.layout is None:
+        y = np.empty_like(inp.x, subok=False) if out is None else out
+        return y, np.zeros(inp.n_channels), np.zeros(inp.n_channels)
+    y = inp.destination(out, inp.x)
+    mean, m2 = passes.moments(
+        inp.layout, inp.x, y, as_doubles(weight), as_doubles(bias), eps, is_wide(inp.x, weight, bias)
+    )
+    return delivered(y, out), mean, m2
+
+
+def normalize(inp, mean, var, weight, bias, eps, out):
+    """The array normalized with the statistics given; arguments are checked."""
+    if inp.layout is None:
+        return np.empty_like(inp.x, subok=False) if out is None else out
+    coef = np.empty((3, inp.n_channels))
+    coef[0] = mean
+    coef[1] = inverse_std(var, eps)
+    if weight is not None:
+        with np.errstate(all="ignore"):
+            coef[1] *= weight
+    coef[2] = 0 if bias is None else bias
+    y = inp.destination(out, inp.x)
+    passes.apply(inp.layout, inp.x, y, coef, is_wide(inp.x, mean, var, weight, bias))
+    return delivered(y, out)
+
+
+def gradients(dy, inp, weight, mean, invstd, batch_statistics, want_dx, want_sums, out):
+    """(dx or None, S(dy), S(dy*(x - mean))*invstd) per channel, the sums None unless wanted; all is checked.
+
+    Parameters
+    ----------
+    dy : ndarray
+        Of x's shape. Where its dtype differs from x's, both are taken as float64.
+    mean, invstd : (C,) float64
+        Of the batch, with `batch_statistics`; else the running ones.
+    """
+    n_channels = inp.n_channels
+    if inp.layout is None:
+        dx = (np.empty_like(inp.x, subok=False) if out is None else out) if want_dx else None
+        return dx, np.zeros(n_channels), np.zeros(n_channels)
+    dtype = inp.x.dtype
+    if dy.dtype != dtype:
+        wider = Input(inp.x.astype(np.float64, order="K"), inp.axis)
+        dx, sums, products = gradients(
+            dy.astype(np.float64), wider, weight, mean, invstd, batch_statistics, want_dx, want_sums, None
+        )
+        if want_dx:
+            with np.errstate(over="ignore"):
+                dx = delivered(dx.astype(dtype, order="K"), out)
+        return dx, sums, products
+    dy = inp.lies_as(dy)
+    dx = inp.destination(out, inp.x, dy) if want_dx else None
+    wide = is_wide(inp.x, weight)
+    weight, mean, invstd = as_doubles(weight), as_doubles(mean), as_doubles(invstd)
+    sums = products = None
+    if want_sums or (batch_statistics and want_dx):
+        through = (dx, invstd, weight) if batch_statistics else (None, None, None)
+        sums, products = passes.grad_moments(inp.layout, dy, inp.x, mean, *through, wide)
+        with np.errstate(all="ignore"):
+            products *= invstd
+    if want_dx and not batch_statistics:
+        # dx = dy*scale: apply with mean 0, and with offset -0, which keeps the sign of a zero
+        with np.errstate(all="ignore"):
+            scale = invstd if weight is None else invstd * weight
+        coef = np.stack([np.zeros(n_channels), scale, np.full(n_channels, -0.0)])
+        passes.apply(inp.layout, dy, dx, coef, wide)
+    return (delivered(dx, out) if want_dx else None), sums, products
+
+
+def update_running(running_mean, running_var, count, mean, m2, momentum, *, unbiased=True):
+    """Move the running statistics by one batch, in place: (1 - momentum)*running + momentum*batch."""
+    with np.errstate(all="ignore"):
+        var = m2 / (count - 1 if unbiased else count)
+        new_mean = (1 - momentum) * running_mean.astype(np.float64) + momentum * mean
+        new_var = (1 - momentum) * running_var.astype(np.float64) + momentum * var
+        running_mean[...], running_var[...] = new_mean, new_var
+
+
+def check_parameters(inp, running_mean, running_var, weight, bias, *, updated):
+    """The four per-channel arguments, checked in PyTorch's order."""
+    n = inp.n_channels
+    return (
+        checks.per_channel(running_mean, "running_mean", n, written=updated),
+        checks.per_channel(running_var, "running_var", n, written=updated),
+        checks.per_channel(weight, "weight", n),
+        checks.per_channel(bias, "bias", n),
+    )
+
+
+def batch_norm(
+    x,
+    running_mean,
+    running_var,
+    weight=None,
+    bias=None,
+    training=False,
+    momentum=0.1,
+    eps=1e-5,
+    *,
+    channel_axis=1,
+    out=None,
+    activation=None,
+    residual=None,
+    mask=None,
+):
+    """Normalize every channel of an array.
+
+    ``y = (x - mean) / sqrt(var + eps) * weight + bias``, with mean and var those of the batch if `training` (var
+    with 1/n), else the running ones.
+
+    Parameters
+    ----------
+    x : array_like
+        Two or more dimensions, float32 or float64, any strides.
+    running_mean, running_var : (C,) ndarray or None
+        Read if not `training`. If `training`, both None or both arrays that are updated in place, after all else has
+        succeeded: ``running = (1 - momentum)*running + momentum*batch``, the variance with 1/(n - 1).
+    weight, bias : (C,) array_like or None
+        None means ones and zeros.
+    training : bool
+        Whether to use the batch's statistics.
+    momentum : float in [0, 1]
+        Weight of the new batch.
+    eps : float
+        Added to the variance; positive when training.
+    channel_axis : int
+        The axis with the channels: 1 for NC, NCL, NCHW, NCDHW, -1 for NLC, NHWC.
+    out : ndarray, optional
+        Of x's shape and dtype; receives y. It may be x, or overlap it.
+    activation, residual, mask
+        Not supported yet.
+
+    Returns
+    -------
+    y : ndarray
+        Of x's shape and dtype, in x's order in memory; `out` if given.
+
+    Raises
+    ------
+    TypeError
+        For a dtype other than float32 and float64, a masked array, an `out` of another dtype.
+    ValueError
+        For shapes that do not fit, eps or momentum out of range, absent running statistics, and one value per
+        channel when training. Whatever is raised, nothing has been changed.
+
+    References
+    ----------
+    .. [1] S. Ioffe and C. Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal
+       Covariate Shift", ICML 2015, algorithm 1.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cbn
+    >>> x = np.array([[0.0, 1.0], [4.0, 1.0]], dtype=np.float32)
+    >>> mean, var = np.zeros(2), np.ones(2)
+    >>> cbn.functional.batch_norm(x, mean, var, training=True)
+    array([[-0.99999875,  0.        ],
+           [ 0.99999875,  0.        ]], dtype=float32)
+    >>> mean, var
+    (array([0.2, 0.1]), array([1.7, 0.9]))
+    """
+    checks.not_yet(activation=activation, residual=residual, mask=mask)
+    return native_batch_norm(
+        x, weight, bias, running_mean, running_var, training, momentum, eps, channel_axis=channel_axis, out=out
+    )[0]
+
+
+def native_batch_norm(
+    x, weight, bias, running_mean, running_var, training, momentum, eps, *, channel_axis=1, out=None
+):
+    """`batch_norm` that also returns what the backward pass needs.
+
+    Parameters
+    ----------
+    x, weight, bias, running_mean, running_var, training, momentum, eps, channel_axis
+        As for `batch_norm`.
+    out : ndarray, optional
+        Receives y alone.
+
+    Returns
+    -------
+    y : ndarray
+    save_mean, save_invstd : (C,) ndarray of float64
+        Mean and 1/sqrt(var + eps) of the batch; of shape (0,) if not `training`; zeros for an empty batch.
+        They are float64 whatever x is: with the mean rounded to float32, the gradient of the weight on
+        values around 10^6 would be off by most of its size.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `batch_norm`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cbn
+    >>> x = np.array([[0.0], [4.0]])
+    >>> y, mean, invstd = cbn.functional.native_batch_norm(x, None, None, None, None, True, 0.1, 1e-5)
+    >>> mean, invstd
+    (array([2.]), array([0.49999938]))
+    """
+    inp = Input(x, channel_axis)
+    checks.output(out, inp.x.shape, inp.x.dtype)
+    momentum = checks.momentum_fraction(momentum)
+    if training:
+        checks.buffers_for_batch(running_mean, running_var)
+    else:
+        checks.buffers_for_eval(running_mean, running_var)
+    running_mean, running_var, weight, bias = check_parameters(
+        inp, running_mean, running_var, weight, bias, updated=bool(training)
+    )
+    eps = checks.epsilon_for(eps, training)
+    if not training:
+        return normalize(inp, running_mean, running_var, weight, bias, eps, out), np.empty(0), np.empty(0)
+    checks.more_than_one_value(inp.x, inp.n_channels)
+    y, mean, m2 = normalize_batch(inp, weight, bias, eps, out)
+    if inp.layout is None:
+        return y, np.zeros(inp.n_channels), np.zeros(inp.n_channels)
+    if running_mean is not None:
+        update_running(running_mean, running_var, inp.count, mean, m2, momentum)
+    return y, mean, inverse_std(m2 / inp.count, eps)
+
+
+def native_batch_norm_backward(
+    dy,
+    x,
+    weight,
+    running_mean,
+    running_var,
+    save_mean,
+    save_invstd,
+    train,
+    eps,
+    output_mask=(True, True, True),
+    *,
+    channel_axis=1,
+    out=None,
+):
+    """Gradients of a batch normalization with respect to its input, weight and bias.
+
+    With d = x - mean, r = 1/sqrt(var + eps), w = weight, S the sum and n the number of values per channel::
+
+        dbias   = S(dy)
+        dweight = S(d*dy)*r
+        dx      = (dy - S(dy)/n - d*S(d*dy)*r^2/n)*r*w     if train
+        dx      = dy*r*w                                   else, with the running mean and variance
+
+    Parameters
+    ----------
+    dy : array_like
+        Gradient of y, of x's shape.
+    x : array_like
+        The input of the forward.
+    weight : (C,) array_like or None
+    running_mean, running_var : (C,) array_like or None
+        Needed if not `train`.
+    save_mean, save_invstd : (C,) array_like or None
+        From `native_batch_norm`; needed if `train`.
+    train : bool
+    eps : float
+    output_mask : three bools
+        Which of dx, dweight, dbias to compute; the others are None.
+    channel_axis : int
+    out : ndarray, optional
+        Of x's shape and dtype; receives dx. It may be dy or x.
+
+    Returns
+    -------
+    dx : ndarray
+        Of x's dtype, in x's order in memory.
+    dweight, dbias : (C,) ndarray
+        Of the dtype of weight, or of x without one.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `batch_norm`; also where `out` is given and dx is masked out.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cbn.functional import native_batch_norm, native_batch_norm_backward
+    >>> x = np.array([[0.0], [1.0], [5.0]])
+    >>> y, mean, invstd = native_batch_norm(x, None, None, None, None, True, 0.1, 1e-5)
+    >>> dy = np.array([[1.0], [0.0], [0.0]])
+    >>> dx, dweight, dbias = native_batch_norm_backward(dy, x, None, None, None, mean, invstd, True, 1e-5)
+    >>> dx.round(4)
+    array([[ 0.1323],
+           [-0.1653],
+           [ 0.0331]])
+    >>> dbias
+    array([1.])
+    """
+    inp = Input(x, channel_axis)
+    want_dx, want_dweight, want_dbias = (bool(wanted) for wanted in output_mask)
+    checks.output(out, inp.x.shape, inp.x.dtype)
+    if out is not None and not want_dx:
+        raise ValueError("out was given, but output_mask leaves out dx")
+    dy = checks.float_array(dy, "dy")
+    if dy.shape != inp.x.shape:
+        raise ValueError(f"dy has shape {dy.shape}; expected {inp.x.shape}, as the input")
+    weight = checks.per_channel(weight, "weight", inp.n_channels)
+    eps = checks.epsilon_for(eps, train)
+    if train:
+        mean = checks.per_channel(save_mean, "save_mean", inp.n_channels)
+        invstd = checks.per_channel(save_invstd, "save_invstd", inp.n_channels)
+        if mean is None or invstd is None:
+            raise checks.ArgumentError("save_mean and save_invstd must be defined in training mode")
+    else:
+        checks.buffers_for_eval(running_mean, running_var)
+        mean = checks.per_channel(running_mean, "running_mean", inp.n_channels)
+        invstd = inverse_std(checks.per_channel(running_var, "running_var", inp.n_channels), eps)
+    dx, dbias, dweight = gradients(
+        dy, inp, weight, mean, invstd, train, want_dx, want_dweight or want_dbias, out
+    )
+    dtype = inp.x.dtype if weight is None else weight.dtype.newbyteorder("=")
+    with np.errstate(over="ignore"):
+        return (
+            dx,
+            dweight.astype(dtype) if want_dweight else None,
+            dbias.astype(dtype) if want_dbias else None,
+        )

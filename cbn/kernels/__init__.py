@@ -1,0 +1,1 @@
+"""The compiled passes; see kernels.h for the grammar of their names."""

@@ -1,0 +1,135 @@
+"""Moments: count, mean and sum of squared distances per channel, and their exact merge."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .functional import Input
+from .kernels import passes
+
+__all__ = ["Moments", "moments"]
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """First two moments of every channel, in the form that can be merged.
+
+    Parameters
+    ----------
+    count : array_like
+        Values per channel; one number stands for all channels.
+    mean : (C,) array_like
+    m2 : (C,) array_like
+        ``sum((x - mean)**2)``.
+
+    Attributes
+    ----------
+    count, mean, m2 : (C,) ndarray of float64
+
+    Notes
+    -----
+    Two sets of moments merge without their data (Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm
+    for computing sample variances", 1979), with delta = mean_b - mean_a and n = n_a + n_b::
+
+        mean = mean_a + delta*n_b/n
+        m2   = m2_a + m2_b + delta^2*n_a*n_b/n
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cbn
+    >>> x = np.array([[0.0, 1.0], [4.0, 1.0], [8.0, 4.0]])
+    >>> cbn.moments(x[:2]) + cbn.moments(x[2:])
+    Moments(count=array([3., 3.]), mean=array([4., 2.]), m2=array([32.,  6.]))
+    >>> cbn.moments(x).var()
+    array([10.66666667,  2.        ])
+    """
+
+    count: np.ndarray
+    mean: np.ndarray
+    m2: np.ndarray
+
+    def __post_init__(self):
+        mean = np.array(self.mean, dtype=np.float64)
+        if mean.ndim != 1:
+            raise ValueError(f"mean has shape {mean.shape}; expected (C,)")
+        m2 = np.array(self.m2, dtype=np.float64)
+        if m2.shape != mean.shape:
+            raise ValueError(f"m2 has shape {m2.shape}; expected {mean.shape}, as mean")
+        count = np.array(self.count, dtype=np.float64)
+        if count.shape not in ((), mean.shape):
+            raise ValueError(f"count has shape {count.shape}; expected {mean.shape}, as mean, or one number")
+        if not np.all(count >= 0):
+            raise ValueError("count must not be negative")
+        if np.any(m2 < 0):
+            raise ValueError("m2 must not be negative")
+        for name, value in (("count", np.array(np.broadcast_to(count, mean.shape))), ("mean", mean), ("m2", m2)):
+            object.__setattr__(self, name, value)
+
+    def var(self, correction=0):
+        """Variance ``m2 / (count - correction)``: 0 the biased one, 1 the unbiased; NaN where count is too small."""
+        n = self.count - correction
+        with np.errstate(all="ignore"):
+            return np.where(n > 0, self.m2 / n, np.nan)
+
+    def __add__(self, other):
+        if not isinstance(other, Moments):
+            return NotImplemented
+        if other.mean.shape != self.mean.shape:
+            raise ValueError(f"moments of {self.mean.size} and of {other.mean.size} channels cannot be merged")
+        n = self.count + other.count
+        with np.errstate(all="ignore"):
+            # Equal means first: two infinite ones must not give NaN.
+            delta = np.where(self.mean == other.mean, 0.0, other.mean - self.mean)
+            share = np.where(n > 0, other.count / n, 0.0)
+            mean = self.mean + delta * share
+            m2 = self.m2 + other.m2 + delta * delta * self.count * share
+        # With one side empty the other one passes as it is, whatever an empty mean holds.
+        mean = np.where(other.count == 0, self.mean, np.where(self.count == 0, other.mean, mean))
+        m2 = np.where(other.count == 0, self.m2, np.where(self.count == 0, other.m2, m2))
+        return Moments(n, mean, m2)
+
+    @classmethod
+    def merge(cls, parts):
+        """Merge any number of moments, at least one, in the order given."""
+        parts = list(parts)
+        if not parts:
+            raise ValueError("there are no moments to merge")
+        total = parts[0]
+        if not isinstance(total, Moments):
+            raise TypeError(f"expected Moments, not {type(total).__name__}")
+        for part in parts[1:]:
+            total = total + part
+        return total
+
+
+def moments(x, *, channel_axis=1):
+    """Moments of every channel of an array, in one pass over it.
+
+    Parameters
+    ----------
+    x : array_like
+        Two or more dimensions, float32 or float64, any strides. It may be empty.
+    channel_axis : int
+
+    Returns
+    -------
+    Moments
+        Sums are float64 whatever x is.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For other dtypes, fewer dimensions, an axis out of range.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cbn
+    >>> cbn.moments(np.array([[1.0, 2.0, 6.0]]), channel_axis=0)
+    Moments(count=array([3.]), mean=array([3.]), m2=array([14.]))
+    """
+    inp = Input(x, channel_axis)
+    if inp.layout is None:
+        return Moments(0, np.zeros(inp.n_channels), np.zeros(inp.n_channels))
+    return Moments(inp.count, *passes.moments(inp.layout, inp.x))

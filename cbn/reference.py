@@ -1,0 +1,68 @@
+"""The specification: what cbn computes, in float64 numpy. Nothing else in the package is used here.
+
+Every kernel is compared with these functions, over every instruction set, type, layout and number of threads. They are
+written to be read beside the formulas of Ioffe and Szegedy (2015), not to be fast; inputs are trusted.
+"""
+
+import numpy as np
+
+
+def expand(v, x, channel_axis):
+    """A (C,) vector in a shape that broadcasts along the channel axis of x."""
+    shape = [1] * x.ndim
+    shape[channel_axis] = -1
+    return np.asarray(v, dtype=np.float64).reshape(shape)
+
+
+def per_channel(x, channel_axis):
+    """x as (C, n) in float64."""
+    return np.moveaxis(np.asarray(x, dtype=np.float64), channel_axis, 0).reshape(x.shape[channel_axis], -1)
+
+
+def moments(x, channel_axis=1):
+    """(n, mean, m2): values per channel, their mean, their sum of squared distances from it."""
+    x_cn = per_channel(x, channel_axis)
+    n = x_cn.shape[1]
+    if n == 0:
+        return 0, np.zeros(len(x_cn)), np.zeros(len(x_cn))
+    # The mean of x - x_0, not of x: exact for a constant channel, whatever its value.
+    first = x_cn[:, :1]
+    mean = (first + (x_cn - first).mean(axis=1, keepdims=True))
+    return n, mean[:, 0], ((x_cn - mean) ** 2).sum(axis=1)
+
+
+def normalize(x, mean, var, weight=None, bias=None, eps=1e-5, channel_axis=1):
+    """Y = (x - mean) / sqrt(var + eps) * weight + bias."""
+    d = np.asarray(x, dtype=np.float64) - expand(mean, x, channel_axis)
+    y = d * expand(1 / np.sqrt(np.asarray(var, dtype=np.float64) + eps), x, channel_axis)
+    if weight is not None:
+        y = y * expand(weight, x, channel_axis)
+    if bias is not None:
+        y = y + expand(bias, x, channel_axis)
+    return y
+
+
+def batch_norm(x, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5,
+               channel_axis=1):
+    """(y, running_mean, running_var) after one call; nothing is changed in place."""
+    if not training:
+        return normalize(x, running_mean, running_var, weight, bias, eps, channel_axis), running_mean, running_var
+    n, mean, m2 = moments(x, channel_axis)
+    if n and running_mean is not None:
+        running_mean = (1 - momentum) * np.asarray(running_mean, np.float64) + momentum * mean
+        running_var = (1 - momentum) * np.asarray(running_var, np.float64) + momentum * m2 / (n - 1)
+    return normalize(x, mean, m2 / max(n, 1), weight, bias, eps, channel_axis), running_mean, running_var
+
+
+def backward(dy, x, mean, var, weight=None, eps=1e-5, train=True, channel_axis=1):
+    """(dx, dweight, dbias). mean and var are the batch's if `train`, else the running ones."""
+    n = x.size // x.shape[channel_axis] if x.size else 0
+    r = 1 / np.sqrt(np.asarray(var, dtype=np.float64) + eps)
+    d = np.asarray(x, dtype=np.float64) - expand(mean, x, channel_axis)
+    dbias = per_channel(dy, channel_axis).sum(axis=1)
+    product = per_channel(d * dy, channel_axis).sum(axis=1)
+    dx = np.asarray(dy, dtype=np.float64)
+    if train and n:
+        dx = dx - expand(dbias / n, x, channel_axis) - d * expand(product * r**2 / n, x, channel_axis)
+    dx = dx * expand(r if weight is None else r * weight, x, channel_axis)
+    return dx, product * r, dbias

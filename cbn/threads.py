@@ -1,0 +1,136 @@
+"""How many threads: one owner of the number.
+
+In this order: what the calling thread asked for (`num_threads`), what the process asked for (`set_num_threads`, or
+CBN_NUM_THREADS), else OpenMP's own number, read at each call, bounded by the processors that the process may use (its
+affinity, and its control group's quota, which OpenMP runtimes ignore). What was asked for is used as it is. Nothing of
+the host program is changed: the number travels with each parallel region.
+"""
+
+import contextlib
+import math
+import operator
+import os
+from pathlib import Path
+
+from .kernels import passes
+
+__all__ = ["get_num_threads", "num_threads", "set_num_threads"]
+
+MAX_THREADS = 1 << 16
+
+
+def checked(n, name="n"):
+    """n as a number of threads."""
+    if isinstance(n, bool):
+        raise TypeError(f"{name} must be a number of threads, not {n!r}")
+    try:
+        n = operator.index(n)
+    except TypeError:
+        raise TypeError(f"{name} must be a number of threads, not {n!r}") from None
+    if not 1 <= n <= MAX_THREADS:
+        raise ValueError(f"{name} must be a number of threads, 1 or more, but got {n}")
+    return n
+
+
+def set_num_threads(n):
+    """Use n threads in this process, from the next call on; more than there are processors is allowed.
+
+    Parameters
+    ----------
+    n : int
+        1 or more.
+
+    Examples
+    --------
+    >>> import cbn
+    >>> cbn.set_num_threads(2)
+    >>> cbn.get_num_threads()
+    2
+    """
+    passes.ask_threads(process=checked(n))
+
+
+def get_num_threads():
+    """The number of threads that a large call from this thread would use now."""
+    return passes.get_threads()
+
+
+@contextlib.contextmanager
+def num_threads(n):
+    """Use n threads for the calls of this thread inside the `with` block.
+
+    Parameters
+    ----------
+    n : int
+        1 or more.
+
+    Examples
+    --------
+    >>> import cbn
+    >>> with cbn.num_threads(1):
+    ...     cbn.get_num_threads()
+    1
+    """
+    n = checked(n)
+    before, _ = passes.asked_threads()
+    passes.ask_threads(here=n)
+    try:
+        yield
+    finally:
+        passes.ask_threads(here=before)
+
+
+def cgroup_quota(root="/sys/fs/cgroup", own="/proc/self/cgroup"):
+    """Whole processors that the control group's quota allows, rounded up; 0 where there is none.
+
+    Version 2 keeps "max 100000" or "150000 100000" in cpu.max of the process's group and of every one above it, version
+    1 two files. A container sees its own group at the root.
+    """
+    root = Path(root)
+    folders = [root]
+    with contextlib.suppress(OSError):
+        for line in Path(own).read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            base = root if not controllers else root / "cpu"
+            if not controllers or "cpu" in controllers.split(","):
+                parts = [p for p in path.split("/") if p not in ("", "..")]
+                folders += [base.joinpath(*parts[:i]) for i in range(len(parts) + 1)]
+    limits = []
+    for folder in folders:
+        for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
+            with contextlib.suppress(OSError, ValueError):
+                quota, period = " ".join(Path(folder, name).read_text() for name in names).split()
+                if quota not in ("max", "-1"):
+                    limits.append(math.ceil(int(quota) / int(period)))
+    return max(1, min(limits)) if limits else 0
+
+
+def explain():
+    """Why `get_num_threads` says what it says."""
+    here, process = passes.asked_threads()
+    info = passes.build_info()
+    if info["forked"]:
+        return "forked child: the parent's threads do not exist here"
+    if not info["openmp"]:
+        return "built without OpenMP"
+    if here:
+        return "num_threads()"
+    if process:
+        return "set_num_threads() or CBN_NUM_THREADS"
+    bounds = f"OpenMP {info['openmp_max_threads']}, affinity {info['openmp_num_procs']}"
+    return bounds + (f", quota {info['cgroup_threads']}" if info["cgroup_threads"] else "")
+
+
+def _at_import():
+    passes.set_cgroup_threads(cgroup_quota())
+    if asked := os.environ.get("CBN_NUM_THREADS"):
+        try:
+            n = int(asked)
+        except ValueError:
+            raise ValueError(f"CBN_NUM_THREADS must be a number of threads, not {asked!r}") from None
+        passes.ask_threads(process=checked(n, "CBN_NUM_THREADS"))
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=passes.after_fork_in_child)
+
+
+_at_import()

@@ -1,0 +1,117 @@
+"""Build of the compiled passes. Everything that is not about compiling is in pyproject.toml.
+
+No instruction-set flags: the sources name what they need (see cbn/kernels/instantiate.h), so that one build runs
+on every processor of its architecture.
+
+Environment:
+    CBN_WITHOUT_OPENMP=1   build without OpenMP, single-threaded
+    CBN_WERROR=1           warnings of our own C are errors (continuous integration)
+    CBN_DEBUG=1            bounds checks in Cython, no optimization, for a debugger
+    CBN_SANITIZE=address,undefined   build with these sanitizers
+"""
+
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+KERNELS = Path("cbn/kernels")
+OPENMP_PROGRAM = "#include <omp.h>\nint main(void) { return omp_get_max_threads() < 1; }\n"
+
+
+def asked(name):
+    """Whether the environment variable is set to something that means yes."""
+    return os.environ.get(name, "").lower() not in ("", "0", "no", "false")
+
+
+def compiler_macros(command):
+    """The macros that the C compiler predefines; none where it does not answer as gcc and clang do."""
+    try:
+        done = subprocess.run(
+            [*command, "-dM", "-E", "-x", "c", os.devnull], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return done.stdout
+
+
+class BuildPasses(build_ext):
+    """build_ext that knows which compilers can build cbn, and that insists on OpenMP."""
+
+    def build_extensions(self):
+        command = list(getattr(self.compiler, "compiler", None) or [self.compiler.compiler_type])
+        if "__GNUC__" not in compiler_macros(command):  # clang defines it too
+            sys.exit(
+                f"cbn: the C compiler {' '.join(command)!r} is neither gcc nor clang. The kernels are written in "
+                "their vector extension and need one of the two: set the environment variable CC, as in CC=gcc."
+            )
+        flags, link_flags = ["-O3", "-std=gnu11", "-fvisibility=hidden", "-Wall", "-Wextra"], []
+        if asked("CBN_DEBUG"):
+            flags += ["-O0", "-g"]
+        if asked("CBN_WERROR"):
+            # What Cython writes is not ours: a parameter that a slot function must have but does not use.
+            flags += ["-Werror", "-Wno-unused-parameter"]
+        if sanitizers := os.environ.get("CBN_SANITIZE"):
+            flags += [f"-fsanitize={sanitizers}", "-fno-omit-frame-pointer", "-g"]
+            link_flags += [f"-fsanitize={sanitizers}"]
+        if not asked("CBN_WITHOUT_OPENMP"):
+            flags += ["-fopenmp"]
+            link_flags += ["-fopenmp"]
+            self.check_openmp(command)
+        for extension in self.extensions:
+            extension.extra_compile_args = flags
+            extension.extra_link_args = link_flags
+        super().build_extensions()
+
+    def check_openmp(self, command):
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder, "openmp.c")
+            source.write_text(OPENMP_PROGRAM)
+            done = subprocess.run(
+                [*command, "-fopenmp", str(source), "-o", str(Path(folder, "openmp"))],
+                capture_output=True,
+                text=True,
+            )
+        if done.returncode:
+            sys.exit(
+                f"cbn: the C compiler {' '.join(command)!r} cannot build an OpenMP program:\n\n"
+                f"{done.stderr.strip()}\n\n"
+                "Install its OpenMP runtime (gcc: libgomp, part of the gcc package; clang: libomp-dev on Debian and "
+                "Ubuntu, libomp-devel on Fedora), or choose another compiler by the environment variable CC. "
+                "To build without threads all the same, set CBN_WITHOUT_OPENMP=1."
+            )
+
+
+sources = ["passes.pyx", "select.c", "baseline.c"]
+if platform.machine().lower() in ("x86_64", "amd64"):
+    sources += ["avx2.c", "avx512.c"]
+
+extension = Extension(
+    "cbn.kernels.passes",
+    sources=[str(KERNELS / name) for name in sources],
+    depends=[str(path) for path in sorted(KERNELS.glob("*.h"))],
+    include_dirs=[numpy.get_include(), str(KERNELS)],
+    define_macros=[("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION"), ("NPY_TARGET_VERSION", "NPY_2_0_API_VERSION")],
+)
+
+debug = asked("CBN_DEBUG")
+setup(
+    ext_modules=cythonize(
+        [extension],
+        compiler_directives={
+            "language_level": "3",
+            "boundscheck": debug,
+            "initializedcheck": debug,
+            "cdivision": True,
+            "embedsignature": True,
+        },
+    ),
+    cmdclass={"build_ext": BuildPasses},
+)
