@@ -220,7 +220,7 @@ cdef class Layout:
     def of(cnp.ndarray x, int channel_axis):
         """The layout of x, or None if no loop reads it as it lies."""
         cdef Layout self = Layout()
-        cdef Py_ssize_t stride
+        cdef Py_ssize_t stride = 0, size = cnp.PyArray_ITEMSIZE(x)
         cdef int axis, i, n_joined
         self.channel_axis = channel_axis
         self.C = x.shape[channel_axis]
@@ -234,31 +234,33 @@ cdef class Layout:
             self.axes[i] = axis
             self.n_axes += 1
         self.N = self.S = 1
+        for i in range(self.n_axes):
+            self.N *= x.shape[self.axes[i]]
         # Rows of channels. A single channel is better a run, if its values are contiguous.
-        if (self.C == 1 or x.strides[channel_axis] == cnp.PyArray_ITEMSIZE(x)) and self._joined(x, 0, self.n_axes, &stride):
-            if self.C > 1 or self.n_axes == 0 or stride != cnp.PyArray_ITEMSIZE(x):
+        if (self.C == 1 or x.strides[channel_axis] == size) and self._joined(x, 0, self.n_axes, &stride):
+            if (self.C > 1 or self.N == 1 or stride != size) and (self.N == 1 or abs(stride) >= self.C * size):
                 self.last = True
                 self.n_outer = self.n_axes
-                for i in range(self.n_axes):
-                    self.N *= x.shape[self.axes[i]]
                 return self
         # Runs: the longest contiguous group of the fastest axes, and all others in one.
-        n_joined = 0
-        while n_joined < self.n_axes and self._joined(x, self.n_axes - n_joined - 1, self.n_axes, &stride) \
-                and stride == cnp.PyArray_ITEMSIZE(x):
-            n_joined += 1
-        self.n_outer = self.n_axes - n_joined
-        if n_joined == 0 or not self._joined(x, 0, self.n_outer, &stride):
+        self.n_outer = self.n_axes
+        while self.n_outer > 0 and self._joined(x, self.n_outer - 1, self.n_axes, &stride) and stride == size:
+            self.n_outer -= 1
+            self.S *= x.shape[self.axes[self.n_outer]]
+            self.N //= x.shape[self.axes[self.n_outer]]
+        if self.S == 1 or not self._joined(x, 0, self.n_outer, &stride):
             return None
-        for i in range(self.n_axes):
-            if i < self.n_outer:
-                self.N *= x.shape[self.axes[i]]
-            else:
-                self.S *= x.shape[self.axes[i]]
+        # Where runs overlap, as in sliding windows or a broadcast axis, no output can lie as the input does.
+        extent = self.S * size
+        for step, length in sorted([(abs(stride), self.N), (abs(x.strides[channel_axis]), self.C)]):
+            if length > 1:
+                if step < extent:
+                    return None
+                extent = step * length
         return self
 
     cdef bint _joined(self, cnp.ndarray x, int begin, int end, Py_ssize_t *stride) noexcept:
-        """Whether axes[begin:end] are one axis in memory; its stride in bytes."""
+        """Whether axes[begin:end] are one axis in memory, and its stride in bytes (0 for no axis)."""
         cdef int i
         for i in range(begin, end - 1):
             if x.strides[self.axes[i]] != x.strides[self.axes[i + 1]] * x.shape[self.axes[i + 1]]:

@@ -1,0 +1,59 @@
+"""What all tests share: instruction sets, layouts, and arrays that lie in memory as asked."""
+
+import numpy as np
+import pytest
+
+from cbn.kernels import passes
+
+DTYPES = (np.float32, np.float64)
+# Largest error allowed, relative to the largest value of the exact result.
+LIMIT = {np.dtype(np.float32): 1e-6, np.dtype(np.float64): 1e-12}
+GRADIENT_LIMIT = {np.dtype(np.float32): 1e-5, np.dtype(np.float64): 1e-11}
+
+# name -> (shape, channel axis, order of the axes in memory)
+LAYOUTS = {
+    "NC": ((37, 19), 1, None),
+    "NCL": ((5, 7, 67), 1, None),
+    "NLC": ((5, 67, 7), -1, None),
+    "NCHW": ((3, 5, 9, 11), 1, None),
+    "NHWC": ((3, 9, 11, 21), -1, None),
+    "NCHW as NHWC": ((3, 21, 9, 11), 1, (0, 2, 3, 1)),
+    "NCDHW": ((2, 3, 4, 5, 7), 1, None),
+    "CN": ((6, 131), 0, None),
+    "CNHW in memory": ((3, 5, 9, 11), 1, (1, 0, 2, 3)),
+    "C=1": ((50, 1), 1, None),
+    "C=600": ((70, 600), 1, None),
+}
+
+
+def in_memory_order(x, order):
+    """x with its axes lying in memory in this order, slowest first."""
+    if order is None:
+        return np.ascontiguousarray(x)
+    return np.ascontiguousarray(x.transpose(order)).transpose(np.argsort(order))
+
+
+def error(actual, exact):
+    """Largest difference relative to the largest value of the exact result."""
+    actual, exact = np.asarray(actual, np.float64), np.asarray(exact, np.float64)
+    assert actual.shape == exact.shape
+    scale = np.abs(exact).max() or 1.0
+    return np.abs(actual - exact).max() / scale
+
+
+@pytest.fixture(params=passes.available())
+def isa(request):
+    """Each instruction set of this processor in turn."""
+    passes.use_isa(request.param)
+    return request.param
+
+
+@pytest.fixture
+def parallel():
+    """Parallel regions however small the array is."""
+    passes.set_bytes_per_thread(1)
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(20150211)  # the day batch normalization was published

@@ -1,0 +1,106 @@
+"""The accuracy that cbn promises: errors relative to the output's scale, constants, exact fills."""
+
+import numpy as np
+import pytest
+
+import cbn
+from cbn import reference
+from cbn.functional import native_batch_norm, native_batch_norm_backward
+
+from .conftest import in_memory_order
+
+DISTRIBUTIONS = {
+    "N(0, 1)": (0, 1, 1),
+    "N(1000, 1)": (1000, 1, 1),
+    "N(1e4, 0.1)": (1e4, 0.1, 1),
+    "N(1e6, 1)": (1e6, 1, 1),
+    "N(0, 1) × 1e19": (0, 1, 1e19),
+    "N(0, 1) × 1e-20": (0, 1, 1e-20),
+    "N(3, 1) × 1e30": (3, 1, 1e30),
+    "N(0, 1) × 1e37": (0, 1, 1e37),
+    "N(-1000, 1) × 1e-30": (-1000, 1, 1e-30),
+}
+# shape, axis, order in memory; the last has several chunks a channel
+SHAPES = [((16, 6, 12, 12), 1, None), ((16, 6, 12, 12), 1, (0, 2, 3, 1)), ((512, 40), 1, None), ((2, 3, 90000), 1, None)]
+
+
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+@pytest.mark.parametrize(("shape", "axis", "order"), SHAPES)
+def test_float32_errors(isa, rng, name, shape, axis, order):
+    mean, std, factor = DISTRIBUTIONS[name]
+    x = in_memory_order(((rng.standard_normal(shape) * std + mean) * factor).astype(np.float32), order)
+    dy = in_memory_order(rng.standard_normal(shape).astype(np.float32), order)
+    weight, bias = rng.standard_normal((2, shape[axis])).astype(np.float32)
+    n, exact_mean, m2 = reference.moments(x)
+    y, *saved = native_batch_norm(x, weight, bias, None, None, True, 0.1, 1e-5)
+    exact_y = reference.normalize(x, exact_mean, m2 / n, weight, bias)
+    assert np.abs(y - exact_y).max() <= 1e-6 * np.abs(exact_y).max()
+    gradients = native_batch_norm_backward(dy, x, weight, None, None, *saved, True, 1e-5)
+    exact = reference.backward(dy, x, exact_mean, m2 / n, weight)
+    for name_, gradient, exact_gradient in zip(("dx", "dweight", "dbias"), gradients, exact, strict=True):
+        assert np.abs(gradient - exact_gradient).max() <= 1e-5 * np.abs(exact_gradient).max(), name_
+    # Evaluation, with statistics as a layer stores them
+    running_mean = np.asarray(exact_mean, np.float64)
+    y = cbn.functional.batch_norm(x, running_mean, m2 / n, weight, bias)
+    assert np.abs(y - exact_y).max() <= 1e-6 * np.abs(exact_y).max()
+
+
+@pytest.mark.parametrize("mean", [0, 1000, 1e6])
+def test_gradient_with_a_large_mean(rng, mean):
+    """dy far from zero: its mean is carried as two floats too."""
+    x = rng.standard_normal((64, 5, 50)).astype(np.float32)
+    dy = (rng.standard_normal((64, 5, 50)) + mean).astype(np.float32)
+    n, exact_mean, m2 = reference.moments(x)
+    _, *saved = native_batch_norm(x, None, None, None, None, True, 0.1, 1e-5)
+    gradients = native_batch_norm_backward(dy, x, None, None, None, *saved, True, 1e-5)
+    for gradient, exact in zip(gradients, reference.backward(dy, x, exact_mean, m2 / n), strict=True):
+        assert np.abs(gradient - exact).max() <= 1e-6 * np.abs(exact).max()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("value", [0.0, 3.3, -0.1, 1e7, 1e7 + 0.1, 1e10, 1e-30, 1e30])
+@pytest.mark.parametrize(("shape", "axis", "order"), [*SHAPES, ((7, 3), 1, None), ((3, 1, 333), 1, None)])
+def test_a_constant_channel_gives_exactly_the_bias(isa, dtype, value, shape, axis, order):
+    x = in_memory_order(np.full(shape, value, dtype), order)
+    bn = cbn.BatchNorm(shape[axis], dtype=dtype)
+    bn.bias[:] = np.linspace(-1, 3, shape[axis])
+    y = bn(x)
+    assert np.array_equal(y, np.broadcast_to(reference.expand(bn.bias, x, axis), shape))
+    assert np.array_equal(cbn.moments(x).mean, np.full(shape[axis], float(dtype(value))))
+    assert not cbn.moments(x).m2.any()
+
+
+@pytest.mark.parametrize("order", [None, (0, 2, 3, 1)])
+def test_pairs_around_a_representable_mean_are_exact(isa, rng, order):
+    """oneDNN's fill: values in pairs m - k/8, m + k/8, for which mean and variance can be exact, and must be."""
+    for mean in (0.0, 1.0, -32.0, 1024.0):
+        k = rng.integers(1, 64, (8, 3, 6, 5)) / 8
+        x = np.empty((8, 3, 6, 10), np.float32)
+        x[..., 0::2], x[..., 1::2] = mean - k, mean + k
+        x = in_memory_order(x, order)
+        m = cbn.moments(x)
+        assert np.array_equal(m.mean, np.full(3, mean))
+        assert np.array_equal(m.m2, 2 * (k**2).sum(axis=(0, 2, 3)))
+
+
+def test_an_outlier_in_first_place_costs_no_accuracy(isa, rng):
+    """The shift is the channel's first value: the farther it lies out, the larger the variance is that it makes."""
+    x = rng.standard_normal((4, 3, 5000)).astype(np.float32)
+    x[0, :, 0] = 1e6
+    n, mean, m2 = reference.moments(x)
+    found = cbn.moments(x)
+    assert np.abs(found.mean - mean).max() < 1e-12 * np.sqrt(m2 / n).min()
+    np.testing.assert_allclose(found.m2, m2, rtol=1e-10)
+
+
+def test_layer_of_a_million_stays_exact_over_modes(rng):
+    bn = cbn.BatchNorm2d(4)
+    x = (rng.standard_normal((8, 4, 16, 16)) + 1e6).astype(np.float32)
+    y = bn(x)
+    n, mean, m2 = reference.moments(x)
+    assert np.abs(y - reference.normalize(x, mean, m2 / n)).max() < 1e-6 * np.abs(y).max()
+    dx = bn.backward(y)
+    exact = reference.backward(y, x, mean, m2 / n)
+    # dx is what rounding leaves of y itself: compare it with the scale of y
+    assert np.abs(dx - exact[0]).max() < 1e-6
+    assert np.abs(bn.weight_grad - exact[1]).max() < 1e-6 * np.abs(exact[1]).max()

@@ -1,0 +1,190 @@
+"""Every kernel against `cbn.reference`: instruction set × dtype × layout × mode × number of threads."""
+
+import numpy as np
+import pytest
+
+import cbn
+from cbn import reference
+from cbn.functional import native_batch_norm, native_batch_norm_backward
+from cbn.kernels import passes
+
+from .conftest import DTYPES, GRADIENT_LIMIT, LAYOUTS, LIMIT, error, in_memory_order
+
+THREADS = (1, 2, 3, 8)
+
+
+def data(rng, dtype, layout):
+    shape, axis, order = LAYOUTS[layout]
+    n_channels = shape[axis]
+    x = in_memory_order((3 * rng.standard_normal(shape) + 10).astype(dtype), order)
+    dy = in_memory_order(rng.standard_normal(shape).astype(dtype), order)
+    weight, bias, mean = rng.standard_normal((3, n_channels)).astype(dtype)
+    var = rng.uniform(0.5, 2, n_channels).astype(dtype)
+    return x, dy, weight, bias, mean, var, axis
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("affine", [True, False])
+def test_forward_and_backward(isa, parallel, rng, dtype, layout, affine):
+    x, dy, weight, bias, mean, var, axis = data(rng, dtype, layout)
+    if not affine:
+        weight = bias = None
+    axis_index = axis % x.ndim
+    for train in (True, False):
+        exact_mean, exact_var = mean, var
+        if train:
+            n, exact_mean, m2 = reference.moments(x, axis_index)
+            exact_var = m2 / n
+        exact_y = reference.normalize(x, exact_mean, exact_var, weight, bias, 1e-5, axis_index)
+        exact = reference.backward(dy, x, exact_mean, exact_var, weight, 1e-5, train, axis_index)
+        results = []
+        for n_threads in THREADS:
+            with cbn.num_threads(n_threads):
+                y, save_mean, save_invstd = native_batch_norm(
+                    x, weight, bias, *((None, None) if train else (mean, var)), train, 0.1, 1e-5, channel_axis=axis
+                )
+                gradients = native_batch_norm_backward(
+                    dy, x, weight, mean, var, save_mean, save_invstd, train, 1e-5, channel_axis=axis
+                )
+            results.append([a.tobytes("A") for a in (y, save_mean, save_invstd, *gradients)])
+        assert y.dtype == x.dtype
+        assert y.strides == x.strides
+        assert error(y, exact_y) <= LIMIT[x.dtype]
+        if train:
+            assert error(save_mean, exact_mean) <= 1e-12
+            assert error(save_invstd, 1 / np.sqrt(exact_var + 1e-5)) <= 1e-12
+        for gradient, exact_gradient in zip(gradients, exact, strict=True):
+            assert error(gradient, exact_gradient) <= GRADIENT_LIMIT[x.dtype]
+        assert all(r == results[0] for r in results), "the bits depend on the number of threads"
+
+
+# Shapes around every border of the partition and of the loops: vectors, unrolled vectors, chunks, tiles, row blocks.
+LENGTHS = (1, 2, 3, 4, 7, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 129)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(2, 3, s) for s in LENGTHS] + [(s, 3) for s in LENGTHS[1:]] + [(3, s) for s in LENGTHS])
+def test_borders_of_vectors(isa, rng, dtype, shape):
+    x = rng.standard_normal(shape).astype(dtype)
+    n, mean, m2 = reference.moments(x)
+    y, *saved = native_batch_norm(x, None, None, None, None, True, 0.1, 1e-5)
+    assert error(y, reference.normalize(x, mean, m2 / n)) <= LIMIT[x.dtype]
+    dy = rng.standard_normal(shape).astype(dtype)
+    gradients = native_batch_norm_backward(dy, x, None, None, None, *saved, True, 1e-5)
+    for gradient, exact in zip(gradients, reference.backward(dy, x, mean, m2 / n), strict=True):
+        scale = max(np.abs(exact).max(), np.abs(dy).max() / np.sqrt(m2 / n + 1e-5).min() * 1e-2)
+        assert np.abs(gradient - exact).max() <= GRADIENT_LIMIT[x.dtype] * scale
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis"),
+    [
+        ((1, 2, 65535), 1), ((1, 2, 65536), 1), ((2, 2, 65537), 1), ((2, 1, 200001), 1),  # chunks of one run
+        ((700, 2, 199), 1), ((66000, 2, 2), 1), ((1, 1, 300000), 1),  # chunks of many runs
+        ((63, 5), 1), ((64, 5), 1), ((65, 5), 1), ((70000, 3), 1), ((2, 1, 1000, 5), 3),  # row blocks
+        ((3, 511), 1), ((3, 512), 1), ((130, 513), 1), ((70, 1500), 1), ((2, 40000), 1),  # column tiles
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_borders_of_the_partition(parallel, rng, dtype, shape, axis):
+    x = (rng.standard_normal(shape) + 5).astype(dtype)
+    dy = rng.standard_normal(shape).astype(dtype)
+    n, mean, m2 = reference.moments(x, axis)
+    exact_y = reference.normalize(x, mean, m2 / n, channel_axis=axis)
+    exact = reference.backward(dy, x, mean, m2 / n, channel_axis=axis)
+    results = []
+    for n_threads in (1, 2, 5, 16):
+        with cbn.num_threads(n_threads):
+            y, *saved = native_batch_norm(x, None, None, None, None, True, 0.1, 1e-5, channel_axis=axis)
+            gradients = native_batch_norm_backward(dy, x, None, None, None, *saved, True, 1e-5, channel_axis=axis)
+        results.append([a.tobytes() for a in (y, *saved, *gradients)])
+    assert all(r == results[0] for r in results)
+    assert error(y, exact_y) <= LIMIT[x.dtype]
+    for gradient, exact_gradient in zip(gradients, exact, strict=True):
+        assert error(gradient, exact_gradient) <= GRADIENT_LIMIT[x.dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("last", [False, True])
+def test_bits_do_not_depend_on_addresses_or_out(isa, rng, dtype, last):
+    shape = (3, 100, 7) if last else (3, 7, 100)
+    axis = -1 if last else 1
+    x = rng.standard_normal(shape).astype(dtype)
+    dy = rng.standard_normal(shape).astype(dtype)
+    expected_y, *saved = native_batch_norm(x, None, None, None, None, True, 0.1, 1e-5, channel_axis=axis)
+    expected_dx = native_batch_norm_backward(dy, x, None, None, None, *saved, True, 1e-5, channel_axis=axis)[0]
+    memory = np.empty(x.size + 64, dtype)
+    memory_out = np.empty(x.size + 64, dtype)
+    for offset in range(0, 20):
+        moved = memory[offset : offset + x.size].reshape(shape)
+        moved[...] = x
+        out = memory_out[19 - offset : 19 - offset + x.size].reshape(shape)
+        y, *saved = native_batch_norm(moved, None, None, None, None, True, 0.1, 1e-5, channel_axis=axis, out=out)
+        assert y is out
+        assert y.tobytes() == expected_y.tobytes()
+        native_batch_norm_backward(dy, moved, None, None, None, *saved, True, 1e-5, channel_axis=axis, out=out)
+        assert out.tobytes() == expected_dx.tobytes()
+
+
+def test_an_element_has_the_same_bits_in_a_vector_and_in_a_tail(isa, rng):
+    """Every position of a run, so the vector's and the scalar's formula round alike."""
+    mean, var = rng.standard_normal(1), rng.uniform(1, 2, 1)
+    for dtype in DTYPES:
+        value = dtype(rng.standard_normal())
+        y = cbn.functional.batch_norm(np.full((1, 1, 203), value), mean, var)
+        assert len(set(y.ravel().tolist())) == 1
+
+
+def test_layouts_are_recognized():
+    def layout(x, axis=1):
+        found = passes.Layout.of(x, axis)
+        return None if found is None else (found.last, found.N, found.C, found.S)
+
+    x = np.zeros((2, 3, 4, 5), np.float32)
+    assert layout(x) == (False, 2, 3, 20)
+    assert layout(x, 3) == (True, 24, 5, 1)
+    assert layout(x, 0) == (False, 1, 2, 60)
+    assert layout(in_memory_order(x, (0, 2, 3, 1))) == (True, 40, 3, 1)
+    assert layout(in_memory_order(x, (1, 0, 2, 3))) == (False, 1, 3, 40)
+    assert layout(x[::-1]) == (False, 2, 3, 20)
+    assert layout(x[:, 1:]) == (False, 2, 2, 20)
+    assert layout(x[..., ::2]) is None
+    assert layout(x[..., :3]) is None
+    assert layout(x[:, :, :, ::-1]) is None
+    assert layout(np.broadcast_to(x[:1], (7, 3, 4, 5))) is None
+    assert layout(np.zeros((6, 3))) == (True, 6, 3, 1)
+    assert layout(np.zeros((6, 3))[::2]) == (True, 3, 3, 1)
+    assert layout(np.zeros((6, 1))) == (False, 1, 1, 6)
+    assert layout(np.zeros((6, 3), order="F")) == (False, 1, 3, 6)
+    assert layout(np.zeros((1, 3))) == (True, 1, 3, 1)
+    assert layout(np.zeros((1, 3, 1, 1))) == (True, 1, 3, 1)
+    assert "first: 2 runs of 20" in repr(passes.Layout.of(x, 1))
+
+
+@pytest.mark.parametrize("order", [None, (0, 2, 3, 1)])
+def test_known_layouts_run_without_a_copy(rng, order, monkeypatch):
+    x = in_memory_order(rng.standard_normal((2, 3, 4, 5)).astype(np.float32), order)
+    assert cbn.functional.Input(x, 1).x is x
+
+
+def test_use_isa_refuses_unknown_and_lists_what_is_available():
+    with pytest.raises(ValueError, match=r"CBN_ISA: instruction set 'sse9' is not known; available: baseline"):
+        passes.use_isa("sse9")
+    assert passes.isa() == passes.available()[-1]
+
+
+def test_arrays_that_overlap_themselves_are_copied(rng):
+    """No output can lie as they do; with a channel's runs or rows over one another a kernel would write twice."""
+    signal = rng.standard_normal(64)
+    windows = np.lib.stride_tricks.sliding_window_view
+    for x, axis in (
+        (windows(signal, 8), 0), (windows(signal, 8), 1), (windows(signal, 8).T, 0), (windows(signal, 8).T, 1),
+        (np.broadcast_to(signal[:4, None], (6, 4, 10)), 1), (np.broadcast_to(signal[:4], (6, 10, 4)), 2),
+        (np.broadcast_to(signal[:4], (6, 4)), 1), (np.broadcast_to(signal[:4], (6, 4)), 0),
+        (np.broadcast_to(signal[0], (6, 4)), 1), (windows(signal, 8)[::2, ::-1], 1),
+        (windows(signal.reshape(16, 4), 5, 0), 1), (windows(signal.reshape(4, 16), (2, 3)), 1),
+    ):  # fmt: skip
+        n, mean, m2 = reference.moments(x, axis)
+        y = cbn.functional.batch_norm(x, None, None, training=True, channel_axis=axis)
+        assert error(y, reference.normalize(x, mean, m2 / n, channel_axis=axis)) < 1e-12
