@@ -188,3 +188,29 @@ def test_arrays_that_overlap_themselves_are_copied(rng):
         n, mean, m2 = reference.moments(x, axis)
         y = cbn.functional.batch_norm(x, None, None, training=True, channel_axis=axis)
         assert error(y, reference.normalize(x, mean, m2 / n, channel_axis=axis)) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("last", [False, True])
+def test_a_channel_has_the_same_bits_whatever_its_neighbours_are(isa, rng, dtype, last):
+    """Neighbours that are not finite, or that need float64 arithmetic, in every position of a vector."""
+    x, dy = rng.standard_normal((2, 60, 40)).astype(dtype)
+    axis = 1
+    if not last:
+        x, dy, axis = np.ascontiguousarray(x.T), np.ascontiguousarray(dy.T), 0
+
+    def run(x):
+        y, *saved = native_batch_norm(x, None, None, None, None, True, 0.1, 1e-5, channel_axis=axis)
+        dx, dweight, dbias = native_batch_norm_backward(
+            dy, x, None, None, None, *saved, True, 1e-5, channel_axis=axis
+        )
+        return [np.moveaxis(y, axis, 0), np.moveaxis(dx, axis, 0), dweight, dbias]
+
+    clean = run(x)
+    for value in (np.nan, np.inf, 1e35, 3e38):
+        dirty = x.copy()
+        spoiled = rng.choice(40, 9, replace=False)
+        np.moveaxis(dirty, axis, 0)[spoiled, 3] = value
+        kept = np.setdiff1d(np.arange(40), spoiled)
+        for a, b in zip(run(dirty), clean, strict=True):
+            assert np.array_equal(a[kept], b[kept])

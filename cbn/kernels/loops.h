@@ -23,9 +23,9 @@
  * y = (x - mean)*scale + offset, unfolded: x*scale + (offset - mean*scale) would lose all digits of a channel
  * whose mean is large beside its spread. In float32 the mean is carried as two floats, high + low, since one
  * cannot hold it: x - high is exact where x is near the mean (Sterbenz), and then low corrects the remainder.
- * In float64 low is zero (not mean - high, which is NaN where the mean is infinite).
+ * In float64 low is zero; so it is where the mean is infinite, and mean - high would be NaN.
  */
-#define LOW_PART(mean, high) (sizeof(real) == sizeof(double) ? (real)0 : (real)((mean) - (high)))
+#define LOW_PART(mean, high) ((high) - (high) == 0 ? (real)((mean) - (high)) : (real)0)
 #define APPLY(x, high, low, scale, offset) ((((x) - (high)) - (low)) * (scale) + (offset))
 
 TARGET static void LOOP(apply_first)(const void *x_ns, void *y_ns, ptrdiff_t n_runs, ptrdiff_t length,

@@ -62,7 +62,7 @@ cdef extern from *:
     const char *CBN_COMPILER
     int omp_get_max_threads() nogil
     int omp_get_num_procs() nogil
-    const float FLT_MIN, FLT_MAX
+    const double FLT_MIN, FLT_MAX
 
 
 # ---- instruction sets ------------------------------------------------------------------------------------------
@@ -313,7 +313,7 @@ cdef struct Job:
     const cbn_loops *narrow     # arithmetic in the type of the elements
     const cbn_loops *wide       # and in float64, for coefficients that float32 cannot hold
     bint last
-    bint force_wide
+    bint all_wide               # every channel takes `wide`
     bint backward               # reductions of g and x, not of x alone
     bint batch_statistics       # backward through them
     Py_ssize_t C, N, S, itemsize
@@ -340,12 +340,12 @@ cdef struct Rectangle:
 ctypedef void (*Work)(Job *job, Py_ssize_t item) noexcept nogil
 
 
-cdef Job make_job(Layout layout, cnp.ndarray x, bint force_wide):
+cdef Job make_job(Layout layout, cnp.ndarray x, bint wide):
     cdef Job job
     job.last = layout.last
     job.C, job.N, job.S = layout.C, layout.N, layout.S
     job.itemsize = cnp.PyArray_ITEMSIZE(x)
-    job.force_wide = force_wide
+    job.all_wide = wide or cnp.PyArray_ITEMSIZE(x) == 8
     job.backward = job.batch_statistics = False
     job.x = job.y = job.g = layout.view(x)
     job.weight_c = job.bias_c = job.shift_c = job.partial = job.sum_c = job.square_c = job.coef_c = NULL
@@ -471,52 +471,62 @@ cdef void settle(Job *job, Py_ssize_t c) noexcept nogil:
         job.coef_c[2 * job.C + c] = 0 if job.bias_c == NULL else job.bias_c[c]
 
 
-cdef const cbn_loops *loops_for(Job *job, Rectangle r, int n_coef) noexcept nogil:
-    """float64 arithmetic where a coefficient is beyond float32: nothing that can be represented may be lost.
+cdef inline bint fits_float32(double mean, double scale, double term, double slope) noexcept nogil:
+    """Whether float32 holds the coefficients of a channel, so that nothing that can be represented is lost.
 
     A mean below 2^102 is less than half a unit in the last place of float32's largest value, so x - mean cannot
-    overflow for any finite x. A factor that is not zero must be a normal number, or it has lost digits.
+    overflow for any finite x. A factor that is not zero must be a normal number, or it has lost digits; a term that
+    is added must not overflow. Bitwise, for a loop without branches.
     """
-    cdef Py_ssize_t c
-    cdef int k
-    cdef double a
-    if job.force_wide:
-        return job.wide
-    if job.narrow == job.wide:
-        return job.narrow
-    for c in range(r.c, r.c + r.n_channels):
-        if not fabs(job.coef_c[c]) < 5e30:
-            return job.wide
-        for k in range(1, n_coef):
-            a = fabs(job.coef_c[k * job.C + c])
-            if a != 0 and not (FLT_MIN <= a <= FLT_MAX):
-                # the offset, and the mean of g, are added: tiny ones are lost beside the sum or exact in it
-                if k == 2 and a < FLT_MIN:
-                    continue
-                return job.wide
-    return job.narrow
+    return (fabs(mean) < 5e30) & (fabs(term) <= FLT_MAX) \
+        & ((scale == 0) | ((fabs(scale) >= FLT_MIN) & (fabs(scale) <= FLT_MAX))) \
+        & ((slope == 0) | ((fabs(slope) >= FLT_MIN) & (fabs(slope) <= FLT_MAX)))
 
 
-cdef void apply_item(Job *job, Py_ssize_t item) noexcept nogil:
+cdef bint needs_wide(Job *job, Py_ssize_t c) noexcept nogil:
+    """Whether the channel takes float64 arithmetic. Coefficients that are not finite are so in every type."""
+    cdef double mean = job.coef_c[c], scale = job.coef_c[job.C + c], term = job.coef_c[2 * job.C + c]
+    cdef double slope = job.coef_c[3 * job.C + c] if job.backward else 0
+    return not fits_float32(mean if isfinite(mean) else 0, scale if isfinite(scale) else 0,
+                            term if isfinite(term) else 0, slope if isfinite(slope) else 0)
+
+
+cdef void map_item(Job *job, Py_ssize_t item) noexcept nogil:
+    """apply or grad_apply of one rectangle, in pieces of neighbouring channels that take the same arithmetic."""
     cdef Rectangle r = rectangle(job, item)
-    cdef const cbn_loops *loops = loops_for(job, r, 3)
-    if job.last:
-        loops.apply_last(at(job, job.x, r), at(job, job.y, r), r.n_runs, r.n_channels, job.x.n, job.y.n,
-                         job.coef_c + r.c, job.C)
-    else:
-        loops.apply_first(at(job, job.x, r), at(job, job.y, r), r.n_runs, r.length, job.x.n, job.y.n,
-                          job.coef_c + r.c, job.C)
+    cdef Py_ssize_t c, end = r.c + r.n_channels
+    cdef bint narrow = True, wide
+    if job.all_wide:
+        map_rectangle(job, job.wide, r)
+        return
+    for c in range(r.c, end):
+        narrow &= fits_float32(job.coef_c[c], job.coef_c[job.C + c], job.coef_c[2 * job.C + c],
+                               job.coef_c[3 * job.C + c] if job.backward else 0)
+    if narrow:
+        map_rectangle(job, job.narrow, r)
+        return
+    while r.c < end:
+        wide = needs_wide(job, r.c)
+        r.n_channels = 1
+        while r.c + r.n_channels < end and needs_wide(job, r.c + r.n_channels) == wide:
+            r.n_channels += 1
+        map_rectangle(job, job.wide if wide else job.narrow, r)
+        r.c += r.n_channels
 
 
-cdef void grad_apply_item(Job *job, Py_ssize_t item) noexcept nogil:
-    cdef Rectangle r = rectangle(job, item)
-    cdef const cbn_loops *loops = loops_for(job, r, 4)
-    if job.last:
+cdef void map_rectangle(Job *job, const cbn_loops *loops, Rectangle r) noexcept nogil:
+    cdef const double *coef_c = job.coef_c + r.c
+    if job.backward and job.last:
         loops.grad_apply_last(at(job, job.g, r), at(job, job.x, r), at(job, job.y, r), r.n_runs, r.n_channels,
-                              job.g.n, job.x.n, job.y.n, job.coef_c + r.c, job.C)
-    else:
+                              job.g.n, job.x.n, job.y.n, coef_c, job.C)
+    elif job.backward:
         loops.grad_apply_first(at(job, job.g, r), at(job, job.x, r), at(job, job.y, r), r.n_runs, r.length,
-                               job.g.n, job.x.n, job.y.n, job.coef_c + r.c, job.C)
+                               job.g.n, job.x.n, job.y.n, coef_c, job.C)
+    elif job.last:
+        loops.apply_last(at(job, job.x, r), at(job, job.y, r), r.n_runs, r.n_channels, job.x.n, job.y.n, coef_c,
+                         job.C)
+    else:
+        loops.apply_first(at(job, job.x, r), at(job, job.y, r), r.n_runs, r.length, job.x.n, job.y.n, coef_c, job.C)
 
 
 cdef void whole_channel(Job *job, Py_ssize_t c) noexcept nogil:
@@ -526,10 +536,7 @@ cdef void whole_channel(Job *job, Py_ssize_t c) noexcept nogil:
         reduce_item(job, c * job.blocks + k)
     settle(job, c)
     for k in range(job.blocks):
-        if job.backward:
-            grad_apply_item(job, c * job.blocks + k)
-        else:
-            apply_item(job, c * job.blocks + k)
+        map_item(job, c * job.blocks + k)
 
 
 cdef Py_ssize_t CACHE = 1 << 19    # bytes of one channel that stay in L2 between two passes
@@ -546,10 +553,7 @@ cdef void reduce_and_map(Job *job) noexcept nogil:
     run(reduce_item, job, job.tiles * job.blocks, arrays)
     for c in range(job.C):
         settle(job, c)
-    if job.backward:
-        run(grad_apply_item, job, job.tiles * job.blocks, 3)
-    else:
-        run(apply_item, job, job.tiles * job.blocks, 2)
+    run(map_item, job, job.tiles * job.blocks, arrays + 1)
 
 
 # ---- entries ---------------------------------------------------------------------------------------------------
@@ -608,7 +612,7 @@ def apply(Layout layout, cnp.ndarray x, cnp.ndarray y, cnp.ndarray coef, bint wi
     job.coef_c = doubles(coef)
     job.y = layout.view(y)
     with nogil:
-        run(apply_item, &job, job.tiles * job.blocks, 2)
+        run(map_item, &job, job.tiles * job.blocks, 2)
 
 
 def grad_moments(Layout layout, cnp.ndarray g, cnp.ndarray x, cnp.ndarray mean, cnp.ndarray dx=None,

@@ -1,0 +1,351 @@
+"""The layers: state, modes, gradients, state dicts, copies."""
+
+import copy
+import itertools
+import pickle
+
+import numpy as np
+import pytest
+
+import cbn
+from cbn import reference
+
+from .conftest import DTYPES, error
+
+
+def batch(rng, shape=(8, 3, 5), dtype=np.float32):
+    return (2 * rng.standard_normal(shape) + 1).astype(dtype)
+
+
+def test_a_fresh_layer():
+    bn = cbn.BatchNorm1d(3)
+    assert np.array_equal(bn.weight, np.ones(3, np.float32))
+    assert np.array_equal(bn.running_var, np.ones(3, np.float32))
+    for a in (bn.bias, bn.running_mean, bn.weight_grad, bn.bias_grad):
+        assert np.array_equal(a, np.zeros(3, np.float32))
+        assert a.dtype == np.float32
+    assert bn.num_batches_tracked.dtype == np.int64
+    assert bn.num_batches_tracked.shape == ()
+    assert bn.num_batches_tracked == 0
+    assert bn.training
+    assert not bn.frozen
+
+
+@pytest.mark.parametrize(("affine", "bias", "track"), list(itertools.product([True, False], repeat=3)))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_combination_of_switches(rng, affine, bias, track, dtype):
+    bn = cbn.BatchNorm1d(3, affine=affine, bias=bias, track_running_stats=track, dtype=dtype)
+    assert (bn.weight is not None) == affine == (bn.weight_grad is not None)
+    assert (bn.bias is not None) == (affine and bias) == (bn.bias_grad is not None)
+    for a in (bn.running_mean, bn.running_var, bn.num_batches_tracked):
+        assert (a is not None) == track
+    if affine:
+        bn.weight[:] = rng.standard_normal(3)
+    if affine and bias:
+        bn.bias[:] = rng.standard_normal(3)
+    mean, var = (np.zeros(3), np.ones(3)) if track else (None, None)
+    for _ in range(3):
+        x = batch(rng, dtype=dtype)
+        exact, mean, var = reference.batch_norm(x, mean, var, bn.weight, bn.bias, True)
+        assert error(bn(x), exact) < 1e-6
+    if track:
+        assert error(bn.running_mean, mean) < 1e-6
+        assert error(bn.running_var, var) < 1e-6
+        assert bn.num_batches_tracked == 3
+    bn.eval()
+    x = batch(rng, dtype=dtype)
+    exact, *_ = reference.batch_norm(x, mean, var, bn.weight, bn.bias, not track)
+    assert error(bn(x), exact) < 1e-6
+    assert len(list(bn.parameters())) == affine + (affine and bias)
+    assert len(bn.state_dict()) == affine + (affine and bias) + 3 * track
+
+
+def test_cumulative_average(rng):
+    """momentum=None: after k batches of one size the running mean is the mean of the k means."""
+    bn = cbn.BatchNorm1d(3, momentum=None, dtype=np.float64)
+    means, variances = [], []
+    for _ in range(5):
+        x = batch(rng, dtype=np.float64)
+        bn(x)
+        n, mean, m2 = reference.moments(x)
+        means.append(mean)
+        variances.append(m2 / (n - 1))
+    np.testing.assert_allclose(bn.running_mean, np.mean(means, axis=0), rtol=1e-14)
+    np.testing.assert_allclose(bn.running_var, np.mean(variances, axis=0), rtol=1e-14)
+    bn.num_batches_tracked = None  # PyTorch's factor is then 0
+    before = bn.running_mean.copy()
+    bn(x)
+    assert np.array_equal(bn.running_mean, before)
+
+
+def test_biased_running_variance():
+    for kind, expected in (("unbiased", 1.7), ("biased", 1.3)):
+        bn = cbn.BatchNorm1d(1, running_var=kind, dtype=np.float64)
+        bn(np.array([[0.0], [4.0]]))
+        assert bn.running_var[0] == pytest.approx(expected, rel=1e-14)
+
+
+def test_flipping_track_running_stats(rng):
+    """Train uses batch statistics and leaves buffers and counter alone; eval still uses what is stored."""
+    bn = cbn.BatchNorm1d(3)
+    bn(batch(rng))
+    bn.track_running_stats = False
+    before = bn.state_dict()
+    x = batch(rng)
+    assert error(bn(x), reference.batch_norm(x, None, None, training=True)[0]) < 1e-6
+    assert all(np.array_equal(before[k], v) for k, v in bn.state_dict().items())
+    exact, *_ = reference.batch_norm(x, bn.running_mean, bn.running_var)
+    assert error(bn.eval()(x), exact) < 1e-6
+
+
+def test_affine_has_no_effect_after_construction(rng):
+    bn = cbn.BatchNorm1d(3)
+    bn.weight[:] = 5
+    bn.affine = False
+    assert np.abs(bn(batch(rng))).max() > 5
+
+
+def test_frozen_layer(rng):
+    bn = cbn.BatchNorm1d(3, dtype=np.float64)
+    bn(batch(rng))
+    assert bn.freeze() is bn
+    state = bn.state_dict()
+    x, dy = batch(rng, dtype=np.float64), rng.standard_normal((8, 3, 5))
+    for mode in (True, False):
+        assert bn.train(mode) is bn
+        assert bn.frozen
+        exact, *_ = reference.batch_norm(x, bn.running_mean, bn.running_var)
+        assert error(bn(x), exact) < 1e-12
+        assert all(np.array_equal(state[k], v) for k, v in bn.state_dict().items())
+    bn.train()(x)
+    dx = bn.backward(dy)
+    exact = reference.backward(dy, x, bn.running_mean, bn.running_var, bn.weight, train=False)
+    for a, e in zip((dx, bn.weight_grad, bn.bias_grad), exact, strict=True):
+        assert error(a, e) < 1e-12
+    bn.unfreeze()(x)
+    assert bn.num_batches_tracked == 2
+    assert cbn.BatchNorm1d(3).freeze()(np.ones((1, 3), np.float32)).shape == (1, 3)  # one value is enough
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("axis", [1, -1])
+def test_backward_by_central_differences(rng, frozen, axis):
+    bn = cbn.BatchNorm(3, dtype=np.float64, channel_axis=axis)
+    bn.weight[:], bn.bias[:] = rng.standard_normal((2, 3))
+    bn.running_mean[:], bn.running_var[:] = rng.standard_normal(3), rng.uniform(1, 2, 3)
+    if frozen:
+        bn.freeze()
+    x, dy = rng.standard_normal((2, *((4, 3, 5) if axis == 1 else (4, 5, 3))))
+    bn(x)
+    dx = bn.backward(dy)
+    for array, gradient in ((x, dx), (bn.weight, bn.weight_grad), (bn.bias, bn.bias_grad)):
+        for index in np.ndindex(array.shape):
+            values = []
+            for step in (1e-6, -2e-6):
+                array[index] += step
+                values.append((copy.deepcopy(bn)(x) * dy).sum())
+            array[index] += 1e-6
+            assert (values[0] - values[1]) / 2e-6 == pytest.approx(gradient[index], rel=1e-5, abs=1e-7)
+
+
+def test_gradients_are_added_and_zeroed_in_place(rng):
+    bn = cbn.BatchNorm1d(3)
+    grads = bn.weight_grad, bn.bias_grad
+    bn(batch(rng))
+    dy = batch(rng)
+    first = bn.backward(dy)
+    once = [g.copy() for g in grads]
+    assert np.array_equal(bn.backward(dy), first)  # again for the same forward
+    for g, o in zip(grads, once, strict=True):
+        np.testing.assert_allclose(g, 2 * o, rtol=1e-6)
+    bn.zero_grad()
+    assert bn.weight_grad is grads[0]
+    assert not any(g.any() for g in grads)
+    bn.weight_grad = None  # switched off: not accumulated
+    bn.backward(dy)
+    assert bn.weight_grad is None
+    assert np.array_equal(bn.bias_grad, once[1])
+
+
+def test_backward_uses_the_weight_of_its_forward(rng):
+    bn = cbn.BatchNorm1d(3)
+    bn(batch(rng))
+    dy = batch(rng)
+    dx = bn.backward(dy)
+    bn.weight = np.full(3, 7, np.float32)
+    assert np.array_equal(bn.backward(dy), dx)
+
+
+def test_backward_in_place_of_dy(rng):
+    bn, x, dy = cbn.BatchNorm1d(3), batch(rng), batch(rng)
+    bn(x)
+    expected = bn.backward(dy)
+    assert bn.backward(dy, out=dy) is dy
+    assert np.array_equal(dy, expected)
+
+
+def test_in_place_forward(rng):
+    for mode in (True, False):
+        x = batch(rng)
+        bn = cbn.BatchNorm1d(3).train(mode)
+        expected = copy.deepcopy(bn)(x)
+        assert bn(x, out=x) is x
+        assert np.array_equal(x, expected)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (0, 3, 5), (4, 3, 0)])
+def test_an_empty_batch_changes_nothing(shape):
+    for layer in (cbn.BatchNorm1d(3), cbn.BatchNorm1d(3).freeze(), cbn.BatchNorm1d(3, momentum=None)):
+        before = layer.state_dict()
+        x = np.empty(shape, np.float32)
+        y = layer(x)
+        assert y.shape == shape
+        assert y.dtype == np.float32
+        assert all(np.array_equal(before[k], v) for k, v in layer.state_dict().items())
+        assert layer.backward(np.empty(shape, np.float32)).shape == shape
+        assert not layer.weight_grad.any()
+        assert layer.eval()(x, out=x) is x
+    y, mean, invstd = cbn.functional.native_batch_norm(x, None, None, None, None, True, 0.1, 1e-5)
+    assert np.array_equal(mean, np.zeros(3))
+    assert np.array_equal(invstd, np.zeros(3))
+    dx, dweight, dbias = cbn.functional.native_batch_norm_backward(x, x, None, None, None, mean, invstd, True, 1e-5)
+    assert dx.shape == shape
+    assert not dweight.any()
+    assert not dbias.any()
+
+
+@pytest.mark.parametrize("shape", [(8, 3, 50), (150, 3)])
+@pytest.mark.parametrize("where", [0, 7])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_nonfinite_values_stay_in_their_channel(rng, shape, where, value):
+    x = batch(rng, shape)
+    clean = cbn.BatchNorm1d(3)
+    expected = clean(x)
+    dirty = x.copy()
+    dirty[where, 1] = value
+    bn = cbn.BatchNorm1d(3)
+    y = bn(dirty)
+    for c in (0, 2):
+        assert np.array_equal(y[:, c], expected[:, c])
+        assert bn.running_mean[c] == clean.running_mean[c]
+    assert np.isnan(y[:, 1]).all()
+    assert np.isnan(bn.running_var[1])
+    # as PyTorch: the mean of a channel with one infinity is that infinity
+    assert np.array_equal(bn.running_mean[1], np.float32(value), equal_nan=True)
+    dx = bn.backward(np.ones_like(x))
+    assert np.isfinite(dx[:, [0, 2]]).all()
+    assert np.isnan(dx[:, 1]).all()
+
+
+def test_infinite_running_statistics_in_evaluation():
+    bn = cbn.BatchNorm1d(3).eval()
+    bn.running_mean[:] = [np.inf, 0, 0]
+    bn.running_var[:] = [1, np.inf, 1]
+    y = bn(np.ones((4, 3), np.float32))
+    assert np.array_equal(y[0, :2], [-np.inf, 0])
+    assert y[0, 2] == pytest.approx(1, rel=1e-5)
+
+
+def test_values_beyond_float32_statistics():
+    """Running statistics go to infinity where float32 ends; the output does not care."""
+    rng = np.random.default_rng(0)
+    bn, x = cbn.BatchNorm1d(2), (rng.standard_normal((64, 2)) * 1e30).astype(np.float32)
+    y = bn(x)
+    n, mean, m2 = reference.moments(x)
+    assert error(y, reference.normalize(x, mean, m2 / n)) < 1e-6
+    assert np.isinf(bn.running_var).all()
+
+
+def test_state_dict_is_a_copy_and_loads_in_place(rng):
+    bn = cbn.BatchNorm1d(3)
+    bn(batch(rng))
+    state = bn.state_dict()
+    assert list(state) == ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"]
+    other = cbn.BatchNorm1d(3)
+    weight = other.weight
+    assert other.load_state_dict(state) == ([], [])
+    assert other.weight is weight
+    state["weight"][:] = 9
+    assert (other.weight == 1).all()
+    for name, value in bn.state_dict().items():
+        assert np.array_equal(value, getattr(other, name))
+    del state["num_batches_tracked"]  # as files of PyTorch before 0.4.1
+    other.num_batches_tracked.fill(41)
+    other.load_state_dict(state)
+    assert other.num_batches_tracked == 41
+
+
+def test_load_state_dict_not_strict():
+    bn = cbn.BatchNorm1d(2)
+    result = bn.load_state_dict({"weight": np.array([2.0, 3.0]), "extra": np.zeros(1)}, strict=False)
+    assert result == (["bias", "running_mean", "running_var"], ["extra"])
+    assert np.array_equal(bn.weight, [2, 3])
+    with pytest.raises(ValueError, match="weight has shape"):
+        bn.load_state_dict({"weight": np.zeros(3)}, strict=False)
+
+
+def test_resets(rng):
+    bn = cbn.BatchNorm1d(3)
+    bn(batch(rng))
+    bn.weight[:], bn.bias[:] = 3, 4
+    arrays = bn.running_mean, bn.weight
+    bn.reset_running_stats()
+    assert bn.num_batches_tracked == 0
+    assert (bn.weight == 3).all()
+    bn.reset_parameters()
+    fresh = cbn.BatchNorm1d(3).state_dict()
+    assert all(np.array_equal(fresh[k], v) for k, v in bn.state_dict().items())
+    assert (bn.running_mean, bn.weight) == arrays or bn.weight is arrays[1]
+    cbn.BatchNorm1d(3, affine=False, track_running_stats=False).reset_parameters()
+
+
+def by_pickle(layer):
+    return pickle.loads(pickle.dumps(layer))
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, by_pickle])
+def test_copies_keep_all_but_the_remembered_forward(rng, duplicate):
+    bn = cbn.BatchNorm2d(3, eps=1e-3, momentum=None, dtype=np.float64, channel_axis=-1, running_var="biased").freeze()
+    x = batch(rng, (2, 4, 4, 3))
+    bn.unfreeze()(x)
+    bn.backward(x)
+    bn.freeze().eval()
+    other = duplicate(bn)
+    assert type(other) is cbn.BatchNorm2d
+    assert repr(other) == repr(bn)
+    assert other.frozen
+    assert not other.training
+    assert other.channel_axis == -1
+    assert np.array_equal(other.weight_grad, bn.weight_grad)
+    assert all(np.array_equal(getattr(other, k), v) for k, v in bn.state_dict().items())
+    assert (other.weight is bn.weight) == (duplicate is copy.copy)
+    with pytest.raises(RuntimeError, match="training mode first"):
+        other.backward(x)
+    assert np.array_equal(other(x), bn(x))
+
+
+def test_arguments_are_attributes():
+    bn = cbn.BatchNorm1d(3, 1e-3, None, False, False, dtype=np.float64, channel_axis=-1)
+    assert (bn.num_features, bn.eps, bn.momentum, bn.affine, bn.track_running_stats) == (3, 1e-3, None, False, False)
+    assert (bn.dtype, bn.channel_axis, bn.activation, bn.nonfinite) == (np.float64, -1, None, "propagate")
+    with pytest.raises(AttributeError):
+        bn.num_features = 4
+    bn.momentum = 0.5
+    assert bn.momentum == 0.5
+
+
+def test_repr():
+    assert repr(cbn.BatchNorm3d(8, momentum=None, affine=False)) == (
+        "BatchNorm3d(8, eps=1e-05, momentum=None, affine=False, bias=False, track_running_stats=True)"
+    )
+
+
+def test_ranks_of_the_general_layer(rng):
+    for shape in ((4, 3), (4, 3, 5), (2, 3, 4, 5), (2, 3, 2, 3, 2), (2, 3, 1, 2, 2, 2)):
+        x = rng.standard_normal(shape)
+        assert error(cbn.BatchNorm(3)(x), reference.batch_norm(x, None, None, training=True)[0]) < 1e-12
+
+
+def test_forward_is_the_call(rng):
+    x = batch(rng)
+    assert np.array_equal(cbn.BatchNorm1d(3).forward(x), cbn.BatchNorm1d(3)(x))

@@ -1,0 +1,96 @@
+"""Moments: values, the exact merge, refusals."""
+
+import numpy as np
+import pytest
+
+import cbn
+from cbn import Moments, reference
+
+from .conftest import DTYPES, LAYOUTS, error, in_memory_order
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_values(isa, rng, layout, dtype):
+    shape, axis, order = LAYOUTS[layout]
+    x = in_memory_order((rng.standard_normal(shape) + 100).astype(dtype), order)
+    m = cbn.moments(x, channel_axis=axis)
+    n, mean, m2 = reference.moments(x, axis % x.ndim)
+    assert np.array_equal(m.count, np.full(shape[axis], n))
+    assert error(m.mean, mean) < 1e-14
+    assert error(m.m2, m2) < 1e-11
+    assert m.count.dtype == m.mean.dtype == m.m2.dtype == np.float64
+    values = np.moveaxis(x.astype(np.float64), axis, 0).reshape(shape[axis], -1)
+    np.testing.assert_allclose(m.var(), values.var(axis=1), rtol=1e-11)
+    np.testing.assert_allclose(m.var(1), values.var(axis=1, ddof=1), rtol=1e-11)
+
+
+def test_merge_is_the_moments_of_the_whole(rng):
+    x = rng.standard_normal((100, 4)) + [0, 1e3, 1e6, -5]
+    parts = [cbn.moments(p) for p in np.split(x, [1, 10, 10, 50])]
+    whole = cbn.moments(x)
+    for merged in (Moments.merge(parts), sum(parts[1:], parts[0]), parts[0] + Moments.merge(parts[1:])):
+        assert np.array_equal(merged.count, whole.count)
+        np.testing.assert_allclose(merged.mean, whole.mean, rtol=1e-14, atol=1e-14)
+        np.testing.assert_allclose(merged.m2, whole.m2, rtol=1e-9)
+
+
+def test_merge_with_nothing():
+    some = Moments(3, [1.0, 2.0], [4.0, 5.0])
+    for merged in (some + Moments(0, [7.0, np.nan], [0, 0]), Moments(0, [7.0, np.nan], [0, 0]) + some):
+        assert np.array_equal(merged.mean, some.mean)
+        assert np.array_equal(merged.m2, some.m2)
+    empty = cbn.moments(np.empty((0, 2), np.float32))
+    assert np.array_equal(empty.count, [0, 0])
+    assert np.isnan(empty.var()).all()
+    assert np.array_equal((empty + empty).count, [0, 0])
+
+
+def test_merge_of_equal_infinite_means():
+    a = Moments(2, [np.inf, 1.0], [np.nan, 0.0])
+    assert np.array_equal((a + a).mean, [np.inf, 1.0])
+
+
+def test_variance_of_too_few():
+    m = Moments(np.array([1.0, 2.0]), [0.0, 0.0], [0.0, 2.0])
+    assert np.array_equal(m.var(1), [np.nan, 2.0], equal_nan=True)
+
+
+def test_merge_gives_the_training_statistics(rng):
+    """The one currency: moments of parts, merged, are those that a layer tracks."""
+    x = rng.standard_normal((20, 3, 7)).astype(np.float32)
+    bn = cbn.BatchNorm1d(3, momentum=1, dtype=np.float64)
+    bn(x)
+    m = cbn.moments(x[:9]) + cbn.moments(x[9:])
+    np.testing.assert_allclose(bn.running_mean, m.mean, rtol=1e-12)
+    np.testing.assert_allclose(bn.running_var, m.var(1), rtol=1e-12)
+
+
+def test_refusals():
+    for arguments, words in (
+        ((1, 1.0, 1.0), r"mean has shape \(\)"),
+        ((1, [1.0], [1.0, 2.0]), r"m2 has shape \(2,\); expected \(1,\)"),
+        (([1, 2, 3], [1.0], [1.0]), r"count has shape \(3,\)"),
+        ((-1, [1.0], [1.0]), "count must not be negative"),
+        ((np.nan, [1.0], [1.0]), "count must not be negative"),
+        ((1, [1.0], [-1e-300]), "m2 must not be negative"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            Moments(*arguments)
+    with pytest.raises(ValueError, match="moments of 1 and of 2 channels"):
+        Moments(1, [0.0], [0.0]) + Moments(1, [0.0, 0.0], [0.0, 0.0])
+    with pytest.raises(ValueError, match="no moments to merge"):
+        Moments.merge([])
+    with pytest.raises(TypeError):
+        Moments(1, [0.0], [0.0]) + 1
+    with pytest.raises(TypeError, match="expected Moments, not int"):
+        Moments.merge([1])
+    with pytest.raises(AttributeError):
+        Moments(1, [0.0], [0.0]).mean = 1
+
+
+def test_a_moment_owns_its_arrays():
+    mean = np.zeros(2)
+    m = Moments(1, mean, [1.0, 1.0])
+    mean[:] = 5
+    assert not m.mean.any()
