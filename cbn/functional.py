@@ -275,9 +275,7 @@ def batch_norm(
     )[0]
 
 
-def native_batch_norm(
-    x, weight, bias, running_mean, running_var, training, momentum, eps, *, channel_axis=1, out=None
-):
+def native_batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps, *, channel_axis=1, out=None):
     """`batch_norm` that also returns what the backward pass needs.
 
     Parameters
@@ -420,9 +418,7 @@ def native_batch_norm_backward(
         checks.buffers_for_eval(running_mean, running_var)
         mean = checks.per_channel(running_mean, "running_mean", inp.n_channels)
         invstd = inverse_std(checks.per_channel(running_var, "running_var", inp.n_channels), eps)
-    dx, dbias, dweight = gradients(
-        dy, inp, weight, mean, invstd, train, want_dx, want_dweight or want_dbias, out
-    )
+    dx, dbias, dweight = gradients(dy, inp, weight, mean, invstd, train, want_dx, want_dweight or want_dbias, out)
     dtype = inp.x.dtype if weight is None else weight.dtype.newbyteorder("=")
     with np.errstate(over="ignore"):
         return (

@@ -27,7 +27,7 @@ def moments(x, channel_axis=1):
         return 0, np.zeros(len(x_cn)), np.zeros(len(x_cn))
     # The mean of x - x_0, not of x: exact for a constant channel, whatever its value.
     first = x_cn[:, :1]
-    mean = (first + (x_cn - first).mean(axis=1, keepdims=True))
+    mean = first + (x_cn - first).mean(axis=1, keepdims=True)
     return n, mean[:, 0], ((x_cn - mean) ** 2).sum(axis=1)
 
 
@@ -42,8 +42,9 @@ def normalize(x, mean, var, weight=None, bias=None, eps=1e-5, channel_axis=1):
     return y
 
 
-def batch_norm(x, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5,
-               channel_axis=1):
+def batch_norm(
+    x, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5, channel_axis=1
+):
     """(y, running_mean, running_var) after one call; nothing is changed in place."""
     if not training:
         return normalize(x, running_mean, running_var, weight, bias, eps, channel_axis), running_mean, running_var

@@ -102,8 +102,18 @@ def load(path, *, allow_nonfinite=False):
         return _build(header, arrays, allow_nonfinite)
     except OSError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError, EOFError, OverflowError, NotImplementedError,
-            MemoryError, zipfile.BadZipFile, zlib.error) as error:
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        EOFError,
+        OverflowError,
+        NotImplementedError,
+        MemoryError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
         raise ValueError(f"{os.fspath(path)!r} is not a layer that cbn has saved: {error}") from error
 
 
@@ -136,8 +146,14 @@ def _build(header, arrays, allow_nonfinite):
         if name not in arrays:
             setattr(layer, name, None)
         elif getattr(layer, name) is None:
-            setattr(layer, name, np.zeros(() if name == "num_batches_tracked" else layer.num_features,
-                                          np.int64 if name == "num_batches_tracked" else layer.dtype))
+            setattr(
+                layer,
+                name,
+                np.zeros(
+                    () if name == "num_batches_tracked" else layer.num_features,
+                    np.int64 if name == "num_batches_tracked" else layer.dtype,
+                ),
+            )
     layer._load(arrays, True, allow_nonfinite, optional=(), names=ARRAYS)
     layer.train(header["training"])
     if header["frozen"]:

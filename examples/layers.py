@@ -54,38 +54,37 @@ class Linear(Affine):
         return dy @ self.weight
 
 
-def windows(x, kernel):
-    """x (N, C, *S), padded with zeros, as a view (N, C, *S, *kernel) of what stands under the kernel at each place."""
-    margins = [(k // 2, k // 2) for k in kernel]
-    padded = np.pad(x, [(0, 0), (0, 0), *margins])
-    return np.lib.stride_tricks.sliding_window_view(padded, kernel, axis=tuple(range(2, x.ndim)))
+def columns(x, kernel):
+    """What stands under the kernel at each place of x (N, C, *S), zeros beyond the edges: (N, *S, C * kernel size)."""
+    padded = np.pad(x, [(0, 0), (0, 0), *((k // 2, k // 2) for k in kernel)])
+    views = np.lib.stride_tricks.sliding_window_view(padded, kernel, axis=tuple(range(2, x.ndim)))
+    views_nsck = np.moveaxis(views, 1, x.ndim - 1)
+    return views_nsck.reshape(*views_nsck.shape[: x.ndim - 1], -1)
 
 
 class Conv(Affine):
-    """Convolution over any number of spatial axes: stride 1, odd kernels, output as large as the input."""
+    """Convolution over any number of spatial axes: stride 1, odd kernels, output as large as the input.
+
+    The output has channels last in memory, whatever its axes say: that is how the matrix product leaves it.
+    """
 
     def __init__(self, n_in, n_out, kernel, rng, dtype=np.float32):
         super().__init__((n_out, n_in, *kernel), rng, dtype)
         self.kernel = tuple(kernel)
-        self.spatial = tuple(range(2, 2 + len(kernel)))
-
-    def correlate(self, x, weight):
-        """(windows of x, y): y[n, o, s] is the sum over channels and kernel of window × weight[o]."""
-        views = windows(x, self.kernel)
-        under_kernel = (1, *range(-len(self.kernel), 0))
-        y = np.tensordot(views, weight, axes=(under_kernel, (1, *self.spatial)))
-        return views, np.moveaxis(y, -1, 1)
 
     def __call__(self, x):
-        self.windows, y = self.correlate(x, self.weight)
-        return y + self.bias.reshape(-1, *[1] * len(self.kernel))
+        self.columns = columns(x, self.kernel)
+        y_nso = self.columns @ self.weight.reshape(len(self.weight), -1).T + self.bias
+        return np.moveaxis(y_nso, -1, 1)
 
     def backward(self, dy):
-        places = (0, *self.spatial)
-        self.weight_grad += np.tensordot(dy, self.windows, axes=(places, places))
-        self.bias_grad += dy.sum(axis=places)
-        # dx gathers from every place that a value was under the kernel: the kernel mirrored, channels swapped.
-        return self.correlate(dy, np.flip(self.weight, self.spatial).swapaxes(0, 1))[1]
+        dy_mo = np.moveaxis(dy, 1, -1).reshape(-1, len(self.weight))
+        columns_mk = self.columns.reshape(len(dy_mo), -1)
+        self.weight_grad += (dy_mo.T @ columns_mk).reshape(self.weight.shape)
+        self.bias_grad += dy_mo.sum(axis=0)
+        # dx gathers from every place that a value stood under the kernel: the kernel mirrored, channels swapped.
+        mirrored = np.flip(self.weight, axis=tuple(range(2, self.weight.ndim))).swapaxes(0, 1)
+        return np.moveaxis(columns(dy, self.kernel) @ mirrored.reshape(len(mirrored), -1).T, -1, 1)
 
 
 class Conv1d(Conv):

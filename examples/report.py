@@ -38,9 +38,13 @@ STYLE = {
 }
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults are shown, and the description keeps its lines."""
+
+
 def parser(doc, **counts):
     """Arguments of an example: --out, and a whole number for each keyword, with its default and its help."""
-    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = argparse.ArgumentParser(description=doc, formatter_class=Help)
     p.add_argument("--out", type=Path, default=OUT, metavar="DIR", help="where pictures and tables go")
     for name, (default, text) in counts.items():
         p.add_argument(f"--{name}", type=positive, default=default, metavar="N", help=text)
@@ -63,10 +67,10 @@ def table(headers, rows):
     """A Markdown table that also reads well as plain text; the first column to the left, the others to the right."""
     cells = [[str(c) for c in row] for row in (headers, *rows)]
     widths = [max(3, *(len(row[i]) for row in cells)) for i in range(len(headers))]
-    lines = [
-        "| " + " | ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))) + " |"
-        for row in cells
-    ]
+    lines = []
+    for row in cells:
+        first, *others = zip(row, widths, strict=True)
+        lines.append("| " + " | ".join([first[0].ljust(first[1]), *(c.rjust(w) for c, w in others)]) + " |")
     rule = "|" + "|".join("-" * (w + 1) + ":" if i else "-" * (w + 2) for i, w in enumerate(widths)) + "|"
     return "\n".join([lines[0], rule, *lines[1:]])
 
@@ -96,6 +100,7 @@ def draw(path, paint, *, size, rows=1, columns=1, title=None, **options):
     """Make a figure, let ``paint(figure, axes)`` fill it, and write it as PNG; axes is a (rows, columns) array."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=size, layout="constrained")
+        figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
         axes = figure.subplots(rows, columns, squeeze=False, **options)
         if title:
             figure.suptitle(title, x=0.01, ha="left", weight="bold")

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from sklearn.model_selection import train_test_split
+from threadpoolctl import threadpool_limits  # comes with scikit-learn
 
 from examples import layers
 
@@ -78,11 +79,14 @@ def repeat(build, loss, data, *, seeds, **settings):
 
     The weights and the order of the batches depend on the seed alone, so that two networks are compared pair by pair.
     """
-    runs = [fit(build(np.random.default_rng([s, 0])), loss, data, seed=s, **settings) for s in range(seeds)]
+    # For batches of some kilobytes a second thread costs more than it brings: in numpy's products by far, and in cbn,
+    # which follows this limit too.
+    with threadpool_limits(1):
+        runs = [fit(build(np.random.default_rng([s, 0])), loss, data, seed=s, **settings) for s in range(seeds)]
     return {metric: np.stack([run[metric] for run in runs]) for metric in METRICS}
 
 
-@dataclass
+@dataclass(eq=False)
 class Comparison:
     """One metric after the last epoch, with and without batch norm, one value per seed."""
 
@@ -92,20 +96,26 @@ class Comparison:
     without_bn: np.ndarray
 
     @property
-    def wins(self):
-        """On how many seeds batch norm is better."""
-        lower = LOWER_IS_BETTER[self.metric]
-        return int(np.sum(self.with_bn < self.without_bn if lower else self.with_bn > self.without_bn))
+    def gains(self):
+        """By how much batch norm is better, per seed."""
+        gains = self.with_bn - self.without_bn
+        return -gains if LOWER_IS_BETTER[self.metric] else gains
 
     @property
-    def won(self):
-        """Whether batch norm is better on every seed."""
-        return self.wins == len(self.with_bn)
+    def better(self):
+        """On how many seeds batch norm is better."""
+        return int(np.sum(self.gains > 0))
+
+    @property
+    def worse(self):
+        """On how many seeds it is worse."""
+        return int(np.sum(self.gains < 0))
 
     def __str__(self):
         return (
             f"{self.label}, {METRICS[self.metric]}: {mean_std(self.with_bn, self.metric)} with, "
-            f"{mean_std(self.without_bn, self.metric)} without; better on {self.wins} of {len(self.with_bn)} seeds"
+            f"{mean_std(self.without_bn, self.metric)} without; "
+            f"better on {self.better} and worse on {self.worse} of {len(self.gains)} seeds"
         )
 
 
@@ -115,13 +125,15 @@ def compare(label, with_bn, without_bn):
 
 
 def verdict(comparisons):
-    """Markdown: where batch norm was better on every seed, in a line, and where it was not, one by one."""
-    lost = [f"- {c}" for c in comparisons if not c.won]
-    won = len(comparisons) - len(lost)
-    lines = [f"Batch norm is better on every seed in {won} of {len(comparisons)} comparisons."]
-    if lost:
-        lines += ["Where it does not win:", "", *lost]
-    return "\n".join(lines)
+    """Markdown: in how many comparisons batch norm is better on every seed, and all the others one by one."""
+    won = [c for c in comparisons if c.better == len(c.gains)]
+    lost = [c for c in comparisons if c.better <= c.worse]
+    mixed = [c for c in comparisons if c not in won and c not in lost]
+    parts = [f"Batch norm is better on every seed in {len(won)} of {len(comparisons)} comparisons."]
+    for words, group in (("It is better on more seeds than it is worse:", mixed), ("Where it does not win:", lost)):
+        if group:
+            parts += [words, "\n".join(f"- {c}" for c in group)]
+    return "\n\n".join(parts)
 
 
 def mean_std(values, metric="train_loss"):

@@ -21,7 +21,12 @@ DISTRIBUTIONS = {
     "N(-1000, 1) × 1e-30": (-1000, 1, 1e-30),
 }
 # shape, axis, order in memory; the last has several chunks a channel
-SHAPES = [((16, 6, 12, 12), 1, None), ((16, 6, 12, 12), 1, (0, 2, 3, 1)), ((512, 40), 1, None), ((2, 3, 90000), 1, None)]
+SHAPES = [
+    ((16, 6, 12, 12), 1, None),
+    ((16, 6, 12, 12), 1, (0, 2, 3, 1)),
+    ((512, 40), 1, None),
+    ((2, 3, 90000), 1, None),
+]
 
 
 @pytest.mark.parametrize("name", DISTRIBUTIONS)

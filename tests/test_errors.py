@@ -355,7 +355,12 @@ def test_assignment_of_arrays(name):
 
 def test_assignment_of_the_counter():
     layer = cbn.BatchNorm1d(3)
-    for value, kind in ((3, TypeError), (np.ones(1, int), TypeError), (np.array(1.0), TypeError), (np.array(-1), ValueError)):
+    for value, kind in (
+        (3, TypeError),
+        (np.ones(1, int), TypeError),
+        (np.array(1.0), TypeError),
+        (np.array(-1), ValueError),
+    ):
         with pytest.raises(kind, match="num_batches_tracked"):
             layer.num_batches_tracked = value
     layer.num_batches_tracked = np.array(7, np.int32)
@@ -371,7 +376,9 @@ def test_backward_says_why_not():
     with pytest.raises(RuntimeError, match="call the layer in training mode first"):
         layer.backward(x)
     layer.eval()(x)
-    with pytest.raises(RuntimeError, match=r"evaluation mode.*freeze\(\).*native_batch_norm_backward\(\.\.\., train=False"):
+    with pytest.raises(
+        RuntimeError, match=r"evaluation mode.*freeze\(\).*native_batch_norm_backward\(\.\.\., train=False"
+    ):
         layer.backward(x)
     layer.train()(x, out=x)
     with pytest.raises(RuntimeError, match="input of the last forward has been overwritten"):

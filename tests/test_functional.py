@@ -65,7 +65,9 @@ def test_mixed_types_compute_in_the_wider_one(isa, rng, x_dtype, parameter_dtype
     assert mean.dtype == var.dtype == parameter_dtype
     if np.float64 in (x_dtype, parameter_dtype):
         # As good as rounding the exact result once
-        assert np.abs(y - exact).max() <= np.finfo(x_dtype).eps * np.abs(exact).max() * (0.5 if x_dtype == np.float32 else 8)
+        assert np.abs(y - exact).max() <= np.finfo(x_dtype).eps * np.abs(exact).max() * (
+            0.5 if x_dtype == np.float32 else 8
+        )
     dx, dweight, dbias = native_batch_norm_backward(dy, x, weight, None, None, *saved, True, 1e-5)
     assert dx.dtype == x_dtype
     assert dweight.dtype == dbias.dtype == parameter_dtype
@@ -218,30 +220,30 @@ def test_any_channel_axis(rng, axis):
                  reference.batch_norm(x, None, None, training=True, channel_axis=axis)[0]) < 1e-13  # fmt: skip
 
 
-def test_gradients_by_central_differences(rng):
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize(("shape", "axis"), [((3, 2, 4), 1), ((4, 2, 3), 2)])
+def test_gradients_by_central_differences(rng, shape, axis, train):
     """An oracle that knows no formula of the backward pass."""
-    for axis, shape in ((1, (3, 2, 4)), (2, (4, 2, 3))):
-        x, upstream = rng.standard_normal((2, *shape))
-        weight, bias, running_mean = rng.standard_normal((3, shape[axis]))
-        running_var = rng.uniform(1, 2, shape[axis])
-        for train in (True, False):
-            def loss(x, weight, bias, train=train, axis=axis, upstream=upstream):
-                mean, var = running_mean.copy(), running_var.copy()
-                return (batch_norm(x, mean, var, weight, bias, train, channel_axis=axis) * upstream).sum()
+    x, upstream = rng.standard_normal((2, *shape))
+    weight, bias, running_mean = rng.standard_normal((3, shape[axis]))
+    running_var = rng.uniform(1, 2, shape[axis])
 
-            saved = native_batch_norm(x, weight, bias, None, None, True, 0.1, 1e-5, channel_axis=axis)[1:]
-            gradients = native_batch_norm_backward(
-                upstream, x, weight, running_mean, running_var, *saved, train, 1e-5, channel_axis=axis
-            )
-            arguments = [x, weight, bias]
-            for k, gradient in enumerate(gradients):
-                for index in np.ndindex(gradient.shape):
-                    values = []
-                    for step in (1e-6, -1e-6):
-                        moved = [a.copy() for a in arguments]
-                        moved[k][index] += step
-                        values.append(loss(*moved))
-                    assert (values[0] - values[1]) / 2e-6 == pytest.approx(gradient[index], rel=1e-5, abs=1e-7)
+    def loss(x, weight, bias):
+        mean, var = running_mean.copy(), running_var.copy()
+        return (batch_norm(x, mean, var, weight, bias, train, channel_axis=axis) * upstream).sum()
+
+    saved = native_batch_norm(x, weight, bias, None, None, True, 0.1, 1e-5, channel_axis=axis)[1:]
+    gradients = native_batch_norm_backward(
+        upstream, x, weight, running_mean, running_var, *saved, train, 1e-5, channel_axis=axis
+    )
+    for k, gradient in enumerate(gradients):
+        for index in np.ndindex(gradient.shape):
+            values = []
+            for step in (1e-6, -1e-6):
+                moved = [x.copy(), weight.copy(), bias.copy()]
+                moved[k][index] += step
+                values.append(loss(*moved))
+            assert (values[0] - values[1]) / 2e-6 == pytest.approx(gradient[index], rel=1e-5, abs=1e-7)
 
 
 def test_import_of_the_package_names():

@@ -64,7 +64,9 @@ LENGTHS = (1, 2, 3, 4, 7, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 129)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(2, 3, s) for s in LENGTHS] + [(s, 3) for s in LENGTHS[1:]] + [(3, s) for s in LENGTHS])
+@pytest.mark.parametrize(
+    "shape", [(2, 3, s) for s in LENGTHS] + [(s, 3) for s in LENGTHS[1:]] + [(3, s) for s in LENGTHS]
+)
 def test_borders_of_vectors(isa, rng, dtype, shape):
     x = rng.standard_normal(shape).astype(dtype)
     n, mean, m2 = reference.moments(x)
@@ -201,9 +203,7 @@ def test_a_channel_has_the_same_bits_whatever_its_neighbours_are(isa, rng, dtype
 
     def run(x):
         y, *saved = native_batch_norm(x, None, None, None, None, True, 0.1, 1e-5, channel_axis=axis)
-        dx, dweight, dbias = native_batch_norm_backward(
-            dy, x, None, None, None, *saved, True, 1e-5, channel_axis=axis
-        )
+        dx, dweight, dbias = native_batch_norm_backward(dy, x, None, None, None, *saved, True, 1e-5, channel_axis=axis)
         return [np.moveaxis(y, axis, 0), np.moveaxis(dx, axis, 0), dweight, dbias]
 
     clean = run(x)

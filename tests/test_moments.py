@@ -26,7 +26,7 @@ def test_values(isa, rng, layout, dtype):
 
 
 def test_merge_is_the_moments_of_the_whole(rng):
-    x = rng.standard_normal((100, 4)) + [0, 1e3, 1e6, -5]
+    x = rng.standard_normal((100, 4)) + np.array([0, 1e3, 1e6, -5])
     parts = [cbn.moments(p) for p in np.split(x, [1, 10, 10, 50])]
     whole = cbn.moments(x)
     for merged in (Moments.merge(parts), sum(parts[1:], parts[0]), parts[0] + Moments.merge(parts[1:])):
