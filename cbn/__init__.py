@@ -17,8 +17,7 @@ Imports run one way: layers → functional → kernels; `reference` and `kernels
 
 from . import functional, reference
 from .batchnorm import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
-from .config import VERSION as __version__
-from .config import show_config
+from .config import __version__, show_config
 from .moments import Moments, moments
 from .storage import load
 from .threads import get_num_threads, num_threads, set_num_threads

@@ -23,8 +23,8 @@ if hasattr(os, "register_at_fork"):
 
 NO_FORWARD = "there is nothing to go back through: call the layer in training mode first"
 AFTER_EVAL = (
-    "the last forward was in evaluation mode, which keeps nothing for backward. To train through fixed statistics, call "
-    "freeze() and stay in training mode; or use cbn.functional.native_batch_norm_backward(..., train=False)"
+    "the last forward was in evaluation mode, which keeps nothing for backward. To train through fixed statistics, "
+    "call freeze() and stay in training mode; or use cbn.functional.native_batch_norm_backward(..., train=False)"
 )
 OVERWRITTEN = "the input of the last forward has been overwritten (out=), and without it there is no gradient"
 

@@ -12,7 +12,7 @@ from .kernels import passes
 
 __all__ = ["show_config"]
 
-VERSION = "0.1.0"
+__version__ = "0.1.0"
 
 
 def openmp_runtime():
@@ -36,7 +36,7 @@ def config():
             openmp += " (more than one: parallel calls of different libraries will slow each other down)"
     why = "CBN_ISA" if os.environ.get("CBN_ISA") else "the highest available"
     return {
-        "cbn": VERSION,
+        "cbn": __version__,
         "python": f"{platform.python_version()} ({sys.executable})",
         "numpy": np.__version__,
         "platform": f"{platform.system()} {platform.machine()}",

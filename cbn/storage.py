@@ -3,8 +3,6 @@
 import json
 import os
 import tempfile
-import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -97,39 +95,25 @@ def load(path, *, allow_nonfinite=False):
     """
     path = Path(path)
     refuse_safetensors(path)
-    try:
-        header, arrays = _read(path)
-        return _build(header, arrays, allow_nonfinite)
-    except OSError:
-        raise
-    except (
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        EOFError,
-        OverflowError,
-        NotImplementedError,
-        MemoryError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
-        raise ValueError(f"{os.fspath(path)!r} is not a layer that cbn has saved: {error}") from error
-
-
-def _read(path):
     with open(path, "rb") as file:
-        if file.read(2) != b"PK":
-            raise ValueError("it is no .npz file")
-        file.seek(0)
-        with np.load(file, allow_pickle=False) as archive:
-            if HEADER not in archive.files:
-                raise ValueError("it has no cbn header")
-            header = json.loads(str(archive[HEADER]))
-            unknown = [name for name in archive.files if name not in ARRAYS and name != HEADER]
-            if unknown:
-                raise ValueError(f"unknown entries {unknown}")
-            return header, {name: archive[name] for name in archive.files if name != HEADER}
+        try:
+            return _build(*_read(file), allow_nonfinite)
+        except Exception as error:  # whatever a foreign file makes a parser raise
+            raise ValueError(f"{os.fspath(path)!r} is not a layer that cbn has saved: {error}") from error
+
+
+def _read(file):
+    if file.read(2) != b"PK":
+        raise ValueError("it is no .npz file")
+    file.seek(0)
+    with np.load(file, allow_pickle=False) as archive:
+        if HEADER not in archive.files:
+            raise ValueError("it has no cbn header")
+        header = json.loads(str(archive[HEADER]))
+        unknown = [name for name in archive.files if name not in ARRAYS and name != HEADER]
+        if unknown:
+            raise ValueError(f"unknown entries {unknown}")
+        return header, {name: archive[name] for name in archive.files if name != HEADER}
 
 
 def _build(header, arrays, allow_nonfinite):
@@ -145,15 +129,10 @@ def _build(header, arrays, allow_nonfinite):
     for name in ARRAYS:
         if name not in arrays:
             setattr(layer, name, None)
+        elif getattr(layer, name) is None and name == "num_batches_tracked":
+            layer.num_batches_tracked = np.zeros((), np.int64)
         elif getattr(layer, name) is None:
-            setattr(
-                layer,
-                name,
-                np.zeros(
-                    () if name == "num_batches_tracked" else layer.num_features,
-                    np.int64 if name == "num_batches_tracked" else layer.dtype,
-                ),
-            )
+            setattr(layer, name, np.zeros(layer.num_features, layer.dtype))
     layer._load(arrays, True, allow_nonfinite, optional=(), names=ARRAYS)
     layer.train(header["training"])
     if header["frozen"]:

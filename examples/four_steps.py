@@ -17,6 +17,7 @@ from examples import report, training
 from examples.layers import Conv2d, Flatten, Linear, ReLU, Sequential, softmax_cross_entropy
 
 EPS, MOMENTUM = 1e-5, 0.1
+PASSES = 10  # over five batches: what is left of the initial running statistics is 0.9**50, half a percent
 BATCH = 32
 RATES = (1e-3, 1e-2)
 WINE_FEATURES = ("alcohol", "magnesium", "flavanoids", "proline")
@@ -76,7 +77,7 @@ class HandWritten:
 def compare_steps(layer_class, batches, dtype, seed=0):
     """The four steps by hand and by cbn on the same batches: {(step, quantity): (by hand, cbn's)}.
 
-    Steps 1 to 3 are of the last batch; step 4 is a second look at the first one, after all have been seen.
+    Steps 1 to 3 are of the last batch; step 4 looks at the first one again, after all have been seen.
     """
     rng = np.random.default_rng(seed)
     channels = batches[0].shape[1]
@@ -87,7 +88,7 @@ def compare_steps(layer_class, batches, dtype, seed=0):
     bn.weight[...], bn.bias[...] = gamma, beta
     # Both start from what the layer can hold, so that the differences are those of the arithmetic.
     hand.gamma, hand.beta = bn.weight.astype(np.float64), bn.bias.astype(np.float64)
-    for batch in batches:
+    for batch in batches * PASSES:
         x = batch.astype(dtype)
         x_hat = hand.normalize(x.astype(np.float64))
         y, y_cbn, x_hat_cbn = hand.scale_and_shift(x_hat), bn(x), bare(x)
@@ -195,7 +196,7 @@ def show_steps(out):
         for dtype in (np.float64, np.float32)
     ]
     rows = [[*key, *(f"{relative_difference(*column[key]):.1e}" for column in columns)] for key in columns[0]]
-    headers = ["step", "quantity", "(N, C) float64", "float32", "(N, C, H, W) float64", "float32"]
+    headers = ["step", "quantity", "(N, C) float64", "(N, C) float32", "NCHW float64", "NCHW float32"]
     variances = [
         [f"{which}, {who}", f"{by_hand:.4g}", f"{ours:.4g}"]
         for (which, (by_hand, ours)), who in zip(
@@ -246,7 +247,7 @@ def show_steps(out):
     )
     return (
         "Largest difference between the steps by hand (float64) and cbn's, as a share of the largest value. "
-        "(N, C): wines; (N, C, H, W): digits behind a convolution; five batches each.",
+        f"(N, C): wines; NCHW: digits behind a convolution; {PASSES} passes over five batches each.",
         report.table(headers, rows),
         "The article's hand-written layer stores the biased variance, PyTorch the unbiased one. "
         "The running variance after one batch x = [[0], [4]], from 1 and with momentum 0.1:",

@@ -8,7 +8,6 @@ cimport cython
 cimport numpy as cnp
 from cython.parallel cimport prange
 from libc.math cimport fabs, isfinite, sqrt
-from libc.stdlib cimport free, malloc
 
 import os
 
@@ -221,7 +220,7 @@ cdef class Layout:
         """The layout of x, or None if no loop reads it as it lies."""
         cdef Layout self = Layout()
         cdef Py_ssize_t stride = 0, size = cnp.PyArray_ITEMSIZE(x)
-        cdef int axis, i, n_joined
+        cdef int axis, i
         self.channel_axis = channel_axis
         self.C = x.shape[channel_axis]
         for axis in range(x.ndim):

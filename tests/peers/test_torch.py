@@ -102,7 +102,7 @@ def test_native_functions(rng, train):
 
 @pytest.mark.parametrize("kwargs", SWITCHES[::3], ids=str)
 def test_state_dicts_travel_both_ways(rng, kwargs):
-    ours, theirs = pair(2, "float32", **kwargs)
+    _, theirs = pair(2, "float32", **kwargs)
     for _ in range(3):
         theirs(torch.from_numpy(rng.standard_normal((4, 3, 5, 5)).astype(np.float32)))
     fresh, _ = pair(2, "float32", **kwargs)
