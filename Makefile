@@ -8,7 +8,7 @@ SOURCES := setup.py pyproject.toml $(wildcard cbn/kernels/*.pyx cbn/kernels/*.c 
 SOURCES := $(filter-out cbn/kernels/passes.c,$(SOURCES))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast peers lint sanitize self-check wheel clean
+.PHONY: help demo test test-fast peers accuracy readme lint sanitize self-check wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -42,6 +42,12 @@ test-fast: $(VENV)/.with-test ## the tests that take seconds
 
 peers: $(VENV)/.with-test $(VENV)/.with-peers ## the tests against PyTorch and ONNX
 	$(BIN)/python -m pytest tests/peers
+
+accuracy: $(VENV)/.with-peers ## largest errors against float64, beside PyTorch's
+	$(BIN)/python -m benchmarks.accuracy
+
+readme: accuracy demo ## measure again what README.md shows, and put it there
+	$(BIN)/python docs/update_readme.py
 
 lint: $(VENV)/.with-lint ## ruff, cython-lint, mypy, and our C without warnings
 	$(BIN)/ruff check .

@@ -124,7 +124,7 @@ class BatchNorm:
     >>> bn.running_var
     array([1.7, 0.9], dtype=float32)
     >>> bn.eval()(np.array([[1.0, 1.0]], dtype=np.float32))
-    array([[0.6135698, 0.948678 ]], dtype=float32)
+    array([[0.61357015, 0.948678  ]], dtype=float32)
     """
 
     _ranks = None  # numbers of dimensions that the class accepts; None: any from 2

@@ -393,9 +393,9 @@ def native_batch_norm_backward(
     >>> dy = np.array([[1.0], [0.0], [0.0]])
     >>> dx, dweight, dbias = native_batch_norm_backward(dy, x, None, None, None, mean, invstd, True, 1e-5)
     >>> dx.round(4)
-    array([[ 0.1323],
-           [-0.1653],
-           [ 0.0331]])
+    array([[ 0.1763],
+           [-0.2204],
+           [ 0.0441]])
     >>> dbias
     array([1.])
     """

@@ -15,7 +15,7 @@ from examples.layers import Conv1d, Flatten, Linear, ReLU, Sequential, softmax_c
 
 SHAPES = ((4, 1, 10), (8, 3, 15), (4, 2, 20))
 BATCHES = (2, 8, 32, 128)
-RATE = 1e-3
+RATES = (1e-3, 1e-2)
 
 
 # ---- three shapes --------------------------------------------------------------------------------------------------
@@ -40,6 +40,26 @@ def demonstrate(shape, seed=0):
     }
 
 
+def settle(batches=50, seed=0):
+    """One batch (4, 2, 20) around 3 and -2, and what becomes of it: in training, then in evaluation after one batch and
+    after many of the same kind.
+    """
+    rng = np.random.default_rng(seed)
+
+    def batch():
+        z = rng.normal(size=SHAPES[-1])
+        return (z * [[0.5], [2.0]] + [[3.0], [-2.0]]).astype(np.float32)
+
+    x = batch()
+    bn = BatchNorm1d(2)
+    panels = {"Input x": x, "Training: y": bn(x), "Evaluation after 1 batch: y": bn.eval()(x)}
+    bn.train()
+    for _ in range(batches - 1):
+        bn(batch())
+    panels[f"Evaluation after {batches} batches: y"] = bn.eval()(x)
+    return panels
+
+
 def normalized_by_hand(x, ddof, eps=1e-5):
     """(x - mean)/sqrt(var + eps) over N and L, the variance with 1/(N·L - ddof)."""
     x = x.astype(np.float64)
@@ -53,6 +73,7 @@ def numbers(a):
 def describe(shape, seen):
     """Markdown: the shapes, parameters, first outputs and statistics of one demonstration."""
     n, _, length = shape
+    biased, unbiased = (report.difference(seen["y_train"], normalized_by_hand(seen["x"], ddof)) for ddof in (0, 1))
     rows = [
         ["input, output", f"{seen['x'].shape}, {seen['y_train'].shape}"],
         ["γ, β", f"{numbers(seen['gamma'])} and {numbers(seen['beta'])}, shape {seen['gamma'].shape}"],
@@ -62,9 +83,9 @@ def describe(shape, seen):
         ["running mean after evaluation", numbers(seen["after_eval"][0])],
         ["running variance after training", numbers(seen["after_train"][1])],
         ["running variance after evaluation", numbers(seen["after_eval"][1])],
-        [f"training against 1/(N·L) = 1/{n * length}", report.difference(seen["y_train"], normalized_by_hand(seen["x"], 0))],
-        [f"training against 1/(N·L − 1) = 1/{n * length - 1}", report.difference(seen["y_train"], normalized_by_hand(seen["x"], 1))],
-    ]  # fmt: skip
+        [f"training against 1/(N·L) = 1/{n * length}", biased],
+        [f"training against 1/(N·L − 1) = 1/{n * length - 1}", unbiased],
+    ]
     return f"### {shape}\n\n" + report.table(["quantity", "value"], rows)
 
 
@@ -92,22 +113,23 @@ def digit_sequences():
     return training.hold_out(np.ascontiguousarray(x_nlc.swapaxes(1, 2)), digits.target)
 
 
-def run(*, seeds, epochs, batches=BATCHES):
-    """{(batch, with_bn): {metric: (seeds, epochs)}}."""
+def run(*, seeds, epochs, rates=RATES, batches=BATCHES):
+    """{(rate, batch, with_bn): {metric: (seeds, epochs)}}."""
     data = digit_sequences()
     steps = sum(training.n_batches(len(data.x_train), batch) for batch in batches)
-    with report.progress(2 * seeds * epochs * steps, "digits as sequences") as bar:
+    with report.progress(len(rates) * 2 * seeds * epochs * steps, "digits as sequences") as bar:
         return {
-            (batch, with_bn): training.repeat(
+            (rate, batch, with_bn): training.repeat(
                 lambda rng, with_bn=with_bn: network(with_bn, rng),
                 softmax_cross_entropy,
                 data,
                 seeds=seeds,
                 epochs=epochs,
-                lr=RATE,
+                lr=rate,
                 batch=batch,
                 progress=bar,
             )
+            for rate in rates
             for batch in batches
             for with_bn in (True, False)
         }
@@ -119,15 +141,17 @@ def run(*, seeds, epochs, batches=BATCHES):
 def show(results, out):
     """Tables, runs and two pictures."""
     seeds, epochs = next(iter(results.values()))["train_loss"].shape
-    batches = sorted({batch for batch, _ in results})
+    rates, batches = sorted({key[0] for key in results}), sorted({key[1] for key in results})
     words = {True: "with", False: "without"}
     seen = {shape: demonstrate(shape) for shape in SHAPES}
     rows, comparisons = [], []
-    for batch in batches:
-        for with_bn in (True, False):
-            last = [training.mean_std(results[batch, with_bn][metric][:, -1], metric) for metric in training.METRICS]
-            rows.append([f"{batch}", words[with_bn], *last])
-        comparisons += training.compare(f"Batch {batch}", results[batch, True], results[batch, False])
+    for rate in rates:
+        for batch in batches:
+            pair = [results[rate, batch, with_bn] for with_bn in (True, False)]
+            for result, with_bn in zip(pair, (True, False), strict=True):
+                last = [training.mean_std(result[metric][:, -1], metric) for metric in training.METRICS]
+                rows.append([f"{rate:g}", batch, words[with_bn], *last])
+            comparisons += training.compare(f"Adam at {rate:g}, batch {batch}", *pair)
     report.write(
         out,
         "sequences",
@@ -138,64 +162,64 @@ def show(results, out):
         "The last two rows are the largest differences from y by hand. What normalizes is the variance with 1/(N·L); "
         "the 1/(N·L − 1) of the article's formula goes into the running variance only.",
         "## A 1-D CNN on scikit-learn's digits, read as 8 steps of 8 channels\n\n"
-        f"Adam {RATE:g}, {seeds} seeds, after {epochs} epochs: mean ± standard deviation over the seeds.",
-        report.table(["batch", "batch norm", *training.METRICS.values()], rows),
+        f"{seeds} seeds, after {epochs} epochs: mean ± standard deviation over the seeds.",
+        report.table(["Adam", "batch", "batch norm", *training.METRICS.values()], rows),
         training.verdict(comparisons),
     )
-    report.write_runs(out, "sequences", {f"batch {b}, {words[bn]}": runs for (b, bn), runs in results.items()})
+    labels = {(r, b, bn): f"Adam at {r:g}, batch {b}, {words[bn]}" for r, b, bn in results}
+    report.write_runs(out, "sequences", {labels[key]: runs for key, runs in results.items()})
 
     def paint_states(figure, axes):
-        values = seen[SHAPES[-1]]
-        panels = (("Input x", "x"), ("Training: y", "y_train"), ("Evaluation after one batch: y", "y_eval"))
-        for ax, (title, key) in zip(axes[0], panels, strict=True):
+        for ax, (title, a) in zip(axes[0], settle().items(), strict=True):
+            steps = range(1, a.shape[2] + 1)
             for channel, color in enumerate((report.WITH_BN, report.WITHOUT_BN)):
-                a = values[key][:, channel]
-                for sequence in a:
-                    ax.plot(range(1, a.shape[1] + 1), sequence, color=color, lw=0.8, alpha=0.5)
-                ax.axhline(a.mean(), color=color, lw=2, label=f"channel {channel}: {a.mean():.2f} ± {a.std():.2f}")
+                values = a[:, channel]
+                ax.plot(steps, values.T, color=color, lw=0.8, alpha=0.5)
+                ax.axhline(values.mean(), color=color, label=f"{channel}: {values.mean():.2f} ± {values.std():.2f}")
             ax.set_title(title)
             ax.set_xlabel("step")
             ax.set_xticks((1, 5, 10, 15, 20))
-            ax.legend(loc="lower left", fontsize=9)
+            ax.set_ylim(-8, 8)
+            ax.legend(loc="upper right", ncols=2, fontsize=8, handlelength=1, columnspacing=1)
         axes[0, 0].set_ylabel("value, no unit")
-        low, high = axes[0, 0].get_ylim()
-        axes[0, 0].set_ylim(low - 0.3 * (high - low), high)
 
     report.draw(
         out / "sequences.png",
         paint_states,
-        size=(12, 4.2),
-        columns=3,
+        size=(15, 4),
+        columns=4,
         sharey=True,
-        title=f"BatchNorm1d on {SHAPES[-1]}: every sequence, mean ± deviation of each channel",
+        title=f"BatchNorm1d on {SHAPES[-1]}: four sequences in two channels, and each channel's mean ± deviation",
     )
 
     def paint_batches(figure, axes):
-        for ax, metric in zip(axes[0], training.METRICS, strict=True):
-            scale = 100 if metric == "test_accuracy" else 1
-            curves = [
-                np.stack([results[batch, with_bn][metric][:, -1] for batch in batches], axis=1) * scale
-                for with_bn in (True, False)
-            ]
-            report.with_and_without(ax, batches, *curves)
-            ax.set_xscale("log", base=2)
-            ax.set_xticks(batches, batches)
-            ax.set_xlabel("batch size (samples)")
-            ax.set_title(f"{training.METRICS[metric].capitalize()}, epoch {epochs}")
-            ax.set_ylabel("accuracy (%)" if scale == 100 else "cross-entropy (nats)")
+        for row, rate in zip(axes, rates, strict=True):
+            for ax, metric in zip(row, training.METRICS, strict=True):
+                scale = 100 if metric == "test_accuracy" else 1
+                curves = [
+                    np.stack([results[rate, batch, with_bn][metric][:, -1] for batch in batches], axis=1) * scale
+                    for with_bn in (True, False)
+                ]
+                report.with_and_without(ax, batches, *curves)
+                ax.set_xscale("log", base=2)
+                ax.set_xticks(batches, batches)
+                ax.set_xlabel("batch size (samples)")
+                ax.set_title(f"{training.METRICS[metric].capitalize()}, Adam at {rate:g}")
+                ax.set_ylabel("accuracy (%)" if scale == 100 else "cross-entropy (nats)")
         report.legend(figure, axes[0, 0])
 
     report.draw(
         out / "sequences_cnn.png",
         paint_batches,
-        size=(12, 3.8),
+        size=(12, 3.4 * len(rates)),
+        rows=len(rates),
         columns=3,
-        title=f"1-D CNN on digits as sequences: mean and range of {seeds} seeds",
+        title=f"1-D CNN on digits as sequences, epoch {epochs}: mean and range of {seeds} seeds",
     )
 
 
 def main(argv=None):
-    args = report.parser(__doc__, seeds=(5, "random seeds"), epochs=(5, "epochs")).parse_args(argv)
+    args = report.parser(__doc__, seeds=(5, "random seeds"), epochs=(3, "epochs")).parse_args(argv)
     show(run(seeds=args.seeds, epochs=args.epochs), args.out)
 
 

@@ -44,9 +44,11 @@ def test_float32_errors(isa, rng, name, shape, axis, order):
     exact = reference.backward(dy, x, exact_mean, m2 / n, weight)
     for name_, gradient, exact_gradient in zip(("dx", "dweight", "dbias"), gradients, exact, strict=True):
         assert np.abs(gradient - exact_gradient).max() <= 1e-5 * np.abs(exact_gradient).max(), name_
-    # Evaluation, with statistics as a layer stores them
-    running_mean = np.asarray(exact_mean, np.float64)
-    y = cbn.functional.batch_norm(x, running_mean, m2 / n, weight, bias)
+    y = cbn.functional.batch_norm(x, exact_mean, m2 / n, weight, bias)
+    assert np.abs(y - exact_y).max() <= 1e-6 * np.abs(exact_y).max()
+    # Without a bias, which would hide the error of a small y
+    y, *_ = native_batch_norm(x, weight, None, None, None, True, 0.1, 1e-5)
+    exact_y = reference.normalize(x, exact_mean, m2 / n, weight)
     assert np.abs(y - exact_y).max() <= 1e-6 * np.abs(exact_y).max()
 
 
