@@ -5,7 +5,7 @@ import sys
 from .config import self_check, show_config
 
 
-def main():
+def main() -> int:
     """Print the configuration and check every instruction set."""
     show_config()
     print()

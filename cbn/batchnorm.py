@@ -3,15 +3,23 @@
 The arithmetic is in `cbn.functional`; what is here is what a layer remembers and when it may change.
 """
 
+from __future__ import annotations
+
 import operator
 import os
 import threading
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, TypeVar, overload
 
 import numpy as np
+import numpy.typing as npt
 
 from . import checks, functional
+from .checks import Array, Doubles
 
 __all__ = ["BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
+
+Layer = TypeVar("Layer", bound="BatchNorm")
 
 # One lock for the updates of all layers: they last microseconds, a layer stays picklable, and a fork can wait for it,
 # so that no child starts with statistics half updated or with a lock that nobody will release.
@@ -32,16 +40,20 @@ OVERWRITTEN = "the input of the last forward has been overwritten (out=), and wi
 class _ChannelArray:
     """Attribute that holds a (C,) array of the layer's dtype, or None where it is switched off."""
 
-    def __set_name__(self, owner, name):
+    def __set_name__(self, owner: type[BatchNorm], name: str) -> None:
         self.name, self.key = name, "_" + name
 
-    def __get__(self, layer, owner=None):
+    @overload
+    def __get__(self, layer: None, owner: type[BatchNorm]) -> _ChannelArray: ...
+    @overload
+    def __get__(self, layer: BatchNorm, owner: type[BatchNorm] | None = None) -> Array | None: ...
+    def __get__(self, layer: BatchNorm | None, owner: type[BatchNorm] | None = None) -> _ChannelArray | Array | None:
         return self if layer is None else layer.__dict__[self.key]
 
-    def __set__(self, layer, value):
+    def __set__(self, layer: BatchNorm, value: Array | None) -> None:
         layer.__dict__[self.key] = self.checked(layer, value)
 
-    def checked(self, layer, value):
+    def checked(self, layer: BatchNorm, value: Array | None) -> Array | None:
         if value is None:
             return None
         if not isinstance(value, np.ndarray):
@@ -49,13 +61,13 @@ class _ChannelArray:
         if value.shape != (layer.num_features,):
             raise ValueError(f"{self.name} has shape {value.shape}; expected ({layer.num_features},)")
         value = checks.per_channel(value, self.name, layer.num_features)
-        return value if value.dtype == layer.dtype else value.astype(layer.dtype)
+        return value if value is None or value.dtype == layer.dtype else value.astype(layer.dtype)
 
 
 class _Counter(_ChannelArray):
     """The same for num_batches_tracked: an int64 array without dimensions."""
 
-    def checked(self, layer, value):
+    def checked(self, layer: BatchNorm, value: Array | None) -> Array | None:
         if value is None:
             return None
         if not isinstance(value, np.ndarray) or value.shape != () or value.dtype.kind not in "iu":
@@ -127,7 +139,7 @@ class BatchNorm:
     array([[0.61357015, 0.948678  ]], dtype=float32)
     """
 
-    _ranks = None  # numbers of dimensions that the class accepts; None: any from 2
+    _ranks: tuple[int, ...] | None = None  # numbers of dimensions that the class accepts; None: any from 2
 
     weight = _ChannelArray()
     bias = _ChannelArray()
@@ -139,19 +151,19 @@ class BatchNorm:
 
     def __init__(
         self,
-        num_features,
-        eps=1e-5,
-        momentum=0.1,
-        affine=True,
-        track_running_stats=True,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
         *,
-        bias=True,
-        dtype=np.float32,
-        channel_axis=1,
-        running_var="unbiased",
-        activation=None,
-        nonfinite="propagate",
-    ):
+        bias: bool = True,
+        dtype: npt.DTypeLike = np.float32,
+        channel_axis: int = 1,
+        running_var: Literal["unbiased", "biased"] = "unbiased",
+        activation: None = None,
+        nonfinite: Literal["propagate", "skip", "raise"] = "propagate",
+    ) -> None:
         checks.not_yet(activation=activation)
         if nonfinite not in ("propagate", "skip", "raise"):
             raise ValueError(f"nonfinite must be 'propagate', 'skip' or 'raise', not {nonfinite!r}")
@@ -159,7 +171,7 @@ class BatchNorm:
         if running_var not in ("unbiased", "biased"):
             raise ValueError(f"running_var must be 'unbiased' or 'biased', not {running_var!r}")
         try:
-            self._dtype = np.dtype(dtype).newbyteorder("=")
+            self._dtype: np.dtype[Any] = np.dtype(dtype).newbyteorder("=")
         except TypeError:
             raise TypeError(f"dtype must be float32 or float64, not {dtype!r}") from None
         if self._dtype not in checks.FLOATS:
@@ -183,7 +195,7 @@ class BatchNorm:
         self._unbiased = running_var == "unbiased"
         self.training = True
         self._frozen = False
-        self._saved = NO_FORWARD
+        self._saved: str | tuple[functional.Input, Array | None, Array, Doubles, bool] = NO_FORWARD
         shape = (self._num_features,)
         self.weight = np.ones(shape, self._dtype) if affine else None
         self.bias = np.zeros(shape, self._dtype) if affine and bias else None
@@ -194,57 +206,57 @@ class BatchNorm:
         self.num_batches_tracked = np.zeros((), np.int64) if track_running_stats else None
 
     @property
-    def num_features(self):
+    def num_features(self) -> int:
         """Number of channels."""
         return self._num_features
 
     @property
-    def dtype(self):
+    def dtype(self) -> np.dtype[Any]:
         """dtype of parameters and statistics."""
         return self._dtype
 
     @property
-    def channel_axis(self):
+    def channel_axis(self) -> int:
         """The axis with the channels."""
         return self._channel_axis
 
     @property
-    def eps(self):
+    def eps(self) -> float:
         """What is added to the variance."""
         return self._eps
 
     @eps.setter
-    def eps(self, value):
+    def eps(self, value: float) -> None:
         self._eps = checks.epsilon(value)
 
     @property
-    def momentum(self):
+    def momentum(self) -> float | None:
         """Weight of the new batch; None: a plain average."""
         return self._momentum
 
     @momentum.setter
-    def momentum(self, value):
+    def momentum(self, value: float | None) -> None:
         self._momentum = None if value is None else checks.momentum_fraction(value)
 
     # ---- state -----------------------------------------------------------------------------------------------------
 
-    def train(self, mode=True):
+    def train(self: Layer, mode: bool = True) -> Layer:
         """Switch to training mode, or to evaluation with ``mode=False``; returns the layer."""
         if not isinstance(mode, (bool, np.bool_)):
             raise ValueError("training mode is expected to be boolean")
         self.training = bool(mode)
         return self
 
-    def eval(self):
+    def eval(self: Layer) -> Layer:
         """Switch to evaluation mode; returns the layer."""
         return self.train(False)
 
     @property
-    def frozen(self):
+    def frozen(self) -> bool:
         """Whether the running statistics normalize, and stay as they are, whatever the mode."""
         return self._frozen
 
-    def freeze(self):
+    def freeze(self: Layer) -> Layer:
         """Normalize with the running statistics and keep them, in training mode too; returns the layer.
 
         It survives `train()`. In training mode a frozen layer remembers its input, so that gradients flow through it.
@@ -253,14 +265,23 @@ class BatchNorm:
         self._frozen = True
         return self
 
-    def unfreeze(self):
+    def unfreeze(self: Layer) -> Layer:
         """Undo `freeze`; returns the layer."""
         self._frozen = False
         return self
 
     # ---- passes ----------------------------------------------------------------------------------------------------
 
-    def __call__(self, x, *, out=None, residual=None, mask=None, lengths=None, sample_weight=None):
+    def __call__(
+        self,
+        x: npt.ArrayLike,
+        *,
+        out: Array | None = None,
+        residual: None = None,
+        mask: None = None,
+        lengths: None = None,
+        sample_weight: None = None,
+    ) -> Array:
         """Normalize x in the current mode.
 
         Parameters
@@ -289,8 +310,7 @@ class BatchNorm:
         checks.output(out, inp.x.shape, inp.x.dtype)
         with _update_lock:  # a snapshot: mean and variance of the same batch
             mean, var = self.running_mean, self.running_var
-            snapshot = mean is not None and var is not None
-            if snapshot:
+            if mean is not None and var is not None:
                 mean, var = mean.copy(), var.copy()
         weight, bias = self.weight, self.bias
         batch_statistics = not self._frozen and (self.training or (mean is None and var is None))
@@ -303,27 +323,27 @@ class BatchNorm:
         eps = checks.epsilon_for(self._eps, batch_statistics)
         if batch_statistics:
             checks.more_than_one_value(inp.x, inp.n_channels)
-            updated = tracked and snapshot and inp.layout is not None
+            updated = tracked and mean is not None and inp.layout is not None
             if updated:
                 self._check_writable("running_mean", "running_var", "num_batches_tracked")
             y, mean, m2 = functional.normalize_batch(inp, weight, bias, eps, out)
             if updated:
                 self._update(inp.count, mean, m2)
-            invstd = functional.inverse_std(m2 / max(inp.count, 1), eps) if self.training else None
+            var = m2 / max(inp.count, 1)
         else:
+            assert mean is not None and var is not None
             y = functional.normalize(inp, mean, var, weight, bias, eps, out)
-            invstd = functional.inverse_std(var, eps) if self.training else None
         if not self.training:
             self._saved = AFTER_EVAL
         elif out is not None and functional.overlaps(inp.x, out):
             self._saved = OVERWRITTEN
         else:
-            self._saved = (inp, weight, mean, invstd, batch_statistics)
+            self._saved = (inp, weight, mean, functional.inverse_std(var, eps), batch_statistics)
         return y
 
     forward = __call__
 
-    def _check_channels(self, inp, mean, untracked):
+    def _check_channels(self, inp: functional.Input, mean: Array | None, untracked: bool) -> None:
         """Refuse an input with another number of channels, in PyTorch's words for what is compared with it first."""
         n = self._num_features
         if inp.n_channels == n:
@@ -338,26 +358,27 @@ class BatchNorm:
             )
         raise checks.ArgumentError(f"{name} should contain {inp.n_channels} elements not {n}")
 
-    def _check_writable(self, *names):
+    def _check_writable(self, *names: str) -> None:
         for name in names:
             a = getattr(self, name)
             if a is not None and not a.flags.writeable:
                 raise ValueError(f"{name} is read-only, but has to be updated")
 
-    def _update(self, count, mean, m2):
+    def _update(self, count: int, mean: Doubles, m2: Doubles) -> None:
         """Count the batch and move the running statistics, at once for all threads."""
         with _update_lock:
             counter = self.num_batches_tracked
             momentum = self._momentum
             if momentum is None:
                 momentum = 0.0 if counter is None else 1 / (int(counter) + 1)
+            assert self.running_mean is not None and self.running_var is not None
             functional.update_running(
                 self.running_mean, self.running_var, count, mean, m2, momentum, unbiased=self._unbiased
             )
             if counter is not None:
                 counter += 1
 
-    def backward(self, dy, *, out=None):
+    def backward(self, dy: npt.ArrayLike, *, out: Array | None = None) -> Array:
         """Gradient with respect to the input of the last training forward.
 
         The gradients of weight and bias are **added** to `weight_grad` and `bias_grad`, except where those are None.
@@ -389,43 +410,42 @@ class BatchNorm:
         if dy.shape != inp.x.shape:
             raise ValueError(f"dy has shape {dy.shape}; expected {inp.x.shape}, as the input")
         checks.output(out, inp.x.shape, inp.x.dtype)
-        want_weight = self.weight_grad is not None and weight is not None
-        want_bias = self.bias_grad is not None
+        weight_grad = None if weight is None else self.weight_grad
+        bias_grad = self.bias_grad
+        want_sums = weight_grad is not None or bias_grad is not None
         self._check_writable("weight_grad", "bias_grad")
-        dx, dbias, dweight = functional.gradients(
-            dy, inp, weight, mean, invstd, batch_statistics, True, want_weight or want_bias, out
-        )
+        dx, dbias, dweight = functional.gradients(dy, inp, weight, mean, invstd, batch_statistics, True, want_sums, out)
         with np.errstate(all="ignore"), _update_lock:
-            if want_weight:
-                self.weight_grad[...] = self.weight_grad + dweight
-            if want_bias:
-                self.bias_grad[...] = self.bias_grad + dbias
+            if weight_grad is not None:
+                weight_grad[...] = weight_grad + dweight
+            if bias_grad is not None:
+                bias_grad[...] = bias_grad + dbias
         if out is not None and functional.overlaps(inp.x, out):
             self._saved = OVERWRITTEN
         return dx
 
     # ---- parameters ------------------------------------------------------------------------------------------------
 
-    def zero_grad(self):
+    def zero_grad(self) -> None:
         """Fill the gradients with zeros, in place."""
         for grad in (self.weight_grad, self.bias_grad):
             if grad is not None:
                 grad.fill(0)
 
-    def reset_running_stats(self):
+    def reset_running_stats(self) -> None:
         """Running mean 0, variance 1, no batches counted; in place."""
         for array, value in ((self.running_mean, 0), (self.running_var, 1), (self.num_batches_tracked, 0)):
             if array is not None:
                 array.fill(value)
 
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
         """Weight 1, bias 0, and `reset_running_stats`; in place."""
         self.reset_running_stats()
         for array, value in ((self.weight, 1), (self.bias, 0)):
             if array is not None:
                 array.fill(value)
 
-    def parameters(self):
+    def parameters(self) -> Iterator[Array]:
         """Iterate over the weight and the bias, where there are any."""
         return iter([a for a in (self.weight, self.bias) if a is not None])
 
@@ -433,7 +453,7 @@ class BatchNorm:
 
     _state_names = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Array]:
         """Copies of all parameters and statistics under PyTorch's names, without those that are None.
 
         Examples
@@ -445,7 +465,7 @@ class BatchNorm:
         with _update_lock:
             return {name: getattr(self, name).copy() for name in self._state_names if getattr(self, name) is not None}
 
-    def load_state_dict(self, state, strict=True):
+    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> tuple[list[str], list[str]]:
         """Copy parameters and statistics into the layer's arrays, all or none.
 
         Parameters
@@ -466,7 +486,14 @@ class BatchNorm:
         """
         return self._load(state, strict, allow_nonfinite=False)
 
-    def _load(self, state, strict, allow_nonfinite, optional=("num_batches_tracked",), names=_state_names):
+    def _load(
+        self,
+        state: Mapping[str, Any],
+        strict: bool,
+        allow_nonfinite: bool,
+        optional: tuple[str, ...] = ("num_batches_tracked",),
+        names: tuple[str, ...] = _state_names,
+    ) -> tuple[list[str], list[str]]:
         own = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         missing = [name for name in own if name not in state and name not in optional]
         unexpected = [name for name in state if name not in own]
@@ -490,7 +517,7 @@ class BatchNorm:
                 own[name][...] = value
         return missing, unexpected
 
-    def save(self, path, *, allow_nonfinite=False):
+    def save(self, path: str | os.PathLike[str], *, allow_nonfinite: bool = False) -> None:
         """Write the layer to a file that `cbn.load` reads: class, arguments, arrays, mode.
 
         Parameters
@@ -509,20 +536,20 @@ class BatchNorm:
 
         storage.save(self, path, allow_nonfinite=allow_nonfinite)
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         with _update_lock:
             state = dict(self.__dict__)
         state["_saved"] = NO_FORWARD
         return state
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return (
             f"{type(self).__name__}({self._num_features}, eps={self._eps}, momentum={self._momentum}, "
             f"affine={self.affine}, bias={self.bias is not None}, track_running_stats={self.track_running_stats})"
         )
 
 
-def _state_entry(name, value, target, allow_nonfinite):
+def _state_entry(name: str, value: npt.ArrayLike, target: Array, allow_nonfinite: bool) -> Array:
     """One entry of a state as an array that can be copied into `target`, or a ValueError that names it."""
     try:
         value = np.asarray(value)

@@ -7,8 +7,13 @@ ValueError and a RuntimeError, where PyTorch raises RuntimeError.
 
 import math
 import operator
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+Doubles = npt.NDArray[np.float64]
 
 FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
 
@@ -17,14 +22,14 @@ class ArgumentError(ValueError, RuntimeError):
     """A ValueError that code written for PyTorch's RuntimeError catches too."""
 
 
-def not_yet(**options):
+def not_yet(**options: object) -> None:
     """Refuse what the interface names and this version does not do."""
     for name, value in options.items():
         if value is not None:
             raise NotImplementedError(f"{name}={value!r} is not supported yet")
 
 
-def float_array(x, name):
+def float_array(x: npt.ArrayLike, name: str) -> Array:
     """x as an aligned array in native byte order, of float32 or float64; a copy only where it has to be one."""
     if isinstance(x, np.ma.MaskedArray):
         raise TypeError(
@@ -43,7 +48,7 @@ def float_array(x, name):
     return x
 
 
-def axis_index(channel_axis, ndim):
+def axis_index(channel_axis: int, ndim: int) -> int:
     """The channel axis as an index from 0."""
     axis = operator.index(channel_axis)
     if not -ndim <= axis < ndim:
@@ -51,7 +56,7 @@ def axis_index(channel_axis, ndim):
     return axis % ndim
 
 
-def rank(x, ranks):
+def rank(x: Array, ranks: tuple[int, ...] | None) -> None:
     """Refuse an input whose number of dimensions is not one of `ranks`; None: any from 2."""
     if ranks is None:
         if x.ndim < 2:
@@ -61,7 +66,7 @@ def rank(x, ranks):
         raise ValueError(f"expected {expected} input (got {x.ndim}D input)")
 
 
-def output(out, shape, dtype):
+def output(out: Array | None, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
     """Refuse an `out` that is not exactly an array of this shape and dtype that can be written to."""
     if out is None:
         return
@@ -75,7 +80,7 @@ def output(out, shape, dtype):
         raise ValueError("out is read-only")
 
 
-def per_channel(a, name, n_channels, *, written=False):
+def per_channel(a: npt.ArrayLike | None, name: str, n_channels: int, *, written: bool = False) -> Array | None:
     """Refuse a parameter or statistic that is not a float array (C,); None passes. Returns it as an array."""
     if a is None:
         return None
@@ -93,13 +98,13 @@ def per_channel(a, name, n_channels, *, written=False):
     return a
 
 
-def buffers_for_batch(running_mean, running_var):
+def buffers_for_batch(running_mean: npt.ArrayLike | None, running_var: npt.ArrayLike | None) -> None:
     """Refuse one running buffer without the other where batch statistics are used."""
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var must either both be None or neither be None")
 
 
-def buffers_for_eval(running_mean, running_var):
+def buffers_for_eval(running_mean: npt.ArrayLike | None, running_var: npt.ArrayLike | None) -> None:
     """Refuse absent running statistics where they are what normalizes."""
     if running_mean is None:
         raise ArgumentError("running_mean must be defined in evaluation mode")
@@ -107,7 +112,7 @@ def buffers_for_eval(running_mean, running_var):
         raise ArgumentError("running_var must be defined in evaluation mode")
 
 
-def number(value, name, expected):
+def number(value: float, name: str, expected: str) -> float:
     """value as a float; bools and what is no number are refused."""
     if isinstance(value, (bool, np.bool_, str, bytes)):
         raise TypeError(f"{name} must be {expected}, not {value!r}")
@@ -117,7 +122,7 @@ def number(value, name, expected):
         raise TypeError(f"{name} must be {expected}, not {value!r}") from None
 
 
-def epsilon(eps):
+def epsilon(eps: float) -> float:
     """eps as a float that is finite and not negative."""
     eps = number(eps, "eps", "a number")
     if not math.isfinite(eps) or eps < 0:
@@ -125,7 +130,7 @@ def epsilon(eps):
     return eps
 
 
-def epsilon_for(eps, batch_statistics):
+def epsilon_for(eps: float, batch_statistics: bool) -> float:
     """eps where it is used: batch statistics, whose variance may be 0, need a positive one."""
     eps = number(eps, "eps", "a number")
     if batch_statistics and eps <= 0:
@@ -135,7 +140,7 @@ def epsilon_for(eps, batch_statistics):
     return epsilon(eps)
 
 
-def momentum_fraction(momentum):
+def momentum_fraction(momentum: float) -> float:
     """momentum as a float in [0, 1]."""
     momentum = number(momentum, "momentum", "a number in [0, 1]")
     if not 0 <= momentum <= 1:
@@ -143,7 +148,7 @@ def momentum_fraction(momentum):
     return momentum
 
 
-def more_than_one_value(x, n_channels):
+def more_than_one_value(x: Array, n_channels: int) -> None:
     """Refuse a batch with one value per channel: its variance is 0 and its output the bias alone."""
     if x.size == n_channels and n_channels:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")

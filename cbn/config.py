@@ -3,6 +3,7 @@
 import os
 import platform
 import sys
+from collections.abc import Callable
 
 import numpy as np
 
@@ -15,7 +16,7 @@ __all__ = ["show_config"]
 __version__ = "0.1.0"
 
 
-def openmp_runtime():
+def openmp_runtime() -> list[str]:
     """Paths of the OpenMP runtimes that are loaded in this process; more than one fight for the processors."""
     try:
         with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
@@ -25,7 +26,7 @@ def openmp_runtime():
     return sorted(p for p in paths if os.path.basename(p).startswith(("libgomp", "libomp", "libiomp")))
 
 
-def config():
+def config() -> dict[str, str]:
     """What show_config prints, as a dict of strings."""
     info = passes.build_info()
     runtimes = openmp_runtime()
@@ -48,7 +49,7 @@ def config():
     }
 
 
-def show_config():
+def show_config() -> None:
     """Print versions, compiler, OpenMP runtime, instruction sets and threads, with the reason for each choice.
 
     Examples
@@ -61,7 +62,7 @@ def show_config():
         print(f"{name:16} {value}")
 
 
-def self_check(report=print):
+def self_check(report: Callable[[str], object] = print) -> bool:
     """Compare the kernels of every instruction set available with `cbn.reference`; True if all agree.
 
     Every type, both layouts, whole vectors and tails, one thread and three, forward and backward, on data whose mean is
@@ -92,7 +93,7 @@ def self_check(report=print):
     return good
 
 
-def _largest_error(x, dy, weight, bias):
+def _largest_error(x: reference.Array, dy: reference.Array, weight: reference.Array, bias: reference.Array) -> float:
     n, exact_mean, exact_m2 = reference.moments(x)
     y, mean, invstd = native_batch_norm(x, weight, bias, None, None, True, 0.1, 1e-5)
     pairs = [(y, reference.normalize(x, exact_mean, exact_m2 / n, weight, bias))]

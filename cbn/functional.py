@@ -5,9 +5,16 @@ PyTorch's. What the layers share with them (`Input`, `normalize_batch`, `normali
 stands above them.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, overload
+
 import numpy as np
+import numpy.typing as npt
 
 from . import checks
+from .checks import Array, Doubles
 from .kernels import passes
 
 __all__ = ["batch_norm", "native_batch_norm", "native_batch_norm_backward"]
@@ -33,12 +40,14 @@ class Input:
         None for an empty array.
     """
 
-    def __init__(self, x, channel_axis, name="input", ranks=None):
+    def __init__(
+        self, x: npt.ArrayLike, channel_axis: int, name: str = "input", ranks: tuple[int, ...] | None = None
+    ) -> None:
         x = checks.float_array(x, name)
         checks.rank(x, ranks)
         self.axis = checks.axis_index(channel_axis, x.ndim)
         self.n_channels = x.shape[self.axis]
-        self.layout = None
+        self.layout: passes.Layout | None = None
         if x.size:
             self.layout = passes.Layout.of(x, self.axis)
             if self.layout is None:
@@ -47,11 +56,11 @@ class Input:
         self.x = x
 
     @property
-    def count(self):
+    def count(self) -> int:
         """Values per channel; 0 for an empty array, whatever is empty about it."""
         return self.layout.count if self.layout else 0
 
-    def lies_as(self, a):
+    def lies_as(self, a: Array) -> Array:
         """a itself if the loops can go through it beside x, else a copy that lies as x does."""
         if self.layout is None or (a.flags.aligned and self.layout.fits(a)):
             return a
@@ -59,7 +68,7 @@ class Input:
         copy[...] = a
         return copy
 
-    def destination(self, out, *read):
+    def destination(self, out: Array | None, *read: Array) -> Array:
         """Where a pass may write: `out`, if it lies as x does and no array that is read overlaps it in part."""
         if out is None or self.layout is None or not (out.flags.aligned and self.layout.fits(out)):
             return np.empty_like(self.x, subok=False)
@@ -68,20 +77,21 @@ class Input:
         return out
 
 
-def overlaps(a, b):
+def overlaps(a: Array, b: Array) -> bool:
     """Whether two arrays share memory; when in doubt, yes."""
+    limit: Any = 100_000  # numpy's stub has no limits but 0 and -1
     try:
-        return np.may_share_memory(a, b) and np.shares_memory(a, b, max_work=100_000)
+        return np.may_share_memory(a, b) and np.shares_memory(a, b, max_work=limit)
     except np.exceptions.TooHardError:
         return True
 
 
-def same_memory(a, b):
+def same_memory(a: Array, b: Array) -> bool:
     """Whether element by element two arrays are the same memory."""
     return a.ctypes.data == b.ctypes.data and a.strides == b.strides and a.shape == b.shape
 
 
-def delivered(y, out):
+def delivered(y: Array, out: Array | None) -> Array:
     """y, put into `out` if it was computed beside it."""
     if out is None or y is out:
         return y
@@ -89,23 +99,29 @@ def delivered(y, out):
     return out
 
 
-def as_doubles(a):
+@overload
+def as_doubles(a: None) -> None: ...
+@overload
+def as_doubles(a: Array) -> Doubles: ...
+def as_doubles(a: Array | None) -> Doubles | None:
     """A contiguous float64 copy: the passes read parameters so, and an output may overlap them."""
     return None if a is None else np.array(a, dtype=np.float64, order="C")
 
 
-def is_wide(x, *per_channel):
+def is_wide(x: Array, *per_channel: Array | None) -> bool:
     """Whether float64 parameters ask for float64 arithmetic on a float32 array."""
     return x.dtype == np.float32 and any(a is not None and a.dtype.itemsize == 8 for a in per_channel)
 
 
-def inverse_std(var, eps):
+def inverse_std(var: Array, eps: float) -> Doubles:
     """1/sqrt(var + eps) in float64; inf and NaN without a warning."""
     with np.errstate(all="ignore"):
         return 1 / np.sqrt(np.asarray(var, dtype=np.float64) + eps)
 
 
-def normalize_batch(inp, weight, bias, eps, out):
+def normalize_batch(
+    inp: Input, weight: Array | None, bias: Array | None, eps: float, out: Array | None
+) -> tuple[Array, Doubles, Doubles]:
     """(y, mean, m2), normalized with the batch's own statistics; arguments are checked."""
     if inp.layout is None:
         y = np.empty_like(inp.x, subok=False) if out is None else out
@@ -117,7 +133,15 @@ def normalize_batch(inp, weight, bias, eps, out):
     return delivered(y, out), mean, m2
 
 
-def normalize(inp, mean, var, weight, bias, eps, out):
+def normalize(
+    inp: Input,
+    mean: Array,
+    var: Array,
+    weight: Array | None,
+    bias: Array | None,
+    eps: float,
+    out: Array | None,
+) -> Array:
     """The array normalized with the statistics given; arguments are checked."""
     if inp.layout is None:
         return np.empty_like(inp.x, subok=False) if out is None else out
@@ -133,7 +157,17 @@ def normalize(inp, mean, var, weight, bias, eps, out):
     return delivered(y, out)
 
 
-def gradients(dy, inp, weight, mean, invstd, batch_statistics, want_dx, want_sums, out):
+def gradients(
+    dy: Array,
+    inp: Input,
+    weight: Array | None,
+    mean: Array,
+    invstd: Array,
+    batch_statistics: bool,
+    want_dx: bool,
+    want_sums: bool,
+    out: Array | None,
+) -> tuple[Array | Any, Doubles | Any, Doubles | Any]:
     """(dx or None, S(dy), S(dy*(x - mean))*invstd) per channel, the sums None unless wanted; all is checked.
 
     Parameters
@@ -163,20 +197,29 @@ def gradients(dy, inp, weight, mean, invstd, batch_statistics, want_dx, want_sum
     weight, mean, invstd = as_doubles(weight), as_doubles(mean), as_doubles(invstd)
     sums = products = None
     if want_sums or (batch_statistics and want_dx):
-        through = (dx, invstd, weight) if batch_statistics else (None, None, None)
+        through: tuple[Any, Any, Any] = (dx, invstd, weight) if batch_statistics else (None, None, None)
         sums, products = passes.grad_moments(inp.layout, dy, inp.x, mean, *through, wide)
         with np.errstate(all="ignore"):
             products *= invstd
-    if want_dx and not batch_statistics:
+    if dx is not None and not batch_statistics:
         # dx = dy*scale: apply with mean 0, and with offset -0, which keeps the sign of a zero
         with np.errstate(all="ignore"):
             scale = invstd if weight is None else invstd * weight
         coef = np.stack([np.zeros(n_channels), scale, np.full(n_channels, -0.0)])
         passes.apply(inp.layout, dy, dx, coef, wide)
-    return (delivered(dx, out) if want_dx else None), sums, products
+    return (None if dx is None else delivered(dx, out)), sums, products
 
 
-def update_running(running_mean, running_var, count, mean, m2, momentum, *, unbiased=True):
+def update_running(
+    running_mean: Array,
+    running_var: Array,
+    count: int,
+    mean: Doubles,
+    m2: Doubles,
+    momentum: float,
+    *,
+    unbiased: bool = True,
+) -> None:
     """Move the running statistics by one batch, in place: (1 - momentum)*running + momentum*batch."""
     with np.errstate(all="ignore"):
         var = m2 / (count - 1 if unbiased else count)
@@ -185,7 +228,15 @@ def update_running(running_mean, running_var, count, mean, m2, momentum, *, unbi
         running_mean[...], running_var[...] = new_mean, new_var
 
 
-def check_parameters(inp, running_mean, running_var, weight, bias, *, updated):
+def check_parameters(
+    inp: Input,
+    running_mean: npt.ArrayLike | None,
+    running_var: npt.ArrayLike | None,
+    weight: npt.ArrayLike | None,
+    bias: npt.ArrayLike | None,
+    *,
+    updated: bool,
+) -> tuple[Array | None, Array | None, Array | None, Array | None]:
     """The four per-channel arguments, checked in PyTorch's order."""
     n = inp.n_channels
     return (
@@ -197,21 +248,21 @@ def check_parameters(inp, running_mean, running_var, weight, bias, *, updated):
 
 
 def batch_norm(
-    x,
-    running_mean,
-    running_var,
-    weight=None,
-    bias=None,
-    training=False,
-    momentum=0.1,
-    eps=1e-5,
+    x: npt.ArrayLike,
+    running_mean: Array | None,
+    running_var: Array | None,
+    weight: npt.ArrayLike | None = None,
+    bias: npt.ArrayLike | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
     *,
-    channel_axis=1,
-    out=None,
-    activation=None,
-    residual=None,
-    mask=None,
-):
+    channel_axis: int = 1,
+    out: Array | None = None,
+    activation: None = None,
+    residual: None = None,
+    mask: None = None,
+) -> Array:
     """Normalize every channel of an array.
 
     ``y = (x - mean) / sqrt(var + eps) * weight + bias``, with mean and var those of the batch if `training` (var
@@ -275,7 +326,19 @@ def batch_norm(
     )[0]
 
 
-def native_batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps, *, channel_axis=1, out=None):
+def native_batch_norm(
+    x: npt.ArrayLike,
+    weight: npt.ArrayLike | None,
+    bias: npt.ArrayLike | None,
+    running_mean: Array | None,
+    running_var: Array | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    *,
+    channel_axis: int = 1,
+    out: Array | None = None,
+) -> tuple[Array, Doubles, Doubles]:
     """`batch_norm` that also returns what the backward pass needs.
 
     Parameters
@@ -319,31 +382,32 @@ def native_batch_norm(x, weight, bias, running_mean, running_var, training, mome
     )
     eps = checks.epsilon_for(eps, training)
     if not training:
+        assert running_mean is not None and running_var is not None
         return normalize(inp, running_mean, running_var, weight, bias, eps, out), np.empty(0), np.empty(0)
     checks.more_than_one_value(inp.x, inp.n_channels)
     y, mean, m2 = normalize_batch(inp, weight, bias, eps, out)
     if inp.layout is None:
         return y, np.zeros(inp.n_channels), np.zeros(inp.n_channels)
-    if running_mean is not None:
+    if running_mean is not None and running_var is not None:
         update_running(running_mean, running_var, inp.count, mean, m2, momentum)
     return y, mean, inverse_std(m2 / inp.count, eps)
 
 
 def native_batch_norm_backward(
-    dy,
-    x,
-    weight,
-    running_mean,
-    running_var,
-    save_mean,
-    save_invstd,
-    train,
-    eps,
-    output_mask=(True, True, True),
+    dy: npt.ArrayLike,
+    x: npt.ArrayLike,
+    weight: npt.ArrayLike | None,
+    running_mean: npt.ArrayLike | None,
+    running_var: npt.ArrayLike | None,
+    save_mean: npt.ArrayLike | None,
+    save_invstd: npt.ArrayLike | None,
+    train: bool,
+    eps: float,
+    output_mask: Iterable[bool] = (True, True, True),
     *,
-    channel_axis=1,
-    out=None,
-):
+    channel_axis: int = 1,
+    out: Array | None = None,
+) -> tuple[Array | Any, Array | Any, Array | Any]:
     """Gradients of a batch normalization with respect to its input, weight and bias.
 
     With d = x - mean, r = 1/sqrt(var + eps), w = weight, S the sum and n the number of values per channel::
@@ -417,7 +481,9 @@ def native_batch_norm_backward(
     else:
         checks.buffers_for_eval(running_mean, running_var)
         mean = checks.per_channel(running_mean, "running_mean", inp.n_channels)
-        invstd = inverse_std(checks.per_channel(running_var, "running_var", inp.n_channels), eps)
+        var = checks.per_channel(running_var, "running_var", inp.n_channels)
+        assert mean is not None and var is not None
+        invstd = inverse_std(var, eps)
     dx, dbias, dweight = gradients(dy, inp, weight, mean, invstd, train, want_dx, want_dweight or want_dbias, out)
     dtype = inp.x.dtype if weight is None else weight.dtype.newbyteorder("=")
     with np.errstate(over="ignore"):

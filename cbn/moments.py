@@ -1,8 +1,12 @@
 """Moments: count, mean and sum of squared distances per channel, and their exact merge."""
 
+from __future__ import annotations
+
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from .functional import Input
 from .kernels import passes
@@ -45,18 +49,18 @@ class Moments:
     array([10.66666667,  2.        ])
     """
 
-    count: np.ndarray
-    mean: np.ndarray
-    m2: np.ndarray
+    count: npt.NDArray[np.float64]
+    mean: npt.NDArray[np.float64]
+    m2: npt.NDArray[np.float64]
 
-    def __post_init__(self):
-        mean = np.array(self.mean, dtype=np.float64)
+    def __init__(self, count: npt.ArrayLike, mean: npt.ArrayLike, m2: npt.ArrayLike) -> None:
+        mean = np.array(mean, dtype=np.float64)
         if mean.ndim != 1:
             raise ValueError(f"mean has shape {mean.shape}; expected (C,)")
-        m2 = np.array(self.m2, dtype=np.float64)
+        m2 = np.array(m2, dtype=np.float64)
         if m2.shape != mean.shape:
             raise ValueError(f"m2 has shape {m2.shape}; expected {mean.shape}, as mean")
-        count = np.array(self.count, dtype=np.float64)
+        count = np.array(count, dtype=np.float64)
         if count.shape not in ((), mean.shape):
             raise ValueError(f"count has shape {count.shape}; expected {mean.shape}, as mean, or one number")
         if not np.all(count >= 0):
@@ -66,13 +70,13 @@ class Moments:
         for name, value in (("count", np.array(np.broadcast_to(count, mean.shape))), ("mean", mean), ("m2", m2)):
             object.__setattr__(self, name, value)
 
-    def var(self, correction=0):
+    def var(self, correction: float = 0) -> npt.NDArray[np.float64]:
         """Variance ``m2 / (count - correction)``: 0 the biased one, 1 the unbiased; NaN where count is too small."""
         n = self.count - correction
         with np.errstate(all="ignore"):
             return np.where(n > 0, self.m2 / n, np.nan)
 
-    def __add__(self, other):
+    def __add__(self, other: Moments) -> Moments:
         if not isinstance(other, Moments):
             return NotImplemented
         if other.mean.shape != self.mean.shape:
@@ -90,7 +94,7 @@ class Moments:
         return Moments(n, mean, m2)
 
     @classmethod
-    def merge(cls, parts):
+    def merge(cls, parts: Iterable[Moments]) -> Moments:
         """Merge any number of moments, at least one, in the order given."""
         parts = list(parts)
         if not parts:
@@ -103,7 +107,7 @@ class Moments:
         return total
 
 
-def moments(x, *, channel_axis=1):
+def moments(x: npt.ArrayLike, *, channel_axis: int = 1) -> Moments:
     """Moments of every channel of an array, in one pass over it.
 
     Parameters

@@ -4,22 +4,28 @@ Every kernel is compared with these functions, over every instruction set, type,
 written to be read beside the formulas of Ioffe and Szegedy (2015), not to be fast; inputs are trusted.
 """
 
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+Doubles = npt.NDArray[np.float64]
 
 
-def expand(v, x, channel_axis):
+def expand(v: npt.ArrayLike, x: Array, channel_axis: int) -> Doubles:
     """A (C,) vector in a shape that broadcasts along the channel axis of x."""
     shape = [1] * x.ndim
     shape[channel_axis] = -1
     return np.asarray(v, dtype=np.float64).reshape(shape)
 
 
-def per_channel(x, channel_axis):
+def per_channel(x: Array, channel_axis: int) -> Doubles:
     """x as (C, n) in float64."""
     return np.moveaxis(np.asarray(x, dtype=np.float64), channel_axis, 0).reshape(x.shape[channel_axis], -1)
 
 
-def moments(x, channel_axis=1):
+def moments(x: Array, channel_axis: int = 1) -> tuple[int, Doubles, Doubles]:
     """(n, mean, m2): values per channel, their mean, their sum of squared distances from it."""
     x_cn = per_channel(x, channel_axis)
     n = x_cn.shape[1]
@@ -31,7 +37,15 @@ def moments(x, channel_axis=1):
     return n, mean[:, 0], ((x_cn - mean) ** 2).sum(axis=1)
 
 
-def normalize(x, mean, var, weight=None, bias=None, eps=1e-5, channel_axis=1):
+def normalize(
+    x: Array,
+    mean: Array,
+    var: Array,
+    weight: Array | None = None,
+    bias: Array | None = None,
+    eps: float = 1e-5,
+    channel_axis: int = 1,
+) -> Doubles:
     """Y = (x - mean) / sqrt(var + eps) * weight + bias."""
     d = np.asarray(x, dtype=np.float64) - expand(mean, x, channel_axis)
     y = d * expand(1 / np.sqrt(np.asarray(var, dtype=np.float64) + eps), x, channel_axis)
@@ -43,10 +57,19 @@ def normalize(x, mean, var, weight=None, bias=None, eps=1e-5, channel_axis=1):
 
 
 def batch_norm(
-    x, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5, channel_axis=1
-):
+    x: Array,
+    running_mean: Array | None,
+    running_var: Array | None,
+    weight: Array | None = None,
+    bias: Array | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    channel_axis: int = 1,
+) -> tuple[Doubles, Array | None, Array | None]:
     """(y, running_mean, running_var) after one call; nothing is changed in place."""
     if not training:
+        assert running_mean is not None and running_var is not None
         return normalize(x, running_mean, running_var, weight, bias, eps, channel_axis), running_mean, running_var
     n, mean, m2 = moments(x, channel_axis)
     if n and running_mean is not None:
@@ -55,7 +78,16 @@ def batch_norm(
     return normalize(x, mean, m2 / max(n, 1), weight, bias, eps, channel_axis), running_mean, running_var
 
 
-def backward(dy, x, mean, var, weight=None, eps=1e-5, train=True, channel_axis=1):
+def backward(
+    dy: Array,
+    x: Array,
+    mean: Array,
+    var: Array,
+    weight: Array | None = None,
+    eps: float = 1e-5,
+    train: bool = True,
+    channel_axis: int = 1,
+) -> tuple[Doubles, Doubles, Doubles]:
     """(dx, dweight, dbias). mean and var are the batch's if `train`, else the running ones."""
     n = x.size // x.shape[channel_axis] if x.size else 0
     r = 1 / np.sqrt(np.asarray(var, dtype=np.float64) + eps)

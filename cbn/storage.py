@@ -4,8 +4,10 @@ import json
 import os
 import tempfile
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
+import numpy.typing as npt
 
 from . import batchnorm
 
@@ -13,16 +15,16 @@ __all__ = ["load", "save"]
 
 HEADER = "cbn"
 FORMAT = 1
-CLASSES = {name: getattr(batchnorm, name) for name in batchnorm.__all__}
+CLASSES: dict[str, type[batchnorm.BatchNorm]] = {name: getattr(batchnorm, name) for name in batchnorm.__all__}
 ARRAYS = (*batchnorm.BatchNorm._state_names, "weight_grad", "bias_grad")
 
 
-def refuse_safetensors(path):
+def refuse_safetensors(path: Path) -> None:
     if path.suffix == ".safetensors":
         raise NotImplementedError("the safetensors format is not supported yet; use .npz")
 
 
-def save(layer, path, *, allow_nonfinite=False):
+def save(layer: batchnorm.BatchNorm, path: str | os.PathLike[str], *, allow_nonfinite: bool = False) -> None:
     """Write a layer to a file; see `BatchNorm.save`."""
     path = Path(path)
     refuse_safetensors(path)
@@ -63,7 +65,7 @@ def save(layer, path, *, allow_nonfinite=False):
         raise
 
 
-def load(path, *, allow_nonfinite=False):
+def load(path: str | os.PathLike[str], *, allow_nonfinite: bool = False) -> batchnorm.BatchNorm:
     """Read a layer from a file that `BatchNorm.save` wrote.
 
     Parameters
@@ -102,7 +104,7 @@ def load(path, *, allow_nonfinite=False):
             raise ValueError(f"{os.fspath(path)!r} is not a layer that cbn has saved: {error}") from error
 
 
-def _read(file):
+def _read(file: BinaryIO) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
     if file.read(2) != b"PK":
         raise ValueError("it is no .npz file")
     file.seek(0)
@@ -116,7 +118,7 @@ def _read(file):
         return header, {name: archive[name] for name in archive.files if name != HEADER}
 
 
-def _build(header, arrays, allow_nonfinite):
+def _build(header: dict[str, Any], arrays: dict[str, npt.NDArray[Any]], allow_nonfinite: bool) -> batchnorm.BatchNorm:
     if header["format"] != FORMAT:
         raise ValueError(f"format {header['format']!r}, and this version reads {FORMAT}")
     if header["class"] not in CLASSES:

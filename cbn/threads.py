@@ -10,6 +10,7 @@ import contextlib
 import math
 import operator
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from .kernels import passes
@@ -19,7 +20,7 @@ __all__ = ["get_num_threads", "num_threads", "set_num_threads"]
 MAX_THREADS = 1 << 16
 
 
-def checked(n, name="n"):
+def checked(n: int, name: str = "n") -> int:
     """n as a number of threads."""
     if isinstance(n, bool):
         raise TypeError(f"{name} must be a number of threads, not {n!r}")
@@ -32,7 +33,7 @@ def checked(n, name="n"):
     return n
 
 
-def set_num_threads(n):
+def set_num_threads(n: int) -> None:
     """Use n threads in this process, from the next call on; more than there are processors is allowed.
 
     Parameters
@@ -50,13 +51,13 @@ def set_num_threads(n):
     passes.ask_threads(process=checked(n))
 
 
-def get_num_threads():
+def get_num_threads() -> int:
     """The number of threads that a large call from this thread would use now."""
     return passes.get_threads()
 
 
 @contextlib.contextmanager
-def num_threads(n):
+def num_threads(n: int) -> Iterator[None]:
     """Use n threads for the calls of this thread inside the `with` block.
 
     Parameters
@@ -80,7 +81,7 @@ def num_threads(n):
         passes.ask_threads(here=before)
 
 
-def cgroup_quota(root="/sys/fs/cgroup", own="/proc/self/cgroup"):
+def cgroup_quota(root: str | Path = "/sys/fs/cgroup", own: str | Path = "/proc/self/cgroup") -> int:
     """Whole processors that the control group's quota allows, rounded up; 0 where there is none.
 
     Version 2 keeps "max 100000" or "150000 100000" in cpu.max of the process's group and of every one above it, version
@@ -105,7 +106,7 @@ def cgroup_quota(root="/sys/fs/cgroup", own="/proc/self/cgroup"):
     return max(1, min(limits)) if limits else 0
 
 
-def explain():
+def explain() -> str:
     """Why `get_num_threads` says what it says."""
     here, process = passes.asked_threads()
     info = passes.build_info()
@@ -121,7 +122,7 @@ def explain():
     return bounds + (f", quota {info['cgroup_threads']}" if info["cgroup_threads"] else "")
 
 
-def _at_import():
+def _at_import() -> None:
     passes.set_cgroup_threads(cgroup_quota())
     if asked := os.environ.get("CBN_NUM_THREADS"):
         try:

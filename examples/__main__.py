@@ -9,7 +9,14 @@ if not __package__:
 
 from examples import binary_logits, digits_mlp, embed, four_steps, report, sequences
 
-EXAMPLES = (digits_mlp, binary_logits, four_steps, sequences, embed)
+ONCE = ("--seeds", "1", "--epochs", "1")
+EXAMPLES = {  # with the arguments that make it short
+    digits_mlp: ONCE,
+    binary_logits: ONCE,
+    four_steps: ONCE,
+    sequences: (*ONCE, "--batches", "32", "128"),
+    embed: ("--seconds", "60", "--repeats", "2"),
+}
 
 
 def main(argv=None):
@@ -17,10 +24,9 @@ def main(argv=None):
     parser.add_argument("--quick", action="store_true", help="one seed and one epoch: to see that everything runs")
     args = parser.parse_args(argv)
     start = time.monotonic()
-    for i, example in enumerate(EXAMPLES, 1):
+    for i, (example, short) in enumerate(EXAMPLES.items(), 1):
         print(f"[{i}/{len(EXAMPLES)}] {example.__doc__.splitlines()[0]}", file=sys.stderr)
-        short = ["--seconds", "60", "--repeats", "2"] if example is embed else ["--seeds", "1", "--epochs", "1"]
-        example.main(["--out", str(args.out), *(short if args.quick else [])])
+        example.main(["--out", str(args.out), *(short if args.quick else ())])
     print(f"{time.monotonic() - start:.0f} s; everything above is in {args.out}", file=sys.stderr)
 
 

@@ -176,7 +176,7 @@ def show(found, out):
     x, y, bn = found["x"], found["y"], found["bn"]
     slower = [text for name, text in ways.items() if found["seconds"][name] > found["seconds"]["numpy"]]
     statistics = [
-        [name, f"{mean:.5g} {unit}", f"{np.sqrt(var):.3g} {unit}", f"{drift:+.2f}"]
+        [name, f"{mean:.5g} {unit}", f"{np.sqrt(var):.3g} {unit}", f"{round(drift, 2) + 0.0:.2f}"]
         for (name, unit), mean, var, drift in zip(
             CHANNELS.items(), bn.running_mean, bn.running_var, found["drift"], strict=True
         )
@@ -231,9 +231,10 @@ def show(found, out):
 
 def main(argv=None):
     counts = {"seconds": (1200, "length of the signal"), "repeats": (15, "timed runs, of which the median counts")}
-    args = report.parser(__doc__, **counts).parse_args(argv)
+    parser = report.parser(__doc__, **counts)
+    args = parser.parse_args(argv)
     if args.seconds < 12:
-        raise SystemExit("--seconds must be 12 or more, so that each half holds four windows")
+        parser.error("--seconds: each half must hold four windows, which takes 12 or more")
     show(run(seconds=args.seconds, repeats=args.repeats), args.out)
 
 

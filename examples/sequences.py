@@ -175,7 +175,8 @@ def show(results, out):
             for channel, color in enumerate((report.WITH_BN, report.WITHOUT_BN)):
                 values = a[:, channel]
                 ax.plot(steps, values.T, color=color, lw=0.8, alpha=0.5)
-                ax.axhline(values.mean(), color=color, label=f"{channel}: {values.mean():.2f} ± {values.std():.2f}")
+                mean = round(float(values.mean()), 2) + 0.0  # + 0.0: no "-0.00"
+                ax.axhline(mean, color=color, label=f"{channel}: {mean:.2f} ± {values.std():.2f}")
             ax.set_title(title)
             ax.set_xlabel("step")
             ax.set_xticks((1, 5, 10, 15, 20))
@@ -219,8 +220,12 @@ def show(results, out):
 
 
 def main(argv=None):
-    args = report.parser(__doc__, seeds=(5, "random seeds"), epochs=(3, "epochs")).parse_args(argv)
-    show(run(seeds=args.seeds, epochs=args.epochs), args.out)
+    parser = report.parser(__doc__, seeds=(5, "random seeds"), epochs=(3, "epochs"))
+    parser.add_argument("--batches", type=int, nargs="+", default=BATCHES, metavar="N", help="batch sizes")
+    args = parser.parse_args(argv)
+    if min(args.batches) < 2:
+        parser.error("--batches: batch norm needs two samples or more")
+    show(run(seeds=args.seeds, epochs=args.epochs, batches=args.batches), args.out)
 
 
 if __name__ == "__main__":

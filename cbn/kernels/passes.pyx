@@ -115,9 +115,9 @@ use_isa(os.environ.get("CBN_ISA") or None)
 cdef int cgroup_threads = 0   # the quota of the control group in whole processors; 0: none
 cdef bint forked = False      # a forked child: the parent's OpenMP threads do not exist here, waiting hangs
 
-# Below this much memory a thread, opening a parallel region costs more than it saves; and on a busy machine it
-# can cost a scheduler slice, which is far more.
-cdef Py_ssize_t BYTES_PER_THREAD = 1 << 17
+# Below this much memory a thread (some 20 us), opening a parallel region costs more than it saves; and where other
+# threads are busy, as those of a BLAS that spin after a matrix product, it can cost a scheduler slice of milliseconds.
+cdef Py_ssize_t BYTES_PER_THREAD = 1 << 19
 
 
 cdef int thread_limit() noexcept nogil:
