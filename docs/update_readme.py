@@ -15,7 +15,8 @@ def updated(text, root=ROOT):
         path = root / match[2]
         if not path.exists():
             sys.exit(f"{match[2]} is missing: run the make target that writes it first")
-        return f"{match[1]}\n{path.read_text().strip()}\n\n{match[3]}"
+        text = re.sub(r"\A# .*\n", "", path.read_text())  # the page has its own headings
+        return f"{match[1]}\n{text.strip()}\n\n{match[3]}"
 
     return BLOCK.sub(fill, text)
 

@@ -47,7 +47,7 @@ def test_update_readme_fills_blocks(tmp_path):
     spec = importlib.util.spec_from_file_location("update_readme", ROOT / "docs" / "update_readme.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    (tmp_path / "a.md").write_text("| 1 |\n")
+    (tmp_path / "a.md").write_text("# Heading\n\n| 1 |\n")
     text = "x\n<!-- from a.md -->\nold\n<!-- end -->\ny\n"
     filled = module.updated(text, tmp_path)
     assert filled == "x\n<!-- from a.md -->\n\n| 1 |\n\n<!-- end -->\ny\n"
