@@ -206,9 +206,7 @@ class Torch(Contender):
                 torch.empty(0), torch.empty(0))  # fmt: skip
             saved = tuple(s.to(x.dtype) for s in saved)
             training = case.op == "train"
-            self.run = lambda: torch.native_batch_norm(
-                x, w, b, m, v, training, 0.1, EPS, out=(self.y, *saved)
-            )[0]
+            self.run = lambda: torch.native_batch_norm(x, w, b, m, v, training, 0.1, EPS, out=(self.y, *saved))[0]
         else:
             dims = {2: 1, 3: 1, 4: 2, 5: 3}[len(case.shape)]
             module = getattr(torch.nn, f"BatchNorm{dims}d")(case.shape[1], eps=EPS, dtype=x.dtype)
@@ -261,7 +259,7 @@ class OneDnn(Contender):
         lib = self.lib = self.library()
         # 2-D and 3-D shapes as 4-D: its kernels for those are the fast ones
         n, c, *spatial = case.shape
-        h, w = (spatial + [1, 1])[:2]
+        h, w = [*spatial, 1, 1][:2]
         self.context = ctypes.c_void_p()
         plain = 1 if case.layout == "last" else 0
         code = lib.onednn_create(

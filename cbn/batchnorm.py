@@ -61,7 +61,7 @@ class _ChannelArray:
         if value.shape != (layer.num_features,):
             raise ValueError(f"{self.name} has shape {value.shape}; expected ({layer.num_features},)")
         value = checks.per_channel(value, self.name, layer.num_features)
-        return value if value is None or value.dtype == layer.dtype else value.astype(layer.dtype)
+        return value if value.dtype == layer.dtype else value.astype(layer.dtype)
 
 
 class _Counter(_ChannelArray):
@@ -312,9 +312,9 @@ class BatchNorm:
             mean, var = self.running_mean, self.running_var
             if mean is not None and var is not None:
                 mean, var = mean.copy(), var.copy()
-        weight, bias = self.weight, self.bias
-        batch_statistics = not self._frozen and (self.training or (mean is None and var is None))
-        tracked = self.training and self.track_running_stats and not self._frozen
+        weight, bias, training = self.weight, self.bias, self.training
+        batch_statistics = not self._frozen and (training or (mean is None and var is None))
+        tracked = training and self.track_running_stats and not self._frozen
         if not batch_statistics:
             checks.buffers_for_eval(mean, var)
         elif tracked:
@@ -325,20 +325,26 @@ class BatchNorm:
             checks.more_than_one_value(inp.x, inp.n_channels)
             updated = tracked and mean is not None and inp.layout is not None
             if updated:
-                self._check_writable("running_mean", "running_var", "num_batches_tracked")
+                self._check_writable(
+                    running_mean=self.running_mean,
+                    running_var=self.running_var,
+                    num_batches_tracked=self.num_batches_tracked,
+                )
             y, mean, m2 = functional.normalize_batch(inp, weight, bias, eps, out)
+            invstd = functional.inverse_std(m2, eps, inp.count)
             if updated:
                 self._update(inp.count, mean, m2)
-            var = m2 / max(inp.count, 1)
         else:
-            assert mean is not None and var is not None
+            assert mean is not None
+            assert var is not None
             y = functional.normalize(inp, mean, var, weight, bias, eps, out)
-        if not self.training:
+            invstd = functional.inverse_std(var, eps)
+        if not training:
             self._saved = AFTER_EVAL
         elif out is not None and functional.overlaps(inp.x, out):
             self._saved = OVERWRITTEN
         else:
-            self._saved = (inp, weight, mean, functional.inverse_std(var, eps), batch_statistics)
+            self._saved = (inp, weight, mean, invstd, batch_statistics)
         return y
 
     forward = __call__
@@ -358,9 +364,9 @@ class BatchNorm:
             )
         raise checks.ArgumentError(f"{name} should contain {inp.n_channels} elements not {n}")
 
-    def _check_writable(self, *names: str) -> None:
-        for name in names:
-            a = getattr(self, name)
+    @staticmethod
+    def _check_writable(**arrays: Array | None) -> None:
+        for name, a in arrays.items():
             if a is not None and not a.flags.writeable:
                 raise ValueError(f"{name} is read-only, but has to be updated")
 
@@ -371,7 +377,8 @@ class BatchNorm:
             momentum = self._momentum
             if momentum is None:
                 momentum = 0.0 if counter is None else 1 / (int(counter) + 1)
-            assert self.running_mean is not None and self.running_var is not None
+            assert self.running_mean is not None
+            assert self.running_var is not None
             functional.update_running(
                 self.running_mean, self.running_var, count, mean, m2, momentum, unbiased=self._unbiased
             )
@@ -413,7 +420,7 @@ class BatchNorm:
         weight_grad = None if weight is None else self.weight_grad
         bias_grad = self.bias_grad
         want_sums = weight_grad is not None or bias_grad is not None
-        self._check_writable("weight_grad", "bias_grad")
+        self._check_writable(weight_grad=weight_grad, bias_grad=bias_grad)
         dx, dbias, dweight = functional.gradients(dy, inp, weight, mean, invstd, batch_statistics, True, want_sums, out)
         with np.errstate(all="ignore"), _update_lock:
             if weight_grad is not None:

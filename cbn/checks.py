@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+# As a result, `Array | Any` is an array, or None where the caller has asked for that, and knows it.
 Array = npt.NDArray[Any]
 Doubles = npt.NDArray[np.float64]
 
@@ -80,7 +81,7 @@ def output(out: Array | None, shape: tuple[int, ...], dtype: np.dtype[Any]) -> N
         raise ValueError("out is read-only")
 
 
-def per_channel(a: npt.ArrayLike | None, name: str, n_channels: int, *, written: bool = False) -> Array | None:
+def per_channel(a: npt.ArrayLike | None, name: str, n_channels: int, *, written: bool = False) -> Array | Any:
     """Refuse a parameter or statistic that is not a float array (C,); None passes. Returns it as an array."""
     if a is None:
         return None

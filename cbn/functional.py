@@ -8,7 +8,7 @@ stands above them.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -99,11 +99,7 @@ def delivered(y: Array, out: Array | None) -> Array:
     return out
 
 
-@overload
-def as_doubles(a: None) -> None: ...
-@overload
-def as_doubles(a: Array) -> Doubles: ...
-def as_doubles(a: Array | None) -> Doubles | None:
+def as_doubles(a: Array | None) -> Doubles | Any:
     """A contiguous float64 copy: the passes read parameters so, and an output may overlap them."""
     return None if a is None else np.array(a, dtype=np.float64, order="C")
 
@@ -113,10 +109,10 @@ def is_wide(x: Array, *per_channel: Array | None) -> bool:
     return x.dtype == np.float32 and any(a is not None and a.dtype.itemsize == 8 for a in per_channel)
 
 
-def inverse_std(var: Array, eps: float) -> Doubles:
-    """1/sqrt(var + eps) in float64; inf and NaN without a warning."""
+def inverse_std(m2: Array, eps: float, count: int = 1) -> Doubles:
+    """1/sqrt(m2/count + eps) in float64; m2 is a variance where count is 1. inf and NaN without a warning."""
     with np.errstate(all="ignore"):
-        return 1 / np.sqrt(np.asarray(var, dtype=np.float64) + eps)
+        return 1 / np.sqrt(np.asarray(m2, dtype=np.float64) / max(count, 1) + eps)
 
 
 def normalize_batch(
@@ -236,7 +232,7 @@ def check_parameters(
     bias: npt.ArrayLike | None,
     *,
     updated: bool,
-) -> tuple[Array | None, Array | None, Array | None, Array | None]:
+) -> tuple[Array | Any, Array | Any, Array | Any, Array | Any]:
     """The four per-channel arguments, checked in PyTorch's order."""
     n = inp.n_channels
     return (
@@ -382,15 +378,14 @@ def native_batch_norm(
     )
     eps = checks.epsilon_for(eps, training)
     if not training:
-        assert running_mean is not None and running_var is not None
         return normalize(inp, running_mean, running_var, weight, bias, eps, out), np.empty(0), np.empty(0)
     checks.more_than_one_value(inp.x, inp.n_channels)
     y, mean, m2 = normalize_batch(inp, weight, bias, eps, out)
     if inp.layout is None:
         return y, np.zeros(inp.n_channels), np.zeros(inp.n_channels)
-    if running_mean is not None and running_var is not None:
+    if running_mean is not None:
         update_running(running_mean, running_var, inp.count, mean, m2, momentum)
-    return y, mean, inverse_std(m2 / inp.count, eps)
+    return y, mean, inverse_std(m2, eps, inp.count)
 
 
 def native_batch_norm_backward(
@@ -481,9 +476,7 @@ def native_batch_norm_backward(
     else:
         checks.buffers_for_eval(running_mean, running_var)
         mean = checks.per_channel(running_mean, "running_mean", inp.n_channels)
-        var = checks.per_channel(running_var, "running_var", inp.n_channels)
-        assert mean is not None and var is not None
-        invstd = inverse_std(var, eps)
+        invstd = inverse_std(checks.per_channel(running_var, "running_var", inp.n_channels), eps)
     dx, dbias, dweight = gradients(dy, inp, weight, mean, invstd, train, want_dx, want_dweight or want_dbias, out)
     dtype = inp.x.dtype if weight is None else weight.dtype.newbyteorder("=")
     with np.errstate(over="ignore"):

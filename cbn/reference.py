@@ -69,7 +69,8 @@ def batch_norm(
 ) -> tuple[Doubles, Array | None, Array | None]:
     """(y, running_mean, running_var) after one call; nothing is changed in place."""
     if not training:
-        assert running_mean is not None and running_var is not None
+        assert running_mean is not None
+        assert running_var is not None
         return normalize(x, running_mean, running_var, weight, bias, eps, channel_axis), running_mean, running_var
     n, mean, m2 = moments(x, channel_axis)
     if n and running_mean is not None:

@@ -51,10 +51,11 @@ def save(layer: batchnorm.BatchNorm, path: str | os.PathLike[str], *, allow_nonf
         "training": layer.training,
         "frozen": layer.frozen,
     }
+    entries: dict[str, Any] = {HEADER: np.array(json.dumps(header)), **arrays}
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:
-            np.savez(file, allow_pickle=False, **{HEADER: np.array(json.dumps(header))}, **arrays)
+            np.savez(file, **entries)
         # mkstemp makes a private file; a saved layer is one like any other
         umask = os.umask(0)
         os.umask(umask)

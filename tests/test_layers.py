@@ -246,6 +246,21 @@ def test_infinite_running_statistics_in_evaluation():
     assert y[0, 2] == pytest.approx(1, rel=1e-5)
 
 
+def test_the_hosts_error_state_does_not_matter():
+    """A program that turns numpy's warnings into errors gets the same results, and no half-done call."""
+    x = np.array([[1e-160, np.inf, 1e200], [-1e-160, 1.0, -1e200]])
+    bn, expected = cbn.BatchNorm1d(3, dtype=np.float64), cbn.BatchNorm1d(3, dtype=np.float64)
+    y = expected(x)
+    with np.errstate(all="raise"):
+        assert np.array_equal(bn(x), y, equal_nan=True)
+        dx = bn.backward(x)
+        bn.eval()(x)
+        cbn.moments(x).var(1)
+    assert np.array_equal(dx, expected.backward(x), equal_nan=True)
+    for name, value in expected.state_dict().items():
+        assert np.array_equal(getattr(bn, name), value, equal_nan=True)
+
+
 def test_values_beyond_float32_statistics():
     """Running statistics go to infinity where float32 ends; the output does not care."""
     rng = np.random.default_rng(0)
