@@ -8,7 +8,7 @@ SOURCES := setup.py pyproject.toml $(wildcard cbn/kernels/*.pyx cbn/kernels/*.c 
 SOURCES := $(filter-out cbn/kernels/passes.c,$(SOURCES))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast peers accuracy readme lint sanitize self-check wheel clean
+.PHONY: help demo test test-fast peers accuracy readme bench bench-full bench-peers bench-compare lint sanitize self-check wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -19,6 +19,13 @@ $(VENV)/.created:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
 	$(BIN)/python -m pip install -q "setuptools>=77,<84" "cython>=3.3.1,<3.4" "numpy>=2.0,<3"
+	@touch $@
+
+# A build of PyTorch for the CPU alone is a fraction of the size of the usual one; where it is not to be had, any will do.
+$(VENV)/.with-peers $(VENV)/.with-bench-peers: $(VENV)/.with-torch
+$(VENV)/.with-torch: $(VENV)/.built
+	@echo "installing PyTorch"
+	@$(BIN)/python -m pip install -q "torch==2.13.0+cpu" || $(BIN)/python -m pip install -q "torch==2.13.0"
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.created $(SOURCES)
@@ -34,7 +41,7 @@ $(VENV)/.with-%: $(VENV)/.built
 demo: $(VENV)/.with-examples ## train and infer on real data; tables and pictures in examples/out
 	$(BIN)/python -m examples
 
-test: $(VENV)/.with-test $(VENV)/.with-examples ## every test but those of other packages
+test: $(VENV)/.with-test $(VENV)/.with-examples $(VENV)/.with-bench ## every test but those of other packages
 	$(BIN)/python -m pytest
 
 test-fast: $(VENV)/.with-test ## the tests that take seconds
@@ -46,8 +53,22 @@ peers: $(VENV)/.with-test $(VENV)/.with-peers ## the tests against PyTorch and O
 accuracy: $(VENV)/.with-peers ## largest errors against float64, beside PyTorch's
 	$(BIN)/python -m benchmarks.accuracy
 
-readme: accuracy demo ## measure again what README.md shows, and put it there
+readme: accuracy demo bench ## measure again what README.md shows, and put it there
 	$(BIN)/python docs/update_readme.py
+
+bench: $(VENV)/.with-bench ## measure a short list against the peers that are installed; a report to look at
+	$(BIN)/python -m benchmarks run
+
+bench-full: $(VENV)/.with-bench ## measure everything: every shape, one core and all
+	$(BIN)/python -m benchmarks run --full
+
+bench-peers: $(VENV)/.with-bench $(VENV)/.with-bench-peers ## install the peers: PyTorch, ONNX Runtime, OpenVINO, JAX, oneDNN
+	@echo 'int main(void) { return 0; }' > $(VENV)/onednn.c
+	@if $(CC) $(VENV)/onednn.c -o $(VENV)/onednn -ldnnl 2>/dev/null; then echo "oneDNN is there"; 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then apt-get update -qq && apt-get install -y -qq libdnnl-dev; 	else echo "oneDNN is absent; to measure it: sudo apt-get install libdnnl-dev"; fi
+
+bench-compare: $(VENV)/.with-bench ## BASE=file.json: which rows of cbn became slower since; status 1 if any
+	@test -n "$(BASE)" || { echo "usage: make bench-compare BASE=results.json [NEW=results.json]"; exit 2; }
+	$(BIN)/python -m benchmarks compare "$(BASE)" $(NEW)
 
 lint: $(VENV)/.with-lint ## ruff, cython-lint, mypy, and our C without warnings
 	$(BIN)/ruff check .

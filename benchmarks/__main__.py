@@ -71,7 +71,11 @@ def measure(options):
     n_cores = len(cores())
     wanted = chosen(options, n_cores)
     extras = not (options.shape or options.op or options.layout or options.threads)
-    small = [cases.Case("eval", s, "last" if len(s) == 2 else "first", 1, m) for s in cases.SMALL for m in ("out", "called")]
+    small = [
+        cases.Case("eval", shape, "last" if len(shape) == 2 else "first", 1, memory)
+        for shape in cases.SMALL
+        for memory in ("out", "called")
+    ]
     growth, scaling = growth_cases(10**8 if options.full else 10**7, n_cores)
     plan = wanted + ((small + growth + scaling) if extras else [])
     plan = sorted(dict.fromkeys(plan), key=lambda c: c.threads)

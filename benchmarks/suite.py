@@ -5,6 +5,7 @@ for all; ratios are formed turn by turn and their median is reported with its qu
 """
 
 import contextlib
+import ctypes
 import json
 import multiprocessing
 import os
@@ -55,6 +56,11 @@ class Process:
             "PYTHONWARNINGS": "ignore",
         }
         mine = set(cores()[:threads])
+
+        def before_it_starts():
+            os.sched_setaffinity(0, mine)
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a stopped process must not outlive us
+
         self.process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.worker"],
             cwd=ROOT,
@@ -63,7 +69,8 @@ class Process:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
-            preexec_fn=lambda: os.sched_setaffinity(0, mine),
+            preexec_fn=before_it_starts,
+            start_new_session=True,  # Ctrl-C is for the suite alone
         )
         self.stopped = False
 

@@ -6,7 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-onnx = pytest.importorskip("onnx", reason="onnx is not installed: pip install onnx")
+from . import peer
+
+onnx = peer("onnx")
 
 from onnx import numpy_helper  # noqa: E402
 

@@ -5,7 +5,9 @@ import itertools
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="torch is not installed: pip install torch")
+from . import peer
+
+torch = peer("torch")
 
 import cbn  # noqa: E402
 from cbn.functional import batch_norm, native_batch_norm, native_batch_norm_backward  # noqa: E402

@@ -1,0 +1,198 @@
+"""The benchmark suite: traffic model, arguments, honesty (wrong results are not timed), interruption, comparison."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("tqdm", reason="tqdm is not installed")
+from benchmarks import __main__ as command
+from benchmarks import cases, compare, contenders
+from benchmarks.cases import Case
+
+ROOT = Path(__file__).parent.parent
+MB = 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("case", "units"),
+    [
+        (Case("eval", (32, 256, 56, 56)), 2),
+        (Case("eval", (32, 256, 56, 56), "last"), 2),
+        (Case("train", (32, 256, 56, 56)), 2),  # 401 KB a channel: within half of 1 MB
+        (Case("train", (32, 64, 112, 112)), 3),  # 1.6 MB
+        (Case("train", (32, 256, 56, 56), "last"), 3),
+        (Case("backward", (32, 512, 28, 28)), 3),  # two arrays of 100 KB
+        (Case("backward", (32, 256, 56, 56)), 5),  # two arrays of 401 KB
+        (Case("backward", (4096, 1024), "last"), 5),
+    ],
+)
+def test_traffic_model(case, units):
+    assert case.units(MB)[0] == units
+
+
+def test_lists():
+    full = cases.full(2)
+    assert len(set(full)) == len(full) > 100
+    assert {c.op for c in full} == set(cases.OPS)
+    assert {c.memory for c in full} == {"out", "called"}
+    assert {c.threads for c in full} == {1, 2}
+    assert len(cases.short(2)) < 40
+    assert cases.full(1)
+    names = [c.name for c in full]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("text", ["32x64x56x56", "4096X1024"])
+def test_shapes(text):
+    assert "x".join(map(str, cases.parse_shape(text))) == text.lower()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["run", "--shape", "32"], "unknown shape '32'"),
+        (["run", "--shape", "32x0"], "unknown shape '32x0'"),
+        (["run", "--shape", "axb"], "unknown shape 'axb'"),
+        (["run", "--peer", "foo"], "unknown peer 'foo'; known: numpy, PyTorch"),
+        (["run", "--op", "fit"], "invalid choice: 'fit'"),
+        (["run", "--threads", "0"], "--threads must be 1 or more"),
+        (["compare", "absent.json"], "No such file"),
+    ],
+)
+def test_unknown_arguments_are_clear_errors(arguments, words, capsys):
+    with pytest.raises(SystemExit) as caught:
+        command.main(arguments)
+    assert caught.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+def run(*arguments, plant="", **kwargs):
+    environment = {**os.environ, "CBN_BENCH_PLANT": plant}
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks", "run", *map(str, arguments)],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, **kwargs,
+    )  # fmt: skip
+
+
+QUICK = ("--turns", 2, "--seconds", 0.002, "--peer", "numpy", "--threads", 1)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """A run of three operations against numpy, with one wrong result planted."""
+    out = tmp_path_factory.mktemp("bench")
+    done = run("--shape", "8x6x5x4", "--layout", "first", "--out", out, *QUICK, plant="wrong:numpy")
+    assert done.returncode == 0, done.stderr
+    return done, json.loads((out / "results.json").read_text()), out
+
+
+def test_a_run_names_its_report(results):
+    done, found, out = results
+    for name in ("results.json", "report.html"):
+        assert str(out / name) in done.stdout
+        assert (out / name).exists()
+    assert found["suite"]["complete"]
+    assert {b["extra_info"]["op"] for b in found["benchmarks"]} == set(cases.OPS)
+
+
+def test_a_wrong_result_is_reported_and_not_timed(results):
+    done, found, _ = results
+    assert {r["contender"] for r in found["suite"]["wrong"]} == {"numpy"}
+    assert "WRONG, not timed: numpy" in done.stdout
+    assert not [b for b in found["benchmarks"] if b["extra_info"]["contender"] == "numpy"]
+    assert [b for b in found["benchmarks"] if b["extra_info"]["contender"] == "cbn"]
+
+
+def test_pytest_benchmark_reads_the_results(results):
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest_benchmark", "compare", str(results[2] / "results.json")],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "train-8x6x5x4-first-float32-out-1t" in done.stdout
+
+
+def test_ratios_are_formed_turn_by_turn(tmp_path):
+    done = run("--shape", "64x7x9", "--op", "eval", "--out", tmp_path, *QUICK)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "results.json").read_text())
+    rows = {b["group"] + b["extra_info"]["contender"]: b for b in found["benchmarks"]}
+    ours, numpys = (np.array(rows["eval-64x7x9-first-float32-out-1t" + n]["stats"]["data"]) for n in ("cbn", "numpy"))
+    ratio = rows["eval-64x7x9-first-float32-out-1tnumpy"]["extra_info"]["ratio"]
+    assert ratio["median"] == pytest.approx(np.median(numpys / ours))
+    assert all(b["extra_info"]["first"] > 0 for b in found["benchmarks"])
+
+
+def test_an_interruption_leaves_what_was_measured(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks", "run", "--out", str(tmp_path), "--shape", "64x7x9", "--shape", "2048x512",
+         "--turns", "40", "--seconds", "0.1", "--peer", "numpy", "--threads", "1"],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    path = tmp_path / "results.json"
+    for _ in range(600):
+        if path.exists() and json.loads(path.read_text())["benchmarks"]:
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    found = json.loads(path.read_text())
+    assert found["benchmarks"]
+    assert not found["suite"]["complete"]
+    assert str(tmp_path / "report.html") in output
+    assert (tmp_path / "report.html").exists()
+    left = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True).stdout
+    assert not left.strip()
+
+
+def synthetic(factor=1.0, spread=0.02, rows=40, seed=0):
+    """Results of a run of so many rows with this noise within and this change of cbn's times."""
+    rng = np.random.default_rng(seed)
+    benchmarks = []
+    for k in range(rows):
+        probe = (1 + k) * factor * np.exp(rng.normal(0, spread, 9))
+        info = {"contender": "cbn", "probe": probe.tolist(), "op": "eval", "shape": [4, 5 + k], "layout": "last",
+                "threads": 1, "memory": "out", "dtype": "float32"}  # fmt: skip
+        benchmarks.append({"group": f"row{k}", "extra_info": info})
+    return {"benchmarks": benchmarks, "suite": {}}
+
+
+def test_compare_finds_a_slow_down_and_is_quiet_about_noise(capsys):
+    base = synthetic()
+    assert compare.print_changes(base, synthetic(1.3, seed=1)) == 1
+    output = capsys.readouterr().out
+    assert "slower: cbn row" in output
+    assert "40 rows compared: 40 slower" in output
+    assert compare.print_changes(base, synthetic(seed=2)) == 0
+    assert compare.print_changes(base, synthetic(0.7, seed=2)) == 0
+    assert "40 faster" in capsys.readouterr().out
+    assert compare.print_changes(base, synthetic(rows=0)) == 1
+
+
+def test_compare_refuses_foreign_files(tmp_path, capsys):
+    (tmp_path / "a.json").write_text("{}")
+    with pytest.raises(SystemExit):
+        command.main(["compare", str(tmp_path / "a.json")])
+    assert "not a file of results of this suite" in capsys.readouterr().err
+
+
+def test_every_contender_agrees_with_float64_where_it_is_installed(tmp_path):
+    """The whole path of each peer that is here, on a shape that all of them take."""
+    for name, contender in contenders.ALL.items():
+        try:
+            contender.version()
+        except (ImportError, OSError) as reason:
+            print(f"absent: {name}: {reason}")
+    done = run("--shape", "2x16x6x6", "--shape", "16x32", "--turns", 1, "--seconds", 0.001, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert not found["suite"]["wrong"]
+    assert not found["suite"]["failed"]
