@@ -131,8 +131,14 @@ def against(options):
         path = options.out / "compare.json"
         with tqdm(total=len(wanted), unit="case", dynamic_ncols=True) as bar:
             settings = base["suite"]
-            suite = Suite(path, [], settings["turns"], settings["seconds"],
-                          lambda text: bar.set_description_str(f"{text:64.64}", refresh=False))  # fmt: skip
+            suite = Suite(
+                path,
+                peers=(),
+                turns=settings["turns"],
+                seconds=settings["seconds"],
+                note=lambda text: bar.set_description_str(f"{text:64.64}", refresh=False),
+                limits=(contenders.LimitScale.name,),
+            )
             try:
                 for case in wanted:
                     suite.measure(case)

@@ -201,12 +201,12 @@ def statistics(samples):
 class Suite:
     """A run: its processes, its results, and the file that they are kept in as they come."""
 
-    def __init__(self, path, peers=None, turns=TURNS, seconds=SLICE, note=lambda text: None):
+    def __init__(self, path, peers=None, turns=TURNS, seconds=SLICE, note=lambda text: None, limits=None):
         self.path = Path(path)
         self.turns, self.seconds, self.note = turns, seconds, note
         self.processes = {}
         self.threads = None
-        self.peers, self.versions, self.absent = self.present(peers)
+        self.peers, self.versions, self.absent = self.present(peers, limits)
         self.results = {
             "machine_info": machine_info(),
             "commit_info": commit_info(),
@@ -225,12 +225,12 @@ class Suite:
             },
         }
 
-    def present(self, peers):
-        """(names that take part, their versions, {absent name: reason})."""
+    def present(self, peers, limits):
+        """(names that take part, their versions, {absent name: reason}); None stands for all peers, all limits."""
         versions, absent = {}, {}
-        names = [OURS, "cbn layer", *(c.name for c in contenders.PEERS), *(c.name for c in contenders.LIMITS)]
-        if peers is not None:
-            names = [n for n in names if n in peers or n == OURS or n.startswith("limit")]
+        names = [OURS, contenders.CbnLayer.name]
+        names += [c.name for c in contenders.PEERS if peers is None or c.name in peers]
+        names += [c.name for c in contenders.LIMITS if limits is None or c.name in limits]
         for name in names:
             try:
                 versions[name] = contenders.ALL[name].version()
@@ -272,13 +272,12 @@ class Suite:
                 answer = self.process(name, case.threads).ask(
                     do="prepare", contender=name, case=asdict(case), exact=exact
                 )
-                entry = {"case": case.name, "contender": name}
                 if "error" in answer:
-                    self.results["suite"]["failed"].append({**entry, "why": answer["error"]})
-                    if "process ended" in answer["error"]:
-                        self.processes.pop(name).end()
+                    self.failed(case, name, answer["error"])
                 elif answer["wrong"]:
-                    self.results["suite"]["wrong"].append({**entry, "why": answer["wrong"]})
+                    self.results["suite"]["wrong"].append(
+                        {"case": case.name, "contender": name, "why": answer["wrong"]}
+                    )
                 else:
                     ready[name] = answer
         try:
@@ -287,18 +286,28 @@ class Suite:
             for name in ready:
                 self.process(name, case.threads).ask(do="forget", contender=name)
 
+    def failed(self, case, name, why):
+        """Note a failure once, and start afresh where a process died of it."""
+        entry = {"case": case.name, "contender": name, "why": why}
+        if entry not in self.results["suite"]["failed"]:
+            self.results["suite"]["failed"].append(entry)
+        if "process ended" in why:
+            self.processes.pop("limits" if name.startswith("limit") else name).end()
+
     def measure(self, case):
         """Time one case: all contenders that can do it, and the limits, turn by turn."""
-        names = [n for n in self.peers if contenders.ALL[n].supports(case) and n != "cbn layer"]
-        if case.shape in SMALL and "cbn layer" in self.peers and case.op == "eval":
-            names.insert(1, "cbn layer")
+        layer = contenders.CbnLayer.name
+        names = [n for n in self.peers if contenders.ALL[n].supports(case) and (n != layer or case.shape in SMALL)]
         with self.prepared(case, names) as ready:
             turns = {name: [] for name in ready}
             for turn in range(self.turns):
                 for name in ready:
                     self.note(f"{case.name}: {name}, turn {turn + 1} of {self.turns}")
                     answer = self.process(name, case.threads).ask(do="time", contender=name, seconds=self.seconds)
+                    if "error" in answer:
+                        self.failed(case, name, answer["error"])
                     turns[name].append(answer.get("median", np.nan))
+        turns = {name: samples for name, samples in turns.items() if np.all(np.isfinite(samples))}
         self.record(case, ready, turns)
 
     def record(self, case, ready, turns):
