@@ -15,12 +15,22 @@
 Imports run one way: layers → functional → kernels; `reference` and `kernels` know nobody.
 """
 
-from . import functional, reference
+from . import checks, functional, reference
 from .batchnorm import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from .config import __version__, show_config
 from .moments import Moments, moments
 from .storage import load
 from .threads import get_num_threads, num_threads, set_num_threads
+
+fuse_linear_bn = checks.later("cbn.fuse_linear_bn")
+fuse_conv_bn = checks.later("cbn.fuse_conv_bn")
+fuse_bn_linear = checks.later("cbn.fuse_bn_linear")
+from_torch = checks.later("cbn.from_torch")
+from_keras = checks.later("cbn.from_keras")
+from_flax = checks.later("cbn.from_flax")
+from_onnx = checks.later("cbn.from_onnx")
+to_torch_state = checks.later("cbn.to_torch_state")
+recalibrate = checks.later("cbn.recalibrate")
 
 __all__ = [
     "BatchNorm",

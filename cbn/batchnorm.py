@@ -5,7 +5,6 @@ The arithmetic is in `cbn.functional`; what is here is what a layer remembers an
 
 from __future__ import annotations
 
-import operator
 import os
 import threading
 from collections.abc import Iterator, Mapping
@@ -22,8 +21,9 @@ __all__ = ["BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
 Layer = TypeVar("Layer", bound="BatchNorm")
 
 # One lock for the updates of all layers: they last microseconds, a layer stays picklable, and a fork can wait for it,
-# so that no child starts with statistics half updated or with a lock that nobody will release.
-_update_lock = threading.Lock()
+# so that no child starts with statistics half updated or with a lock that nobody will release. Reentrant: a signal
+# handler may use a layer while the thread that it interrupts holds the lock.
+_update_lock = threading.RLock()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(
         before=_update_lock.acquire, after_in_parent=_update_lock.release, after_in_child=_update_lock.release
@@ -75,6 +75,27 @@ class _Counter(_ChannelArray):
         if value < 0:
             raise ValueError(f"{self.name} must not be negative, but got {value}")
         return value if value.dtype == np.int64 else value.astype(np.int64)
+
+
+class _Flag:
+    """Attribute that is a bool and nothing else."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name, self.key = name, "_" + name
+
+    def __get__(self, layer: Any, owner: type | None = None) -> bool:
+        return self if layer is None else layer.__dict__[self.key]  # type: ignore[return-value]
+
+    def __set__(self, layer: Any, value: bool) -> None:
+        layer.__dict__[self.key] = checks.boolean(value, self.name)
+
+
+def dtype_words(dtype: Any) -> str:
+    """A dtype as an error names it."""
+    try:
+        return repr(dtype) if dtype is None else str(np.dtype(dtype))
+    except TypeError:
+        return repr(dtype)
 
 
 class BatchNorm:
@@ -148,6 +169,9 @@ class BatchNorm:
     running_mean = _ChannelArray()
     running_var = _ChannelArray()
     num_batches_tracked = _Counter()
+    training = _Flag()
+    affine = _Flag()
+    track_running_stats = _Flag()
 
     def __init__(
         self,
@@ -164,34 +188,29 @@ class BatchNorm:
         activation: None = None,
         nonfinite: Literal["propagate", "skip", "raise"] = "propagate",
     ) -> None:
-        checks.not_yet(activation=activation)
-        if nonfinite not in ("propagate", "skip", "raise"):
-            raise ValueError(f"nonfinite must be 'propagate', 'skip' or 'raise', not {nonfinite!r}")
-        checks.not_yet(nonfinite=None if nonfinite == "propagate" else nonfinite)
-        if running_var not in ("unbiased", "biased"):
+        self.activation = activation
+        self.nonfinite = nonfinite
+        if not isinstance(running_var, str) or running_var not in ("unbiased", "biased"):
             raise ValueError(f"running_var must be 'unbiased' or 'biased', not {running_var!r}")
         try:
-            self._dtype: np.dtype[Any] = np.dtype(dtype).newbyteorder("=")
+            found = None if dtype is None else checks.native_float(np.dtype(dtype))
         except TypeError:
-            raise TypeError(f"dtype must be float32 or float64, not {dtype!r}") from None
-        if self._dtype not in checks.FLOATS:
-            raise TypeError(f"dtype must be float32 or float64, not {self._dtype}")
-        if isinstance(num_features, (bool, np.bool_)):
-            raise TypeError(f"num_features must be a number of channels, not {num_features!r}")
-        self._num_features = operator.index(num_features)
+            found = None
+        if found is None:
+            raise TypeError(f"dtype must be float32 or float64, not {dtype_words(dtype)}")
+        self._dtype = found
+        self._num_features = checks.integer(num_features, "num_features", "a number of channels")
         if self._num_features < 1:
             raise ValueError(f"num_features must be 1 or more, but got {num_features}")
-        self._channel_axis = operator.index(channel_axis)
+        self._channel_axis = checks.integer(channel_axis, "channel_axis", "an integer")
         if self._ranks is not None:
             widest = max(self._ranks)
             if not -widest <= self._channel_axis < widest:
                 raise ValueError(f"channel_axis {channel_axis} is out of range for an input of {widest} dimensions")
         self.eps = eps
         self.momentum = momentum
-        self.affine = bool(affine)
-        self.track_running_stats = bool(track_running_stats)
-        self.activation = activation
-        self.nonfinite = nonfinite
+        self.affine = affine
+        self.track_running_stats = track_running_stats
         self._unbiased = running_var == "unbiased"
         self.training = True
         self._frozen = False
@@ -238,6 +257,26 @@ class BatchNorm:
     def momentum(self, value: float | None) -> None:
         self._momentum = None if value is None else checks.momentum_fraction(value)
 
+    @property
+    def activation(self) -> None:
+        """What follows the normalization: None."""
+        return None
+
+    @activation.setter
+    def activation(self, value: None) -> None:
+        checks.not_yet(activation=value)
+
+    @property
+    def nonfinite(self) -> str:
+        """What NaN and infinities do: "propagate"."""
+        return "propagate"
+
+    @nonfinite.setter
+    def nonfinite(self, value: str) -> None:
+        if not isinstance(value, str) or value not in ("propagate", "skip", "raise"):
+            raise ValueError(f"nonfinite must be 'propagate', 'skip' or 'raise', not {value!r}")
+        checks.not_yet(nonfinite=None if value == "propagate" else value)
+
     # ---- state -----------------------------------------------------------------------------------------------------
 
     def train(self: Layer, mode: bool = True) -> Layer:
@@ -272,7 +311,7 @@ class BatchNorm:
 
     # ---- passes ----------------------------------------------------------------------------------------------------
 
-    def __call__(
+    def forward(
         self,
         x: npt.ArrayLike,
         *,
@@ -307,9 +346,11 @@ class BatchNorm:
         """
         checks.not_yet(residual=residual, mask=mask, lengths=lengths, sample_weight=sample_weight)
         inp = functional.Input(x, self._channel_axis, ranks=self._ranks)
+        inp.meets(self._dtype)
         checks.output(out, inp.x.shape, inp.x.dtype)
         with _update_lock:  # a snapshot: mean and variance of the same batch
-            mean, var = self.running_mean, self.running_var
+            mean: Any = self.running_mean
+            var: Any = self.running_var
             if mean is not None and var is not None:
                 mean, var = mean.copy(), var.copy()
         weight, bias, training = self.weight, self.bias, self.training
@@ -323,8 +364,8 @@ class BatchNorm:
         eps = checks.epsilon_for(self._eps, batch_statistics)
         if batch_statistics:
             checks.more_than_one_value(inp.x, inp.n_channels)
-            updated = tracked and mean is not None and inp.layout is not None
-            if updated:
+            tracked = tracked and inp.layout is not None
+            if tracked:
                 self._check_writable(
                     running_mean=self.running_mean,
                     running_var=self.running_var,
@@ -332,11 +373,9 @@ class BatchNorm:
                 )
             y, mean, m2 = functional.normalize_batch(inp, weight, bias, eps, out)
             invstd = functional.inverse_std(m2, eps, inp.count)
-            if updated:
+            if tracked:
                 self._update(inp.count, mean, m2)
         else:
-            assert mean is not None
-            assert var is not None
             y = functional.normalize(inp, mean, var, weight, bias, eps, out)
             invstd = functional.inverse_std(var, eps)
         if not training:
@@ -347,7 +386,11 @@ class BatchNorm:
             self._saved = (inp, weight, mean, invstd, batch_statistics)
         return y
 
-    forward = __call__
+    def __call__(self, x: npt.ArrayLike, **kwargs: Any) -> Array:
+        """`forward`, which a subclass may override."""
+        return self.forward(x, **kwargs)
+
+    plan = checks.later("BatchNorm.plan")
 
     def _check_channels(self, inp: functional.Input, mean: Array | None, untracked: bool) -> None:
         """Refuse an input with another number of channels, in PyTorch's words for what is compared with it first."""
@@ -377,11 +420,9 @@ class BatchNorm:
             momentum = self._momentum
             if momentum is None:
                 momentum = 0.0 if counter is None else 1 / (int(counter) + 1)
-            assert self.running_mean is not None
-            assert self.running_var is not None
-            functional.update_running(
-                self.running_mean, self.running_var, count, mean, m2, momentum, unbiased=self._unbiased
-            )
+            running_mean, running_var = self.running_mean, self.running_var
+            if running_mean is not None and running_var is not None:
+                functional.update_running(running_mean, running_var, count, mean, m2, momentum, unbiased=self._unbiased)
             if counter is not None:
                 counter += 1
 
@@ -418,7 +459,7 @@ class BatchNorm:
             raise ValueError(f"dy has shape {dy.shape}; expected {inp.x.shape}, as the input")
         checks.output(out, inp.x.shape, inp.x.dtype)
         weight_grad = None if weight is None else self.weight_grad
-        bias_grad = self.bias_grad
+        bias_grad = None if self.bias is None else self.bias_grad
         want_sums = weight_grad is not None or bias_grad is not None
         self._check_writable(weight_grad=weight_grad, bias_grad=bias_grad)
         dx, dbias, dweight = functional.gradients(dy, inp, weight, mean, invstd, batch_statistics, True, want_sums, out)
@@ -433,24 +474,26 @@ class BatchNorm:
 
     # ---- parameters ------------------------------------------------------------------------------------------------
 
+    def _fill(self, **values: float) -> None:
+        """Fill arrays that are there with numbers, in place; all or none."""
+        arrays = {name: getattr(self, name) for name in values}
+        self._check_writable(**arrays)
+        with _update_lock:
+            for name, a in arrays.items():
+                if a is not None:
+                    a.fill(values[name])
+
     def zero_grad(self) -> None:
         """Fill the gradients with zeros, in place."""
-        for grad in (self.weight_grad, self.bias_grad):
-            if grad is not None:
-                grad.fill(0)
+        self._fill(weight_grad=0, bias_grad=0)
 
     def reset_running_stats(self) -> None:
         """Running mean 0, variance 1, no batches counted; in place."""
-        for array, value in ((self.running_mean, 0), (self.running_var, 1), (self.num_batches_tracked, 0)):
-            if array is not None:
-                array.fill(value)
+        self._fill(running_mean=0, running_var=1, num_batches_tracked=0)
 
     def reset_parameters(self) -> None:
         """Weight 1, bias 0, and `reset_running_stats`; in place."""
-        self.reset_running_stats()
-        for array, value in ((self.weight, 1), (self.bias, 0)):
-            if array is not None:
-                array.fill(value)
+        self._fill(weight=1, bias=0, running_mean=0, running_var=1, num_batches_tracked=0)
 
     def parameters(self) -> Iterator[Array]:
         """Iterate over the weight and the bias, where there are any."""
@@ -469,8 +512,7 @@ class BatchNorm:
         >>> list(cbn.BatchNorm1d(3, affine=False).state_dict())
         ['running_mean', 'running_var', 'num_batches_tracked']
         """
-        with _update_lock:
-            return {name: getattr(self, name).copy() for name in self._state_names if getattr(self, name) is not None}
+        return self._snapshot(self._state_names)
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> tuple[list[str], list[str]]:
         """Copy parameters and statistics into the layer's arrays, all or none.
@@ -501,6 +543,8 @@ class BatchNorm:
         optional: tuple[str, ...] = ("num_batches_tracked",),
         names: tuple[str, ...] = _state_names,
     ) -> tuple[list[str], list[str]]:
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state must be a mapping of names to arrays, not {type(state).__name__}")
         own = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         missing = [name for name in own if name not in state and name not in optional]
         unexpected = [name for name in state if name not in own]
@@ -543,9 +587,19 @@ class BatchNorm:
 
         storage.save(self, path, allow_nonfinite=allow_nonfinite)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def _snapshot(self, names: tuple[str, ...]) -> dict[str, Array]:
+        """Copies of the arrays that are there, all of the same moment."""
         with _update_lock:
-            state = dict(self.__dict__)
+            return {name: getattr(self, name).copy() for name in names if getattr(self, name) is not None}
+
+    def __copy__(self: Layer) -> Layer:
+        other = type(self).__new__(type(self))
+        other.__dict__.update(self.__dict__, _saved=NO_FORWARD)
+        return other
+
+    def __getstate__(self) -> dict[str, Any]:
+        with _update_lock:  # the arrays too: a pickle that is written later must not see half an update
+            state = {k: v.copy() if isinstance(v, np.ndarray) else v for k, v in self.__dict__.items()}
         state["_saved"] = NO_FORWARD
         return state
 
@@ -559,6 +613,7 @@ class BatchNorm:
 def _state_entry(name: str, value: npt.ArrayLike, target: Array, allow_nonfinite: bool) -> Array:
     """One entry of a state as an array that can be copied into `target`, or a ValueError that names it."""
     try:
+        checks.unmasked(value, name)
         value = np.asarray(value)
     except Exception as error:
         raise ValueError(f"{name} cannot be read as an array ({error})") from None

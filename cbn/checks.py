@@ -7,6 +7,7 @@ ValueError and a RuntimeError, where PyTorch raises RuntimeError.
 
 import math
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -27,21 +28,61 @@ def not_yet(**options: object) -> None:
     """Refuse what the interface names and this version does not do."""
     for name, value in options.items():
         if value is not None:
-            raise NotImplementedError(f"{name}={value!r} is not supported yet")
+            words = f"{value!r} is" if isinstance(value, (str, tuple)) else " is"
+            raise NotImplementedError(f"{name}={words} not supported yet")
 
 
-def float_array(x: npt.ArrayLike, name: str) -> Array:
-    """x as an aligned array in native byte order, of float32 or float64; a copy only where it has to be one."""
-    if isinstance(x, np.ma.MaskedArray):
+def later(name: str) -> Callable[..., Any]:
+    """A function that the interface names and this version does not have: calling it says so."""
+
+    def function(*_: object, **__: object) -> Any:
+        raise NotImplementedError(f"{name} is not supported yet")
+
+    function.__name__ = function.__qualname__ = name.rsplit(".", 1)[-1]
+    function.__doc__ = "Not supported yet."
+    return function
+
+
+def native_float(dtype: np.dtype[Any]) -> np.dtype[Any] | None:
+    """The dtype in native byte order if it is float32 or float64, else None."""
+    return next((f for f in FLOATS if dtype.kind == "f" and dtype.itemsize == f.itemsize), None)
+
+
+def integer(value: Any, name: str, expected: str) -> int:
+    """value as an int; bools and what is no integer are refused."""
+    if not isinstance(value, (bool, np.bool_)):
+        try:
+            return operator.index(value)
+        except TypeError:
+            pass
+    raise TypeError(f"{name} must be {expected}, not {value!r}")
+
+
+def boolean(value: Any, name: str) -> bool:
+    """value as a bool; anything else is refused."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be a bool, not {value!r}")
+    return bool(value)
+
+
+def unmasked(a: Any, name: str) -> None:
+    """Refuse a masked array, whose mask would be ignored."""
+    if isinstance(a, np.ma.MaskedArray):
         raise TypeError(
             f"{name} is a masked array, which cbn does not support: its mask would be ignored. "
             "Expected a plain float32 or float64 array, for example x.filled(0)"
         )
-    x = np.asarray(x)
-    dtype = x.dtype.newbyteorder("=")
-    if dtype not in FLOATS:
+
+
+def float_array(x: npt.ArrayLike, name: str) -> Array:
+    """x as an aligned array in native byte order, of float32 or float64; a copy only where it has to be one."""
+    unmasked(x, name)
+    # A view of our own: what the caller does to the shape or the dtype of his does not change it
+    x = np.asarray(x).view()
+    dtype = native_float(x.dtype)
+    if dtype is None:
         hint = ""
-        if dtype == np.float16 or dtype.name == "bfloat16":
+        if x.dtype == np.float16 or x.dtype.name == "bfloat16":
             hint = ", which cbn does not support yet"
         raise TypeError(f"{name} has dtype {x.dtype}{hint}; expected float32 or float64, as in x.astype(numpy.float32)")
     if not (x.flags.aligned and x.dtype.isnative):
@@ -51,7 +92,7 @@ def float_array(x: npt.ArrayLike, name: str) -> Array:
 
 def axis_index(channel_axis: int, ndim: int) -> int:
     """The channel axis as an index from 0."""
-    axis = operator.index(channel_axis)
+    axis = integer(channel_axis, "channel_axis", "an integer")
     if not -ndim <= axis < ndim:
         raise ValueError(f"channel_axis {axis} is out of range for an input of {ndim} dimensions")
     return axis % ndim
@@ -85,10 +126,11 @@ def per_channel(a: npt.ArrayLike | None, name: str, n_channels: int, *, written:
     """Refuse a parameter or statistic that is not a float array (C,); None passes. Returns it as an array."""
     if a is None:
         return None
-    if written and (not isinstance(a, np.ndarray) or isinstance(a, np.ma.MaskedArray)):
+    unmasked(a, name)
+    if written and not isinstance(a, np.ndarray):
         raise TypeError(f"{name} is updated in place and must be a numpy array, not {type(a).__name__}")
     a = np.asarray(a)
-    if a.dtype.newbyteorder("=") not in FLOATS:
+    if native_float(a.dtype) is None:
         raise TypeError(f"{name} has dtype {a.dtype}; expected float32 or float64")
     if a.size != n_channels:
         raise ArgumentError(f"{name} should contain {n_channels} elements not {a.size}")

@@ -38,6 +38,8 @@ class Input:
         x itself, or a copy that keeps its order in memory if no loop reads it as it lies.
     layout : Layout or None
         None for an empty array.
+    wide : bool
+        Whether float64 parameters ask for float64 arithmetic on a float32 array; see `meets`.
     """
 
     def __init__(
@@ -54,11 +56,16 @@ class Input:
                 x = x.copy(order="K")
                 self.layout = passes.Layout.of(x, self.axis)
         self.x = x
+        self.wide = False
 
     @property
     def count(self) -> int:
         """Values per channel; 0 for an empty array, whatever is empty about it."""
         return self.layout.count if self.layout else 0
+
+    def meets(self, *dtypes: np.dtype[Any]) -> None:
+        """Compute in the widest of these dtypes and x's own."""
+        self.wide = any(dtype.itemsize > self.x.dtype.itemsize for dtype in dtypes)
 
     def lies_as(self, a: Array) -> Array:
         """a itself if the loops can go through it beside x, else a copy that lies as x does."""
@@ -104,11 +111,6 @@ def as_doubles(a: Array | None) -> Doubles | Any:
     return None if a is None else np.array(a, dtype=np.float64, order="C")
 
 
-def is_wide(x: Array, *per_channel: Array | None) -> bool:
-    """Whether float64 parameters ask for float64 arithmetic on a float32 array."""
-    return x.dtype == np.float32 and any(a is not None and a.dtype.itemsize == 8 for a in per_channel)
-
-
 def inverse_std(m2: Array, eps: float, count: int = 1) -> Doubles:
     """1/sqrt(m2/count + eps) in float64; m2 is a variance where count is 1. inf and NaN without a warning."""
     with np.errstate(all="ignore"):
@@ -123,9 +125,7 @@ def normalize_batch(
         y = np.empty_like(inp.x, subok=False) if out is None else out
         return y, np.zeros(inp.n_channels), np.zeros(inp.n_channels)
     y = inp.destination(out, inp.x)
-    mean, m2 = passes.moments(
-        inp.layout, inp.x, y, as_doubles(weight), as_doubles(bias), eps, is_wide(inp.x, weight, bias)
-    )
+    mean, m2 = passes.moments(inp.layout, inp.x, y, as_doubles(weight), as_doubles(bias), eps, inp.wide)
     return delivered(y, out), mean, m2
 
 
@@ -149,7 +149,7 @@ def normalize(
             coef[1] *= weight
     coef[2] = 0 if bias is None else bias
     y = inp.destination(out, inp.x)
-    passes.apply(inp.layout, inp.x, y, coef, is_wide(inp.x, mean, var, weight, bias))
+    passes.apply(inp.layout, inp.x, y, coef, inp.wide)
     return delivered(y, out)
 
 
@@ -189,12 +189,11 @@ def gradients(
         return dx, sums, products
     dy = inp.lies_as(dy)
     dx = inp.destination(out, inp.x, dy) if want_dx else None
-    wide = is_wide(inp.x, weight)
     weight, mean, invstd = as_doubles(weight), as_doubles(mean), as_doubles(invstd)
     sums = products = None
     if want_sums or (batch_statistics and want_dx):
         through: tuple[Any, Any, Any] = (dx, invstd, weight) if batch_statistics else (None, None, None)
-        sums, products = passes.grad_moments(inp.layout, dy, inp.x, mean, *through, wide)
+        sums, products = passes.grad_moments(inp.layout, dy, inp.x, mean, *through, inp.wide)
         with np.errstate(all="ignore"):
             products *= invstd
     if dx is not None and not batch_statistics:
@@ -202,7 +201,7 @@ def gradients(
         with np.errstate(all="ignore"):
             scale = invstd if weight is None else invstd * weight
         coef = np.stack([np.zeros(n_channels), scale, np.full(n_channels, -0.0)])
-        passes.apply(inp.layout, dy, dx, coef, wide)
+        passes.apply(inp.layout, dy, dx, coef, inp.wide)
     return (None if dx is None else delivered(dx, out)), sums, products
 
 
@@ -215,12 +214,17 @@ def update_running(
     momentum: float,
     *,
     unbiased: bool = True,
+    old: tuple[Doubles, Doubles] | None = None,
 ) -> None:
-    """Move the running statistics by one batch, in place: (1 - momentum)*running + momentum*batch."""
+    """Move the running statistics by one batch, in place: (1 - momentum)*running + momentum*batch.
+
+    `old` are the statistics before, as float64, where an output may have been written over them.
+    """
+    old_mean, old_var = old or (as_doubles(running_mean), as_doubles(running_var))
     with np.errstate(all="ignore"):
         var = m2 / (count - 1 if unbiased else count)
-        new_mean = (1 - momentum) * running_mean.astype(np.float64) + momentum * mean
-        new_var = (1 - momentum) * running_var.astype(np.float64) + momentum * var
+        new_mean = (1 - momentum) * old_mean + momentum * mean
+        new_var = (1 - momentum) * old_var + momentum * var
         running_mean[...], running_var[...] = new_mean, new_var
 
 
@@ -258,6 +262,9 @@ def batch_norm(
     activation: None = None,
     residual: None = None,
     mask: None = None,
+    x_scale: None = None,
+    x_zero_point: None = None,
+    out_dtype: None = None,
 ) -> Array:
     """Normalize every channel of an array.
 
@@ -283,7 +290,7 @@ def batch_norm(
         The axis with the channels: 1 for NC, NCL, NCHW, NCDHW, -1 for NLC, NHWC.
     out : ndarray, optional
         Of x's shape and dtype; receives y. It may be x, or overlap it.
-    activation, residual, mask
+    activation, residual, mask, x_scale, x_zero_point, out_dtype
         Not supported yet.
 
     Returns
@@ -317,6 +324,7 @@ def batch_norm(
     (array([0.2, 0.1]), array([1.7, 0.9]))
     """
     checks.not_yet(activation=activation, residual=residual, mask=mask)
+    checks.not_yet(x_scale=x_scale, x_zero_point=x_zero_point, out_dtype=out_dtype)
     return native_batch_norm(
         x, weight, bias, running_mean, running_var, training, momentum, eps, channel_axis=channel_axis, out=out
     )[0]
@@ -377,14 +385,17 @@ def native_batch_norm(
         inp, running_mean, running_var, weight, bias, updated=bool(training)
     )
     eps = checks.epsilon_for(eps, training)
+    statistics = () if training else (running_mean, running_var)
+    inp.meets(*(a.dtype for a in (weight, bias, *statistics) if a is not None))
     if not training:
         return normalize(inp, running_mean, running_var, weight, bias, eps, out), np.empty(0), np.empty(0)
     checks.more_than_one_value(inp.x, inp.n_channels)
+    old = None if running_mean is None else (as_doubles(running_mean), as_doubles(running_var))
     y, mean, m2 = normalize_batch(inp, weight, bias, eps, out)
     if inp.layout is None:
         return y, np.zeros(inp.n_channels), np.zeros(inp.n_channels)
-    if running_mean is not None:
-        update_running(running_mean, running_var, inp.count, mean, m2, momentum)
+    if old is not None:
+        update_running(running_mean, running_var, inp.count, mean, m2, momentum, old=old)
     return y, mean, inverse_std(m2, eps, inp.count)
 
 
@@ -459,7 +470,10 @@ def native_batch_norm_backward(
     array([1.])
     """
     inp = Input(x, channel_axis)
-    want_dx, want_dweight, want_dbias = (bool(wanted) for wanted in output_mask)
+    mask = [checks.boolean(wanted, "an element of output_mask") for wanted in output_mask]
+    if len(mask) != 3:
+        raise ValueError(f"output_mask must have three elements, for dx, dweight and dbias, not {len(mask)}")
+    want_dx, want_dweight, want_dbias = mask
     checks.output(out, inp.x.shape, inp.x.dtype)
     if out is not None and not want_dx:
         raise ValueError("out was given, but output_mask leaves out dx")
@@ -476,7 +490,10 @@ def native_batch_norm_backward(
     else:
         checks.buffers_for_eval(running_mean, running_var)
         mean = checks.per_channel(running_mean, "running_mean", inp.n_channels)
-        invstd = inverse_std(checks.per_channel(running_var, "running_var", inp.n_channels), eps)
+        var = checks.per_channel(running_var, "running_var", inp.n_channels)
+        invstd = inverse_std(var, eps)
+    statistics = () if train else (running_mean, running_var)
+    inp.meets(*(np.asarray(a).dtype for a in (weight, *statistics) if a is not None))
     dx, dbias, dweight = gradients(dy, inp, weight, mean, invstd, train, want_dx, want_dweight or want_dbias, out)
     dtype = inp.x.dtype if weight is None else weight.dtype.newbyteorder("=")
     with np.errstate(over="ignore"):
@@ -485,3 +502,7 @@ def native_batch_norm_backward(
             dweight.astype(dtype) if want_dweight else None,
             dbias.astype(dtype) if want_dbias else None,
         )
+
+
+native_batch_norm_double_backward = checks.later("cbn.functional.native_batch_norm_double_backward")
+batch_norm_jvp = checks.later("cbn.functional.batch_norm_jvp")

@@ -83,11 +83,16 @@ class Moments:
             raise ValueError(f"moments of {self.mean.size} and of {other.mean.size} channels cannot be merged")
         n = self.count + other.count
         with np.errstate(all="ignore"):
-            # Equal means first: two infinite ones must not give NaN.
-            delta = np.where(self.mean == other.mean, 0.0, other.mean - self.mean)
-            share = np.where(n > 0, other.count / n, 0.0)
-            mean = self.mean + delta * share
-            m2 = self.m2 + other.m2 + delta * delta * self.count * share
+            # From the side with more values, whose mean moves less. An infinite mean has no distance to another one:
+            # the plain average gives what the mean of all values would be.
+            larger = self.count >= other.count
+            base, rest = np.where(larger, self.mean, other.mean), np.where(larger, other.mean, self.mean)
+            n_rest = np.where(larger, other.count, self.count)
+            share = np.where(n > 0, n_rest / n, 0.0)
+            delta = rest - base
+            plain = (self.mean * self.count + other.mean * other.count) / n
+            mean = np.where(np.isfinite(delta), base + delta * share, plain)
+            m2 = self.m2 + other.m2 + delta * delta * (n - n_rest) * share
         # With one side empty the other one passes as it is, whatever an empty mean holds.
         mean = np.where(other.count == 0, self.mean, np.where(self.count == 0, other.mean, mean))
         m2 = np.where(other.count == 0, self.m2, np.where(self.count == 0, other.m2, m2))

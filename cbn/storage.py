@@ -2,7 +2,7 @@
 
 import json
 import os
-import tempfile
+import secrets
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,15 +20,15 @@ ARRAYS = (*batchnorm.BatchNorm._state_names, "weight_grad", "bias_grad")
 
 
 def refuse_safetensors(path: Path) -> None:
-    if path.suffix == ".safetensors":
+    if path.suffix.lower() == ".safetensors":
         raise NotImplementedError("the safetensors format is not supported yet; use .npz")
 
 
 def save(layer: batchnorm.BatchNorm, path: str | os.PathLike[str], *, allow_nonfinite: bool = False) -> None:
     """Write a layer to a file; see `BatchNorm.save`."""
-    path = Path(path)
+    path = Path(os.path.realpath(path))  # through a link, to the file that it names
     refuse_safetensors(path)
-    arrays = {name: getattr(layer, name).copy() for name in ARRAYS if getattr(layer, name) is not None}
+    arrays = layer._snapshot(ARRAYS)
     bad = [name for name, a in arrays.items() if not np.all(np.isfinite(a))]
     if bad and not allow_nonfinite:
         raise ValueError(f"not finite: {', '.join(bad)}; allow_nonfinite=True writes them all the same")
@@ -50,19 +50,17 @@ def save(layer: batchnorm.BatchNorm, path: str | os.PathLike[str], *, allow_nonf
         },
         "training": layer.training,
         "frozen": layer.frozen,
+        "arrays": sorted(arrays),
     }
+    _build(header, arrays, allow_nonfinite)  # what cannot be loaded is not written
     entries: dict[str, Any] = {HEADER: np.array(json.dumps(header)), **arrays}
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    temporary = path.with_name(f".cbn-{secrets.token_hex(8)}.tmp")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "xb") as file:
             np.savez(file, **entries)
-        # mkstemp makes a private file; a saved layer is one like any other
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -113,10 +111,10 @@ def _read(file: BinaryIO) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
         if HEADER not in archive.files:
             raise ValueError("it has no cbn header")
         header = json.loads(str(archive[HEADER]))
-        unknown = [name for name in archive.files if name not in ARRAYS and name != HEADER]
-        if unknown:
-            raise ValueError(f"unknown entries {unknown}")
-        return header, {name: archive[name] for name in archive.files if name != HEADER}
+        # A damaged directory can lose entries, or have one twice
+        if sorted(archive.files) != sorted([HEADER, *header["arrays"]]):
+            raise ValueError(f"it holds {sorted(archive.files)} and should hold {header['arrays']}")
+        return header, {name: archive[name] for name in header["arrays"]}
 
 
 def _build(header: dict[str, Any], arrays: dict[str, npt.NDArray[Any]], allow_nonfinite: bool) -> batchnorm.BatchNorm:
@@ -127,15 +125,19 @@ def _build(header: dict[str, Any], arrays: dict[str, npt.NDArray[Any]], allow_no
     for name in ("training", "frozen"):
         if not isinstance(header[name], bool):
             raise ValueError(f"{name} is {header[name]!r}")
-    layer = CLASSES[header["class"]](**header["arguments"])
-    # An array that was assigned or taken away after construction: the file's own list decides.
-    for name in ARRAYS:
-        if name not in arrays:
-            setattr(layer, name, None)
-        elif getattr(layer, name) is None and name == "num_batches_tracked":
-            layer.num_batches_tracked = np.zeros((), np.int64)
-        elif getattr(layer, name) is None:
-            setattr(layer, name, np.zeros(layer.num_features, layer.dtype))
+    unknown = [name for name in arrays if name not in ARRAYS]
+    if unknown:
+        raise ValueError(f"unknown entries {unknown}")
+    # Without arrays first: the file's own list decides which there are, and none is made before its size is known
+    arguments = dict(header["arguments"])
+    flags = {name: arguments.pop(name) for name in ("affine", "track_running_stats", "bias")}
+    layer = CLASSES[header["class"]](**arguments, affine=False, track_running_stats=False)
+    layer.affine, layer.track_running_stats = flags["affine"], flags["track_running_stats"]
+    for name, a in arrays.items():
+        shape = () if name == "num_batches_tracked" else (layer.num_features,)
+        if a.shape != shape:
+            raise ValueError(f"{name} has shape {a.shape}; expected {shape}")
+        setattr(layer, name, np.zeros(shape, np.int64 if name == "num_batches_tracked" else layer.dtype))
     layer._load(arrays, True, allow_nonfinite, optional=(), names=ARRAYS)
     layer.train(header["training"])
     if header["frozen"]:

@@ -8,11 +8,11 @@ the host program is changed: the number travels with each parallel region.
 
 import contextlib
 import math
-import operator
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from . import checks
 from .kernels import passes
 
 __all__ = ["get_num_threads", "num_threads", "set_num_threads"]
@@ -22,12 +22,7 @@ MAX_THREADS = 1 << 16
 
 def checked(n: int, name: str = "n") -> int:
     """n as a number of threads."""
-    if isinstance(n, bool):
-        raise TypeError(f"{name} must be a number of threads, not {n!r}")
-    try:
-        n = operator.index(n)
-    except TypeError:
-        raise TypeError(f"{name} must be a number of threads, not {n!r}") from None
+    n = checks.integer(n, name, "a number of threads")
     if not 1 <= n <= MAX_THREADS:
         raise ValueError(f"{name} must be a number of threads, 1 or more, but got {n}")
     return n
@@ -56,8 +51,7 @@ def get_num_threads() -> int:
     return passes.get_threads()
 
 
-@contextlib.contextmanager
-def num_threads(n: int) -> Iterator[None]:
+def num_threads(n: int) -> contextlib.AbstractContextManager[None]:
     """Use n threads for the calls of this thread inside the `with` block.
 
     Parameters
@@ -72,7 +66,11 @@ def num_threads(n: int) -> Iterator[None]:
     ...     cbn.get_num_threads()
     1
     """
-    n = checked(n)
+    return _num_threads(checked(n))
+
+
+@contextlib.contextmanager
+def _num_threads(n: int) -> Iterator[None]:
     before, _ = passes.asked_threads()
     passes.ask_threads(here=n)
     try:

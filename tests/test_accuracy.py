@@ -100,6 +100,26 @@ def test_an_outlier_in_first_place_costs_no_accuracy(isa, rng):
     np.testing.assert_allclose(found.m2, m2, rtol=1e-10)
 
 
+@pytest.mark.parametrize("shape", [(100_000, 1), (1, 1, 100_000), (300, 2, 333), (20_000, 5)])
+@pytest.mark.parametrize("first", [1e3, -1e7, 1e12])
+def test_float64_keeps_its_digits_with_an_outlier_in_first_place(isa, rng, shape, first):
+    """The pass is done again with the mean as shift; channels without an outlier keep the bits that they had."""
+    x = rng.standard_normal(shape)
+    spoiled = x.copy()
+    spoiled[(0, 0) if len(shape) == 2 else (0, 0, 0)] = first
+    _, mean, m2 = reference.moments(np.roll(spoiled, 1, axis=-1 if len(shape) == 3 else 0))
+    m = cbn.moments(spoiled)
+    np.testing.assert_allclose(m.m2, m2, rtol=1e-12)
+    n = m.count[0]
+    assert (np.abs(m.mean - mean) <= 1e-13 * np.sqrt(m2 / n)).all()
+    y, save_mean, _ = native_batch_norm(spoiled, None, None, None, None, True, 0.1, 1e-5)
+    assert np.array_equal(save_mean, m.mean)
+    exact = reference.normalize(spoiled, mean, m2 / n)
+    assert np.abs(y - exact).max() <= 1e-12 * np.abs(exact).max()
+    clean = cbn.moments(x)
+    assert np.array_equal(clean.m2[1:], m.m2[1:])
+
+
 def test_layer_of_a_million_stays_exact_over_modes(rng):
     bn = cbn.BatchNorm2d(4)
     x = (rng.standard_normal((8, 4, 16, 16)) + 1e6).astype(np.float32)

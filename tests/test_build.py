@@ -38,7 +38,7 @@ def test_imports_run_one_way():
     allowed = {
         "checks": set(),
         "reference": set(),
-        "threads": {"kernels"},
+        "threads": {"checks", "kernels"},
         "functional": {"checks", "kernels"},
         "moments": {"functional", "kernels"},
         "batchnorm": {"checks", "functional", "storage"},

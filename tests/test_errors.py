@@ -230,7 +230,7 @@ def test_momentum(momentum):
     [
         ({"num_features": 0}, ValueError, "num_features must be 1 or more, but got 0"),
         ({"num_features": -3}, ValueError, "num_features must be 1 or more"),
-        ({"num_features": 2.5}, TypeError, "float"),
+        ({"num_features": 2.5}, TypeError, "num_features must be a number of channels, not 2.5"),
         ({"num_features": True}, TypeError, "num_features must be a number of channels"),
         ({"dtype": np.float16}, TypeError, "dtype must be float32 or float64, not float16"),
         ({"dtype": int}, TypeError, "dtype must be float32 or float64, not int64"),
@@ -241,7 +241,12 @@ def test_momentum(momentum):
         ({"activation": "relu"}, NotImplementedError, "activation='relu' is not supported yet"),
         ({"channel_axis": 3}, ValueError, "channel_axis 3 is out of range"),
         ({"channel_axis": -4}, ValueError, "channel_axis -4 is out of range"),
-        ({"channel_axis": 1.0}, TypeError, "float"),
+        ({"channel_axis": 1.0}, TypeError, "channel_axis must be an integer, not 1.0"),
+        ({"channel_axis": None}, TypeError, "channel_axis must be an integer, not None"),
+        ({"dtype": None}, TypeError, "dtype must be float32 or float64, not None"),
+        ({"running_var": np.ones(3)}, ValueError, "running_var must be 'unbiased' or 'biased'"),
+        ({"affine": 1}, TypeError, "affine must be a bool, not 1"),
+        ({"track_running_stats": "yes"}, TypeError, "track_running_stats must be a bool, not 'yes'"),
     ],
 )
 def test_constructor(kwargs, kind, words):
@@ -422,3 +427,81 @@ def test_train_wants_a_bool():
         layer.train("yes")
     assert layer.training
     assert native_batch_norm(f32(2, 3), None, None, f32(3), f32(3), False, 0.1, 1e-5)[0].shape == (2, 3)
+
+
+@pytest.mark.parametrize("name", ["training", "affine", "track_running_stats"])
+def test_flags_are_bools(name):
+    layer = cbn.BatchNorm1d(3)
+    with pytest.raises(TypeError, match=f"{name} must be a bool, not 0"):
+        setattr(layer, name, 0)
+    setattr(layer, name, np.False_)
+    assert getattr(layer, name) is False
+
+
+def test_what_is_not_supported_cannot_be_assigned():
+    layer = cbn.BatchNorm1d(3)
+    for name, value in (("activation", "relu"), ("nonfinite", "skip")):
+        with pytest.raises(NotImplementedError, match=name):
+            setattr(layer, name, value)
+    assert (layer.activation, layer.nonfinite) == (None, "propagate")
+
+
+NAMES = ("fuse_linear_bn", "fuse_conv_bn", "fuse_bn_linear", "from_torch", "from_keras", "from_flax", "from_onnx")
+LATER = [getattr(cbn, name) for name in (*NAMES, "to_torch_state", "recalibrate")]
+LATER += [cbn.functional.native_batch_norm_double_backward, cbn.functional.batch_norm_jvp, cbn.BatchNorm1d(3).plan]
+
+
+@pytest.mark.parametrize("function", LATER, ids=lambda f: f.__name__)
+def test_functions_of_later_versions_say_so(function):
+    with pytest.raises(NotImplementedError, match=f"{function.__name__} is not supported yet"):
+        function(1, 2, three=3)
+
+
+@pytest.mark.parametrize("name", ["x_scale", "x_zero_point", "out_dtype"])
+def test_eight_bit_input_is_not_supported_yet(name):
+    with pytest.raises(NotImplementedError, match=name):
+        batch_norm(f32(4, 3), f32(3), f32(3), **{name: 1})
+
+
+def test_masked_arrays_per_channel():
+    masked = np.ma.masked_less(f32(3), 0)
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        arguments = {"running_mean": f32(3), "running_var": f32(3), name: masked}
+        for training in (True, False):
+            with pytest.raises(TypeError, match=f"{name} is a masked array"):
+                batch_norm(f32(4, 3), **arguments, training=training)
+        with pytest.raises(TypeError, match=f"{name} is a masked array"):
+            setattr(cbn.BatchNorm1d(3), name, masked)
+        with pytest.raises(ValueError, match=f"{name} cannot be read.*masked array"):
+            cbn.BatchNorm1d(3).load_state_dict({**cbn.BatchNorm1d(3).state_dict(), name: masked})
+
+
+@pytest.mark.parametrize("state", [[], "abc", None, 1])
+def test_a_state_is_a_mapping(state):
+    with pytest.raises(TypeError, match="state must be a mapping"):
+        cbn.BatchNorm1d(3).load_state_dict(state)
+
+
+def test_output_mask():
+    x = f32(4, 3)
+    for mask, kind in (((True, True), ValueError), ((1, 1, 1), TypeError)):
+        with pytest.raises(kind, match="output_mask"):
+            native_batch_norm_backward(x, x, None, None, None, f32(3), f32(3), True, 1e-5, mask)
+
+
+def test_strings_are_named():
+    with pytest.raises(TypeError, match="input has dtype"):
+        cbn.moments(np.array([["a"], ["b"]], dtype=np.dtypes.StringDType()))
+
+
+@pytest.mark.parametrize("name", ["running_var", "num_batches_tracked", "bias_grad"])
+def test_resets_are_all_or_nothing(name):
+    layer = cbn.BatchNorm1d(3)
+    layer(np.eye(3, dtype=np.float32))
+    layer.backward(np.eye(3, dtype=np.float32))
+    getattr(layer, name).flags.writeable = False
+    before = snapshot(layer)
+    for reset in (layer.zero_grad,) if name == "bias_grad" else (layer.reset_running_stats, layer.reset_parameters):
+        with pytest.raises(ValueError, match=f"{name} is read-only"):
+            reset()
+        assert all(np.array_equal(before[k], v) for k, v in snapshot(layer).items())

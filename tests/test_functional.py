@@ -174,6 +174,16 @@ def test_out_may_overlap_parameters(rng):
     assert np.array_equal(batch_norm(x, None, None, weight, weight, True, out=memory.reshape(10, 6)), expected)
 
 
+def test_out_may_overlap_running_statistics(rng):
+    memory = rng.uniform(1, 2, 60)
+    x = rng.standard_normal((10, 6))
+    mean, var = memory[:6], memory[6:12]
+    _, new_mean, new_var = reference.batch_norm(x, mean.copy(), var.copy(), training=True)
+    batch_norm(x, mean, var, training=True, out=memory.reshape(10, 6))
+    np.testing.assert_allclose(mean, new_mean, rtol=1e-12)
+    np.testing.assert_allclose(var, new_var, rtol=1e-12)
+
+
 def test_inputs_of_every_kind_are_accepted(rng):
     x = rng.standard_normal((6, 4, 10)).astype(np.float32)
     big = np.zeros((12, 8, 20), np.float32)

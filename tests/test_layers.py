@@ -364,3 +364,79 @@ def test_ranks_of_the_general_layer(rng):
 def test_forward_is_the_call(rng):
     x = batch(rng)
     assert np.array_equal(cbn.BatchNorm1d(3).forward(x), cbn.BatchNorm1d(3)(x))
+
+
+def reshaped(x):
+    x.shape = (-1,)
+
+
+def retyped(x):
+    x.dtype = np.complex64
+
+
+@pytest.mark.filterwarnings("ignore:Setting the (shape|dtype):DeprecationWarning")
+@pytest.mark.parametrize("change", [reshaped, retyped])
+def test_backward_goes_through_the_input_as_it_was_given(rng, change):
+    """The values are remembered by reference; shape and dtype of the caller's array object are his own affair."""
+    x, dy = batch(rng, (8, 3, 6)), batch(rng, (8, 3, 6))
+    bn = cbn.BatchNorm1d(3)
+    bn(x)
+    expected = bn.backward(dy)
+    change(x)
+    assert np.array_equal(bn.backward(dy), expected)
+    with pytest.raises(ValueError, match=r"expected \(8, 3, 6\)"):
+        bn.backward(dy.ravel())
+
+
+def test_a_resized_parameter_is_an_error_and_no_crash(rng):
+    bn = cbn.BatchNorm1d(3)
+    bn.weight.resize(1, refcheck=False)
+    with pytest.raises(ValueError, match="resized"):
+        bn(batch(rng))
+
+
+def test_a_subclass_may_override_forward(rng):
+    class Twice(cbn.BatchNorm1d):
+        def forward(self, x, **kwargs):
+            return 2 * super().forward(x, **kwargs)
+
+    x = batch(rng)
+    assert np.array_equal(Twice(3)(x), 2 * cbn.BatchNorm1d(3)(x))
+
+
+def test_batches_are_counted_without_buffers(rng):
+    """As in PyTorch: the counter moves in training with tracking, whether or not there are buffers."""
+    bn = cbn.BatchNorm1d(3)
+    bn.running_mean = bn.running_var = None
+    bn(batch(rng))
+    assert bn.num_batches_tracked == 1
+
+
+def test_a_float64_layer_computes_in_float64(rng):
+    """Also where it has no parameters, and through frozen statistics."""
+    x, dy = batch(rng, (500, 3)), batch(rng, (500, 3))
+    for frozen in (False, True):
+        bn = cbn.BatchNorm1d(3, affine=False, dtype=np.float64)
+        bn.running_mean[:] = 1 / 3
+        bn.running_var[:] = 5 / 3
+        if frozen:
+            bn.freeze()
+        mean, var = bn.running_mean.copy(), bn.running_var.copy()
+        if not frozen:
+            n, mean, m2 = reference.moments(x)
+            var = m2 / n
+        y, dx = bn(x), bn.backward(dy)
+        exact_y = reference.normalize(x, mean, var)
+        exact_dx, *_ = reference.backward(dy, x, mean, var, train=not frozen)
+        for a, e in ((y, exact_y), (dx, exact_dx)):
+            # a float64 result, rounded once: never more than half a unit in the last place off
+            assert (np.abs(a - e) <= 0.500001 * np.spacing(np.abs(a))).all()
+
+
+def test_bias_switched_off_gets_no_gradient(rng):
+    bn = cbn.BatchNorm1d(3)
+    bn.bias = None
+    bn(batch(rng))
+    bn.backward(batch(rng))
+    assert not bn.bias_grad.any()
+    assert bn.weight_grad.any()

@@ -46,9 +46,13 @@ def test_merge_with_nothing():
     assert np.array_equal((empty + empty).count, [0, 0])
 
 
-def test_merge_of_equal_infinite_means():
-    a = Moments(2, [np.inf, 1.0], [np.nan, 0.0])
-    assert np.array_equal((a + a).mean, [np.inf, 1.0])
+def test_merge_of_infinite_means():
+    """As the mean of all values would be."""
+    a, b = Moments(2, [np.inf, 1.0], [np.nan, 0.0]), Moments(4, [-3.0, 1.0], [1.0, 0.0])
+    for merged in (a + a, a + b, b + a):
+        assert np.array_equal(merged.mean, [np.inf, 1.0])
+        assert np.isnan(merged.m2[0])
+    assert np.isnan((a + Moments(2, [-np.inf, 1.0], [np.nan, 0.0])).mean[0])
 
 
 def test_variance_of_too_few():

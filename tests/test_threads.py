@@ -64,14 +64,14 @@ def test_who_decides():
 
 @pytest.mark.parametrize("n", [0, -1, 1 << 17])
 def test_numbers_out_of_range(n):
-    for call in (cbn.set_num_threads, lambda n: cbn.num_threads(n).__enter__()):
+    for call in (cbn.set_num_threads, cbn.num_threads):
         with pytest.raises(ValueError, match=f"n must be a number of threads, 1 or more, but got {n}"):
             call(n)
 
 
 @pytest.mark.parametrize("n", [1.0, "2", None, True])
 def test_what_is_no_number(n):
-    for call in (cbn.set_num_threads, lambda n: cbn.num_threads(n).__enter__()):
+    for call in (cbn.set_num_threads, cbn.num_threads):
         with pytest.raises(TypeError, match="n must be a number of threads"):
             call(n)
 
@@ -254,6 +254,29 @@ def test_import_changes_nothing_in_the_process():
 def test_the_host_keeps_its_number_of_threads():
     code = UNTOUCHED.replace("sys.argv[1:]", "True")
     assert in_a_new_process(code, OMP_NUM_THREADS="2") == "good"
+
+
+SIGNALS = """
+import signal
+import numpy as np
+import cbn
+bn, x = cbn.BatchNorm1d(64), np.random.default_rng(0).standard_normal((8, 64)).astype(np.float32)
+handled = 0
+def handler(*_):
+    global handled
+    handled += 1
+    bn.state_dict()
+signal.signal(signal.SIGALRM, handler)
+signal.setitimer(signal.ITIMER_REAL, 2e-4, 2e-4)
+while handled < 2000:
+    bn(x)
+signal.setitimer(signal.ITIMER_REAL, 0)
+print("good")
+"""
+
+
+def test_a_signal_handler_may_use_the_layer_that_it_interrupts():
+    assert in_a_new_process(SIGNALS) == "good"
 
 
 def test_subnormal_values_are_computed(isa):

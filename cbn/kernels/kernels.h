@@ -7,7 +7,7 @@
  *           grad_moments   per channel: S(g), S(g*d), d = x - mean             backward
  *           grad_apply     dx = (g - gmean - (x - mean)*slope)*scale           backward through batch statistics
  *   layout  first          N runs of S contiguous elements, all of one channel
- *           last           M rows of C contiguous elements, one of each channel
+ *           last           N rows of at most CBN_COLUMNS contiguous elements, one of each channel
  *   type    f32  f64       elements and arithmetic alike
  *           f32_wide       float32 elements, float64 arithmetic
  *   isa     baseline  avx2  avx512
@@ -20,6 +20,8 @@
 #ifndef CBN_KERNELS_H
 #define CBN_KERNELS_H
 #include <stddef.h>
+
+enum { CBN_COLUMNS = 512 }; /* the coefficients of a row stay on the stack of a loop: at most 6 * 4 KB */
 
 typedef struct {
     /* sums[0] = S(d), sums[1] = S(d*d) */

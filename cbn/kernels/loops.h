@@ -16,7 +16,6 @@
 
 #define UNROLL 4 /* independent accumulators: an addition takes 3 to 4 cycles, and one can start each cycle */
 #define ROWS 8   /* rows read side by side: amortizes the accumulators' trip to L1, within the prefetchers' reach */
-#define TILE 512 /* columns whose coefficients are kept on the stack: at most 6 * 4 KB */
 
 /* ---- apply -------------------------------------------------------------------------------------------
  *
@@ -53,29 +52,26 @@ TARGET static void LOOP(apply_first)(const void *x_ns, void *y_ns, ptrdiff_t n_r
     }
 }
 
-TARGET static void LOOP(apply_last)(const void *x_mc, void *y_mc, ptrdiff_t rows, ptrdiff_t columns,
+TARGET static void LOOP(apply_last)(const void *x_nc, void *y_nc, ptrdiff_t rows, ptrdiff_t columns,
                                     ptrdiff_t x_stride, ptrdiff_t y_stride, const double *coef_c,
                                     ptrdiff_t pitch)
 {
-    real high[TILE], low[TILE], scale[TILE], offset[TILE];
-    for (ptrdiff_t c = 0; c < columns; c += TILE, coef_c += TILE) {
-        const ptrdiff_t width = columns - c < TILE ? columns - c : TILE;
-        for (ptrdiff_t i = 0; i < width; i++) {
-            high[i] = (real)coef_c[i];
-            low[i] = LOW_PART(coef_c[i], high[i]);
-            scale[i] = (real)coef_c[pitch + i];
-            offset[i] = (real)coef_c[2 * pitch + i];
-        }
-        for (ptrdiff_t m = 0; m < rows; m++) {
-            const elem *x = (const elem *)x_mc + m * x_stride + c;
-            elem *y = (elem *)y_mc + m * y_stride + c;
-            ptrdiff_t i = 0;
-            for (; i + LANES <= width; i += LANES)
-                store(y + i, APPLY(load(x + i), load_real(high + i), load_real(low + i), load_real(scale + i),
-                                   load_real(offset + i)));
-            for (; i < width; i++)
-                y[i] = (elem)APPLY((real)x[i], high[i], low[i], scale[i], offset[i]);
-        }
+    real high[CBN_COLUMNS], low[CBN_COLUMNS], scale[CBN_COLUMNS], offset[CBN_COLUMNS];
+    for (ptrdiff_t c = 0; c < columns; c++) {
+        high[c] = (real)coef_c[c];
+        low[c] = LOW_PART(coef_c[c], high[c]);
+        scale[c] = (real)coef_c[pitch + c];
+        offset[c] = (real)coef_c[2 * pitch + c];
+    }
+    for (ptrdiff_t n = 0; n < rows; n++) {
+        const elem *x = (const elem *)x_nc + n * x_stride;
+        elem *y = (elem *)y_nc + n * y_stride;
+        ptrdiff_t c = 0;
+        for (; c + LANES <= columns; c += LANES)
+            store(y + c, APPLY(load(x + c), load_real(high + c), load_real(low + c), load_real(scale + c),
+                               load_real(offset + c)));
+        for (; c < columns; c++)
+            y[c] = (elem)APPLY((real)x[c], high[c], low[c], scale[c], offset[c]);
     }
 }
 
@@ -119,44 +115,40 @@ TARGET static void LOOP(grad_apply_first)(const void *g_ns, const void *x_ns, vo
     }
 }
 
-TARGET static void LOOP(grad_apply_last)(const void *g_mc, const void *x_mc, void *dx_mc, ptrdiff_t rows,
+TARGET static void LOOP(grad_apply_last)(const void *g_nc, const void *x_nc, void *dx_nc, ptrdiff_t rows,
                                          ptrdiff_t columns, ptrdiff_t g_stride, ptrdiff_t x_stride,
                                          ptrdiff_t dx_stride, const double *coef_c, ptrdiff_t pitch)
 {
-    real high[TILE], low[TILE], scale[TILE], gmean[TILE], slope[TILE], rest[TILE];
-    for (ptrdiff_t c = 0; c < columns; c += TILE, coef_c += TILE) {
-        const ptrdiff_t width = columns - c < TILE ? columns - c : TILE;
-        for (ptrdiff_t i = 0; i < width; i++) {
-            high[i] = (real)coef_c[i];
-            low[i] = LOW_PART(coef_c[i], high[i]);
-            scale[i] = (real)coef_c[pitch + i];
-            gmean[i] = (real)coef_c[2 * pitch + i];
-            slope[i] = (real)coef_c[3 * pitch + i];
-            rest[i] = (real)(-LOW_PART(coef_c[2 * pitch + i], gmean[i]) * coef_c[pitch + i]);
-        }
-        for (ptrdiff_t m = 0; m < rows; m++) {
-            const elem *g = (const elem *)g_mc + m * g_stride + c;
-            const elem *x = (const elem *)x_mc + m * x_stride + c;
-            elem *dx = (elem *)dx_mc + m * dx_stride + c;
-            ptrdiff_t i = 0;
-            for (; i + LANES <= width; i += LANES)
-                store(dx + i, GRAD_APPLY(load(g + i), load(x + i), load_real(high + i), load_real(low + i),
-                                         load_real(scale + i), load_real(gmean + i), load_real(slope + i),
-                                         load_real(rest + i)));
-            for (; i < width; i++)
-                dx[i] = (elem)GRAD_APPLY((real)g[i], (real)x[i], high[i], low[i], scale[i], gmean[i], slope[i],
-                                         rest[i]);
-        }
+    real high[CBN_COLUMNS], low[CBN_COLUMNS], scale[CBN_COLUMNS];
+    real gmean[CBN_COLUMNS], slope[CBN_COLUMNS], rest[CBN_COLUMNS];
+    for (ptrdiff_t c = 0; c < columns; c++) {
+        high[c] = (real)coef_c[c];
+        low[c] = LOW_PART(coef_c[c], high[c]);
+        scale[c] = (real)coef_c[pitch + c];
+        gmean[c] = (real)coef_c[2 * pitch + c];
+        slope[c] = (real)coef_c[3 * pitch + c];
+        rest[c] = (real)(-LOW_PART(coef_c[2 * pitch + c], gmean[c]) * coef_c[pitch + c]);
+    }
+    for (ptrdiff_t n = 0; n < rows; n++) {
+        const elem *g = (const elem *)g_nc + n * g_stride;
+        const elem *x = (const elem *)x_nc + n * x_stride;
+        elem *dx = (elem *)dx_nc + n * dx_stride;
+        ptrdiff_t c = 0;
+        for (; c + LANES <= columns; c += LANES)
+            store(dx + c, GRAD_APPLY(load(g + c), load(x + c), load_real(high + c), load_real(low + c),
+                                     load_real(scale + c), load_real(gmean + c), load_real(slope + c),
+                                     load_real(rest + c)));
+        for (; c < columns; c++)
+            dx[c] = (elem)GRAD_APPLY((real)g[c], (real)x[c], high[c], low[c], scale[c], gmean[c], slope[c], rest[c]);
     }
 }
 
 #ifdef SUMS
 /* ---- moments -----------------------------------------------------------------------------------------
  *
- * S(d) and S(d*d) of d = x - shift, from which m2 = S(d*d) - S(d)^2/n. The subtraction costs digits as
- * (shift - mean)^2 / var grows. With the shift a value of the channel itself that ratio is at most n, since
- * (shift - mean)^2 is one of the n terms of n*var: of float64's 53 bits at least 53 - log2(n + 1) are left,
- * 26 of them at n = 10^8, more than float32 has. A constant channel gives d = 0 and so its mean exactly.
+ * S(d) and S(d*d) of d = x - shift, from which m2 = S(d*d) - S(d)^2/n. The subtraction costs log2(S(d*d)/m2) =
+ * log2(1 + (shift - mean)^2/var) bits. The shift is a value of the channel, so that a constant one gives d = 0 and
+ * its mean exactly; where that value lies far out, the pass is done again with the mean as shift (passes.pyx).
  */
 #define MOMENTS(sum, square, x, shift)        \
     do {                                      \
@@ -186,14 +178,14 @@ TARGET static void LOOP(moments_first)(const void *x_ns, ptrdiff_t n_runs, ptrdi
     sums[1] = total((square[0] + square[1]) + (square[2] + square[3])) + tail_square;
 }
 
-TARGET static void LOOP(moments_last)(const void *x_mc, ptrdiff_t rows, ptrdiff_t columns, ptrdiff_t x_stride,
+TARGET static void LOOP(moments_last)(const void *x_nc, ptrdiff_t rows, ptrdiff_t columns, ptrdiff_t x_stride,
                                       const double *shift_c, double *sum_c, double *square_c)
 {
     memset(sum_c, 0, (size_t)columns * sizeof *sum_c);
     memset(square_c, 0, (size_t)columns * sizeof *square_c);
-    for (ptrdiff_t m = 0; m < rows; m += ROWS) {
-        const elem *x = (const elem *)x_mc + m * x_stride;
-        const ptrdiff_t height = rows - m < ROWS ? rows - m : ROWS;
+    for (ptrdiff_t n = 0; n < rows; n += ROWS) {
+        const elem *x = (const elem *)x_nc + n * x_stride;
+        const ptrdiff_t height = rows - n < ROWS ? rows - n : ROWS;
         ptrdiff_t c = 0;
         for (; c + LANES <= columns; c += LANES) {
             const vec shift = load_real(shift_c + c);
@@ -240,16 +232,16 @@ TARGET static void LOOP(grad_moments_first)(const void *g_ns, const void *x_ns, 
     sums[1] = total((product[0] + product[1]) + (product[2] + product[3])) + tail_product;
 }
 
-TARGET static void LOOP(grad_moments_last)(const void *g_mc, const void *x_mc, ptrdiff_t rows, ptrdiff_t columns,
+TARGET static void LOOP(grad_moments_last)(const void *g_nc, const void *x_nc, ptrdiff_t rows, ptrdiff_t columns,
                                            ptrdiff_t g_stride, ptrdiff_t x_stride, const double *mean_c,
                                            double *sum_c, double *product_c)
 {
     memset(sum_c, 0, (size_t)columns * sizeof *sum_c);
     memset(product_c, 0, (size_t)columns * sizeof *product_c);
-    for (ptrdiff_t m = 0; m < rows; m += ROWS) {
-        const elem *g = (const elem *)g_mc + m * g_stride;
-        const elem *x = (const elem *)x_mc + m * x_stride;
-        const ptrdiff_t height = rows - m < ROWS ? rows - m : ROWS;
+    for (ptrdiff_t n = 0; n < rows; n += ROWS) {
+        const elem *g = (const elem *)g_nc + n * g_stride;
+        const elem *x = (const elem *)x_nc + n * x_stride;
+        const ptrdiff_t height = rows - n < ROWS ? rows - n : ROWS;
         ptrdiff_t c = 0;
         for (; c + LANES <= columns; c += LANES) {
             const vec mean = load_real(mean_c + c);
@@ -274,7 +266,6 @@ TARGET static void LOOP(grad_moments_last)(const void *g_mc, const void *x_mc, p
 #undef GRAD_APPLY
 #undef UNROLL
 #undef ROWS
-#undef TILE
 #undef ELEM
 #undef REAL
 #undef TYPE

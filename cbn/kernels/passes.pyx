@@ -35,6 +35,7 @@ cdef extern from "kernels.h" nogil:
     ctypedef struct cbn_isa:
         const char *name
         cbn_loops f32, f32_wide, f64
+    enum: CBN_COLUMNS
     const cbn_isa *cbn_built[]
     int cbn_highest()
     int cbn_process_threads
@@ -195,6 +196,15 @@ cdef enum:
     MAXDIMS = 64   # numpy's own limit
 
 
+cdef bint strides_are_whole(cnp.ndarray x) noexcept:
+    """Whether every stride is a number of elements: on some processors doubles are aligned to half their size."""
+    cdef int axis
+    for axis in range(x.ndim):
+        if x.strides[axis] % cnp.PyArray_ITEMSIZE(x):
+            return False
+    return True
+
+
 @cython.final
 cdef class Layout:
     """How an array lies in memory, as the loops see it.
@@ -221,6 +231,8 @@ cdef class Layout:
         cdef Layout self = Layout()
         cdef Py_ssize_t stride = 0, size = cnp.PyArray_ITEMSIZE(x)
         cdef int axis, i
+        if not strides_are_whole(x):
+            return None
         self.channel_axis = channel_axis
         self.C = x.shape[channel_axis]
         for axis in range(x.ndim):
@@ -270,6 +282,8 @@ cdef class Layout:
     def fits(self, cnp.ndarray y):
         """Whether y, of the same shape, is runs or rows of the same axes (its strides may differ)."""
         cdef Py_ssize_t stride
+        if not strides_are_whole(y):
+            return False
         if self.last:
             return (self.C == 1 or y.strides[self.channel_axis] == cnp.PyArray_ITEMSIZE(y)) \
                 and self._joined(y, 0, self.n_axes, &stride)
@@ -304,7 +318,7 @@ cdef struct View:
 # from the shape alone, never from the number of threads or the size of a cache.
 
 cdef Py_ssize_t CHUNK = 1 << 16        # elements of one item, first
-cdef Py_ssize_t COLUMNS = 512          # columns of one item, last: what loops.h keeps coefficients for
+cdef Py_ssize_t COLUMNS = CBN_COLUMNS  # columns of one item, last
 cdef Py_ssize_t MIN_ROWS = 64          # rows of one item, last: fewer, and the partial sums are a traffic of their own
 cdef Py_ssize_t LAST_ITEMS = 256       # items that suffice, last: enough for any number of threads
 
@@ -325,6 +339,7 @@ cdef struct Job:
     double *bias_c              # C, or NULL: zeros
     double *shift_c             # what the reductions subtract: a value of the channel, or its mean
     double *partial             # (blocks, 2, C) for last, (C, blocks, 2) for first
+    char *again                 # C: whether the channel is reduced a second time
     double *sum_c
     double *square_c            # S(d*d), or S(g*d)
     double *coef_c              # (4, C): see kernels.h
@@ -347,6 +362,7 @@ cdef Job make_job(Layout layout, cnp.ndarray x, bint wide):
     job.all_wide = wide or cnp.PyArray_ITEMSIZE(x) == 8
     job.backward = job.batch_statistics = False
     job.x = job.y = job.g = layout.view(x)
+    job.again = NULL
     job.weight_c = job.bias_c = job.shift_c = job.partial = job.sum_c = job.square_c = job.coef_c = NULL
     job.eps = 0
     if cnp.PyArray_ITEMSIZE(x) == 4:
@@ -434,6 +450,20 @@ cdef void reduce_item(Job *job, Py_ssize_t item) noexcept nogil:
                                         job.shift_c[r.c], out)
         else:
             job.wide.moments_first(at(job, job.x, r), r.n_runs, r.length, job.x.n, job.shift_c[r.c], out)
+
+
+cdef bint digits_are_lost(Job *job, Py_ssize_t c) noexcept nogil:
+    """Whether m2 = S(d*d) - S(d)^2/n has lost more than ten bits, as where the channel's first value lies far out.
+
+    Then the mean is the shift of a second reduction. It is the data that decides, so the bits do not depend on the
+    partition of the work; and the channel's own data, so they do not depend on its neighbours.
+    """
+    cdef double n = <double>(job.N * job.S)
+    cdef double d = job.sum_c[c] - job.shift_c[c]
+    if job.backward or not n * d * d > 1024 * job.square_c[c] or not isfinite(job.sum_c[c]):
+        return False
+    job.shift_c[c] = job.sum_c[c]
+    return True
 
 
 cdef void settle(Job *job, Py_ssize_t c) noexcept nogil:
@@ -534,8 +564,29 @@ cdef void whole_channel(Job *job, Py_ssize_t c) noexcept nogil:
     for k in range(job.blocks):
         reduce_item(job, c * job.blocks + k)
     settle(job, c)
+    if digits_are_lost(job, c):
+        for k in range(job.blocks):
+            reduce_item(job, c * job.blocks + k)
+        settle(job, c)
     for k in range(job.blocks):
         map_item(job, c * job.blocks + k)
+
+
+cdef void reduce(Job *job) noexcept nogil:
+    """Statistics of all channels; those that lost digits once more, with a better shift."""
+    cdef int arrays = 2 if job.backward else 1
+    cdef Py_ssize_t c, n_again = 0
+    run(reduce_item, job, job.tiles * job.blocks, arrays)
+    for c in range(job.C):
+        settle(job, c)
+        job.again[c] = digits_are_lost(job, c)
+        n_again += job.again[c]
+    if n_again == 0:
+        return
+    run(reduce_item, job, job.tiles * job.blocks, arrays)
+    for c in range(job.C):
+        if job.again[c]:
+            settle(job, c)
 
 
 cdef Py_ssize_t CACHE = 1 << 19    # bytes of one channel that stay in L2 between two passes
@@ -549,17 +600,19 @@ cdef void reduce_and_map(Job *job) noexcept nogil:
             and job.C >= threads_for(arrays * job.C * job.N * job.S * job.itemsize, job.C * job.blocks):
         run(whole_channel, job, job.C, arrays)
         return
-    run(reduce_item, job, job.tiles * job.blocks, arrays)
-    for c in range(job.C):
-        settle(job, c)
+    reduce(job)
     run(map_item, job, job.tiles * job.blocks, arrays + 1)
 
 
 # ---- entries ---------------------------------------------------------------------------------------------------
 
-cdef double *doubles(cnp.ndarray a):
-    """The data of a contiguous float64 array, NULL for None."""
-    return NULL if a is None else <double *>cnp.PyArray_DATA(a)
+cdef double *doubles(cnp.ndarray a, Py_ssize_t n) except? NULL:
+    """The data of a contiguous float64 array of n elements, NULL for None."""
+    if a is None:
+        return NULL
+    if a.size != n:
+        raise ValueError(f"expected {n} values, not {a.size}: an array of the layer has been resized")
+    return <double *>cnp.PyArray_DATA(a)
 
 
 cdef first_values(Layout layout, cnp.ndarray x):
@@ -567,7 +620,7 @@ cdef first_values(Layout layout, cnp.ndarray x):
     cdef View v = layout.view(x)
     cdef Py_ssize_t c
     shift = np.empty(layout.C)
-    cdef double *shift_c = doubles(shift)
+    cdef double *shift_c = doubles(shift, layout.C)
     for c in range(layout.C):
         if cnp.PyArray_ITEMSIZE(x) == 4:
             shift_c[c] = (<float *>v.data)[c * v.c]
@@ -585,30 +638,28 @@ def moments(Layout layout, cnp.ndarray x, cnp.ndarray y=None, cnp.ndarray weight
     weight and bias are contiguous float64 (C,) or None. No array may be empty.
     """
     cdef Job job = make_job(layout, x, wide)
-    shift, mean, m2 = first_values(layout, x), np.empty(layout.C), np.empty(layout.C)
-    partial = np.empty(2 * job.blocks * layout.C)
-    coef = None if y is None else np.empty((3, layout.C))
-    job.shift_c, job.partial, job.coef_c = doubles(shift), doubles(partial), doubles(coef)
-    job.sum_c, job.square_c = doubles(mean), doubles(m2)
-    job.weight_c, job.bias_c, job.eps = doubles(weight), doubles(bias), eps
+    cdef Py_ssize_t C = layout.C
+    shift, mean, m2, again = first_values(layout, x), np.empty(C), np.empty(C), np.empty(C, np.int8)
+    partial = np.empty(2 * job.blocks * C)
+    coef = None if y is None else np.empty((3, C))
+    job.shift_c, job.partial, job.coef_c = doubles(shift, C), doubles(partial, partial.size), doubles(coef, 3 * C)
+    job.sum_c, job.square_c, job.again = doubles(mean, C), doubles(m2, C), cnp.PyArray_BYTES(again)
+    job.weight_c, job.bias_c, job.eps = doubles(weight, C), doubles(bias, C), eps
     cdef bint forward = y is not None
-    cdef Py_ssize_t c
     if forward:
         job.y = layout.view(y)
     with nogil:
         if forward:
             reduce_and_map(&job)
         else:
-            run(reduce_item, &job, job.tiles * job.blocks, 1)
-            for c in range(job.C):
-                settle(&job, c)
+            reduce(&job)
     return mean, m2
 
 
 def apply(Layout layout, cnp.ndarray x, cnp.ndarray y, cnp.ndarray coef, bint wide=False):
     """y = (x - mean)*scale + offset, coef (3, C) contiguous float64: mean, scale, offset."""
     cdef Job job = make_job(layout, x, wide)
-    job.coef_c = doubles(coef)
+    job.coef_c = doubles(coef, 3 * layout.C)
     job.y = layout.view(y)
     with nogil:
         run(map_item, &job, job.tiles * job.blocks, 2)
@@ -621,22 +672,20 @@ def grad_moments(Layout layout, cnp.ndarray g, cnp.ndarray x, cnp.ndarray mean, 
     mean, invstd and weight are contiguous float64 (C,); weight may be None. No array may be empty.
     """
     cdef Job job = make_job(layout, x, wide)
-    sums, products = np.empty(layout.C), np.empty(layout.C)
-    partial = np.empty(2 * job.blocks * layout.C)
+    cdef Py_ssize_t C = layout.C
+    sums, products, again = np.empty(C), np.empty(C), np.empty(C, np.int8)
+    partial = np.empty(2 * job.blocks * C)
     coef = None if dx is None else np.stack([mean, invstd, mean, mean])   # the last two: room
     job.backward, job.batch_statistics = True, dx is not None
-    job.shift_c, job.partial, job.coef_c = doubles(mean), doubles(partial), doubles(coef)
-    job.sum_c, job.square_c = doubles(sums), doubles(products)
-    job.weight_c = doubles(weight)
+    job.shift_c, job.partial, job.coef_c = doubles(mean, C), doubles(partial, partial.size), doubles(coef, 4 * C)
+    job.sum_c, job.square_c, job.again = doubles(sums, C), doubles(products, C), cnp.PyArray_BYTES(again)
+    job.weight_c = doubles(weight, C)
     job.g = layout.view(g)
-    cdef Py_ssize_t c
     if dx is not None:
         job.y = layout.view(dx)
     with nogil:
         if job.batch_statistics:
             reduce_and_map(&job)
         else:
-            run(reduce_item, &job, job.tiles * job.blocks, 2)
-            for c in range(job.C):
-                settle(&job, c)
+            reduce(&job)
     return sums, products

@@ -5,7 +5,7 @@
  * a store that converts has intrinsics: gcc 12 makes four instructions of the eight-lane
  * __builtin_convertvector where the processor has one.
  *
- * Defines for loops.h: elem, real, vec, LANES, load, store, splat, total.
+ * Defines for loops.h: elem, real, vec, LANES, load, load_real, store, store_real, splat, total.
  */
 #define elem LOOP(elem)
 #define real LOOP(real)
@@ -58,7 +58,7 @@ INLINE vec load_real(const real *p)
 
 INLINE vec splat(real a)
 {
-    return a - (vec){0}; /* a - 0 is a, to the bit, for every a */
+    return a - (vec){0}; /* a - 0 keeps a, also the sign of a zero */
 }
 
 #ifdef SUMS
