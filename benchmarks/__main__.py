@@ -121,33 +121,39 @@ def measure(options):
     return 0 if suite.results["suite"]["complete"] else 130
 
 
+def measure_again(wanted, settings, path, title):
+    """Results of cbn and the probe alone, in these cases."""
+    with tqdm(total=len(wanted), unit="case", dynamic_ncols=True, desc=title) as bar:
+        suite = Suite(
+            path,
+            peers=(),
+            turns=settings["turns"],
+            seconds=settings["seconds"],
+            note=lambda text: bar.set_postfix_str(f"{text:64.64}", refresh=False),
+            limits=(contenders.LimitScale.name,),
+        )
+        try:
+            for case in wanted:
+                suite.measure(case)
+                bar.update()
+        finally:
+            suite.end()
+            suite.save()
+    return compare.load(path)
+
+
 def against(options):
-    """Compare two results; without a second one, run the rows of the first again, with no peers."""
+    """Compare two results; without a second one, run the rows of the first again, and what looks slower twice."""
     base = compare.load(options.base)
     if options.new:
-        new = compare.load(options.new)
-    else:
-        wanted = compare.cases_of(base)
-        path = options.out / "compare.json"
-        with tqdm(total=len(wanted), unit="case", dynamic_ncols=True) as bar:
-            settings = base["suite"]
-            suite = Suite(
-                path,
-                peers=(),
-                turns=settings["turns"],
-                seconds=settings["seconds"],
-                note=lambda text: bar.set_description_str(f"{text:64.64}", refresh=False),
-                limits=(contenders.LimitScale.name,),
-            )
-            try:
-                for case in wanted:
-                    suite.measure(case)
-                    bar.update()
-            finally:
-                suite.end()
-                suite.save()
-        new = compare.load(path)
-    return compare.print_changes(base, new)
+        return compare.Comparison(base, compare.load(options.new)).print()
+    settings = base["suite"]
+    new = measure_again(compare.cases_of(base), settings, options.out / "compare.json", "measuring")
+    found = compare.Comparison(base, new)
+    if suspects := found.suspects():
+        again = measure_again(suspects, settings, options.out / "compare_again.json", "once more")
+        found = compare.Comparison(base, new, again)
+    return found.print()
 
 
 def main(arguments=None):

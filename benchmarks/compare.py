@@ -2,16 +2,25 @@
 
 Times of two runs are not comparable on a machine that drifts. What is compared is cbn's time over that of a fixed
 probe (y = a*x + b over the same arrays, with plain stores, in C), taken in the same turn.
+
+Even so the same code differs from run to run, by where its arrays lie and by who else is on the machine. How much is
+read off the two runs themselves: most rows have not changed, so the scatter of all rows about their median is noise. A
+row counts as slower if its change exceeds that, and what its own turns allow. A change of many rows, which may hide in
+the noise of each, shows in their median, whose noise is smaller by the square root of their number: the rows of an
+operation and layout, and all rows, are tested together as well.
 """
 
 import json
+from collections import defaultdict
 
 import numpy as np
 
 from .cases import Case
 
-FLOOR = 0.12  # a change below this is never reported: placement of arrays in memory alone makes as much
+FLOOR = 0.12  # a change of a row below this is never reported
+GROUP_FLOOR = 0.10  # nor one below this of a group's median
 SIGMAS = 4.0
+GROUP = "their median"
 
 
 def load(path):
@@ -22,10 +31,16 @@ def load(path):
     return results
 
 
+def case_of(benchmark):
+    """The case of a row."""
+    fields = {k: benchmark["extra_info"][k] for k in Case.__dataclass_fields__}
+    return Case(**{**fields, "shape": tuple(fields["shape"])})
+
+
 def rows(results):
-    """{case name: cbn's times over the probe's, turn by turn}."""
+    """{(contender, case): cbn's times over the probe's, turn by turn}."""
     return {
-        b["extra_info"]["contender"] + " " + b["group"]: np.asarray(b["extra_info"]["probe"])
+        (b["extra_info"]["contender"], case_of(b)): np.asarray(b["extra_info"]["probe"])
         for b in results["benchmarks"]
         if b["extra_info"]["contender"].startswith("cbn") and "probe" in b["extra_info"]
     }
@@ -33,12 +48,7 @@ def rows(results):
 
 def cases_of(results):
     """The cases in which cbn was measured."""
-    found = []
-    for b in results["benchmarks"]:
-        if b["extra_info"]["contender"] == "cbn":
-            fields = {k: b["extra_info"][k] for k in Case.__dataclass_fields__}
-            found.append(Case(**{**fields, "shape": tuple(fields["shape"])}))
-    return found
+    return [case for contender, case in rows(results) if contender == "cbn"]
 
 
 def noise(samples):
@@ -47,27 +57,64 @@ def noise(samples):
     return 1.25 * (q3 - q1) / 1.35 / np.sqrt(len(samples)) / median
 
 
-def changes(base, new):
-    """[(name, change, what the noise of both allows)] of the rows that both have; a change of 0.3 is 30 % slower."""
-    a, b = rows(base), rows(new)
-    found = []
-    for name in a:
-        if name in b:
-            change = np.nanmedian(b[name]) / np.nanmedian(a[name]) - 1
-            found.append((name, change, max(FLOOR, SIGMAS * float(np.hypot(noise(a[name]), noise(b[name]))))))
-    return found
+class Comparison:
+    """What changed from one run to another; `again` is a third one, of rows that looked slower in the second.
 
+    Attributes
+    ----------
+    change : dict
+        (contender, case) to the change of its ratio to the probe; 0.3 is 30 % slower. Of two new measurements the
+        better one counts: what disturbs a run makes it slower, and seldom twice.
+    scatter : float
+        Standard deviation of a row's change from run to run, from the median deviation of all rows.
+    slower, faster : list
+        (name, change, what the noise allows), groups first.
+    """
 
-def print_changes(base, new):
-    """Print what changed; 1 if a row became slower than the noise of both runs, or nothing can be compared."""
-    found = changes(base, new)
-    if not found:
-        print("the two files have no row in common")
-        return 1
-    slower = [row for row in found if row[1] > row[2]]
-    faster = [row for row in found if row[1] < -row[2]]
-    for title, some in (("slower", slower), ("faster", faster)):
-        for name, change, allowed in sorted(some, key=lambda row: -abs(row[1])):
-            print(f"{title}: {name}: {change:+.0%} (noise of both runs: {allowed:.0%})")
-    print(f"{len(found)} rows compared: {len(slower)} slower, {len(faster)} faster, beyond the noise of both runs")
-    return 1 if slower else 0
+    def __init__(self, base, new, again=None):
+        before, after, repeated = rows(base), rows(new), rows(again) if again else {}
+        self.change, allowed = {}, {}
+        logs = {}
+        for key in before.keys() & after.keys():
+            medians = [np.nanmedian(r[key]) for r in (after, repeated) if key in r]
+            logs[key] = float(np.log(min(medians) / np.nanmedian(before[key])))
+            self.change[key] = float(np.expm1(logs[key]))
+            allowed[key] = float(np.hypot(noise(before[key]), noise(after[key])))
+        values = np.array(list(logs.values()))
+        self.scatter = 1.4826 * float(np.median(np.abs(values - np.median(values)))) if len(values) else 0.0
+        self.slower, self.faster = [], []
+        groups = defaultdict(list)
+        for (contender, case), value in logs.items():
+            for name in ("all rows", f"{case.op}, channels {case.layout}"):
+                groups[name].append(value)
+            limit = max(FLOOR, SIGMAS * float(np.hypot(allowed[contender, case], self.scatter)))
+            self.sort(f"{contender} {case.name}", value, limit)
+        for name, some in groups.items():
+            if len(some) >= 4:
+                limit = max(GROUP_FLOOR, SIGMAS * 1.25 * self.scatter / len(some) ** 0.5)
+                self.sort(f"{name} ({len(some)}, {GROUP})", float(np.median(some)), limit)
+
+    def sort(self, name, log_change, limit):
+        """Put a row or a group where it belongs."""
+        if abs(log_change) > np.log1p(limit):
+            (self.slower if log_change > 0 else self.faster).append((name, float(np.expm1(log_change)), limit))
+
+    def suspects(self):
+        """The cases to measure once more before anything is said about them."""
+        names = [name for name, _, _ in self.slower]
+        whole = any(GROUP in name for name in names)
+        return list(dict.fromkeys(case for _, case in self.change if whole or any(case.name in n for n in names)))
+
+    def print(self):
+        """Print what changed; 1 if anything became slower than the noise of both runs, or nothing can be compared."""
+        if not self.change:
+            print("the two files have no row in common")
+            return 1
+        for title, some in (("slower", self.slower), ("faster", self.faster)):
+            for name, change, limit in sorted(some, key=lambda row: (GROUP not in row[0], -abs(row[1]))):
+                print(f"{title}: {name}: {change:+.0%} (noise of both runs: {limit:.0%})")
+        print(
+            f"{len(self.change)} rows compared; a row scatters by {self.scatter:.0%} from run to run; "
+            f"{len(self.slower)} slower, {len(self.faster)} faster, beyond the noise of both runs"
+        )
+        return 1 if self.slower else 0

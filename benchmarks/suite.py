@@ -29,8 +29,8 @@ from .cases import GROWTH, SMALL, Case
 
 ROOT = Path(__file__).parent.parent
 OURS = "cbn"
-TURNS = 9
-SLICE = 0.05  # seconds of a turn
+TURNS = 7
+SLICE = 0.03  # seconds of a turn
 LATENCY_CASES = (Case("eval", (1, 64), "last"), Case("eval", (8, 64, 28, 28), "first"))
 LATENCY_PEERS = ("cbn layer", "numpy", "PyTorch", "ONNX Runtime")
 

@@ -153,28 +153,48 @@ def test_an_interruption_leaves_what_was_measured(tmp_path):
     assert not left.strip()
 
 
-def synthetic(factor=1.0, spread=0.02, rows=40, seed=0):
-    """Results of a run of so many rows with this noise within and this change of cbn's times."""
+def synthetic(factor=1.0, spread=0.02, rows=40, seed=0, slow_row=None):
+    """Results of so many rows with this noise, and this change of cbn's times in all of them or in one."""
     rng = np.random.default_rng(seed)
     benchmarks = []
     for k in range(rows):
-        probe = (1 + k) * factor * np.exp(rng.normal(0, spread, 9))
+        change = factor if slow_row in (None, k) else 1.0
+        probe = (1 + k) * change * np.exp(rng.normal(0, spread) + rng.normal(0, spread, 9))
         info = {"contender": "cbn", "probe": probe.tolist(), "op": "eval", "shape": [4, 5 + k], "layout": "last",
                 "threads": 1, "memory": "out", "dtype": "float32"}  # fmt: skip
         benchmarks.append({"group": f"row{k}", "extra_info": info})
     return {"benchmarks": benchmarks, "suite": {}}
 
 
-def test_compare_finds_a_slow_down_and_is_quiet_about_noise(capsys):
-    base = synthetic()
-    assert compare.print_changes(base, synthetic(1.3, seed=1)) == 1
-    output = capsys.readouterr().out
-    assert "slower: cbn row" in output
-    assert "40 rows compared: 40 slower" in output
-    assert compare.print_changes(base, synthetic(seed=2)) == 0
-    assert compare.print_changes(base, synthetic(0.7, seed=2)) == 0
-    assert "40 faster" in capsys.readouterr().out
-    assert compare.print_changes(base, synthetic(rows=0)) == 1
+def test_compare_finds_a_slow_down_of_all_rows_in_the_noise_of_each(capsys):
+    """30 % in rows that scatter by 14 %: no row can be told from noise, their median can."""
+    for seed in range(1, 6):
+        found = compare.Comparison(synthetic(spread=0.1, rows=60), synthetic(1.3, spread=0.1, rows=60, seed=seed))
+        assert found.print() == 1
+        assert "slower: all rows (60, their median): +" in capsys.readouterr().out
+        assert len(found.suspects()) == 60
+
+
+def test_compare_finds_one_slow_row_among_quiet_ones(capsys):
+    found = compare.Comparison(synthetic(), synthetic(1.3, seed=1, slow_row=7))
+    assert found.print() == 1
+    assert [case.shape for case in found.suspects()] == [(4, 12)]
+    assert "1 slower, 0 faster" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("spread", [0.02, 0.1])
+def test_compare_is_quiet_about_noise(spread, capsys):
+    for seed in range(1, 6):
+        assert compare.Comparison(synthetic(spread=spread), synthetic(spread=spread, seed=seed)).print() == 0
+
+
+def test_compare_lets_the_better_of_two_measurements_count(capsys):
+    base, disturbed, again = synthetic(), synthetic(2.0, seed=1, slow_row=7), synthetic(seed=2)
+    assert compare.Comparison(base, disturbed).print() == 1
+    assert compare.Comparison(base, disturbed, again).print() == 0
+    assert compare.Comparison(base, synthetic(0.7, seed=2)).print() == 0
+    assert "faster: all rows" in capsys.readouterr().out
+    assert compare.Comparison(base, synthetic(rows=0)).print() == 1
 
 
 def test_compare_refuses_foreign_files(tmp_path, capsys):

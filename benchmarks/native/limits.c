@@ -1,10 +1,12 @@
 /* limits.c: what the memory of this machine can do, for the same arrays that the contenders use.
  *
  * read: sum an array. scale: y = a*x + b with plain or with streaming stores; in place with y = x. Threads take equal
- * parts. Built on demand by benchmarks/native.py.
+ * parts, from SERIAL values on: below, waking a thread costs more than it saves. Built on demand.
  */
 #include <immintrin.h>
 #include <stddef.h>
+
+#define SERIAL (1 << 17)
 
 static float sink;
 
@@ -48,7 +50,9 @@ static ptrdiff_t cut(ptrdiff_t n, int part, int parts)
 void limit_read(const float *x, ptrdiff_t n, int threads)
 {
     float total = 0;
-#pragma omp parallel for num_threads(threads) if (threads > 1) reduction(+ : total)
+    if (n < SERIAL)
+        threads = 1;
+#pragma omp parallel for num_threads(threads) if (n >= SERIAL) reduction(+ : total)
     for (int t = 0; t < threads; t++) {
         float part;
         read_part(x + cut(n, t, threads), cut(n, t + 1, threads) - cut(n, t, threads), &part);
@@ -59,7 +63,9 @@ void limit_read(const float *x, ptrdiff_t n, int threads)
 
 void limit_scale(const float *x, float *y, ptrdiff_t n, int threads, int stream)
 {
-#pragma omp parallel for num_threads(threads) if (threads > 1)
+    if (n < SERIAL)
+        threads = 1;
+#pragma omp parallel for num_threads(threads) if (n >= SERIAL)
     for (int t = 0; t < threads; t++)
         scale_part(x + cut(n, t, threads), y + cut(n, t, threads), cut(n, t + 1, threads) - cut(n, t, threads), stream);
 }

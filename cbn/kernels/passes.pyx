@@ -595,7 +595,6 @@ cdef Py_ssize_t CACHE = 1 << 19    # bytes of one channel that stay in L2 betwee
 cdef void reduce_and_map(Job *job) noexcept nogil:
     """Statistics, then the map that needs them. The order of the work is chosen here; no result depends on it."""
     cdef int arrays = 2 if job.backward else 1
-    cdef Py_ssize_t c
     if not job.last and arrays * job.N * job.S * job.itemsize <= CACHE \
             and job.C >= threads_for(arrays * job.C * job.N * job.S * job.itemsize, job.C * job.blocks):
         run(whole_channel, job, job.C, arrays)
