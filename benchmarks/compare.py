@@ -68,7 +68,8 @@ class Comparison:
     scatter : float
         Standard deviation of a row's change from run to run, from the median deviation of all rows.
     slower, faster : list
-        (name, change, what the noise allows), groups first.
+        (name, change, what the noise allows). Only groups are called faster: a single row that looks so may have been
+        disturbed in the first run, which cannot be measured again.
     """
 
     def __init__(self, base, new, again=None):
@@ -88,7 +89,8 @@ class Comparison:
             for name in ("all rows", f"{case.op}, channels {case.layout}"):
                 groups[name].append(value)
             limit = max(FLOOR, SIGMAS * float(np.hypot(allowed[contender, case], self.scatter)))
-            self.sort(f"{contender} {case.name}", value, limit)
+            if value > 0:
+                self.sort(f"{contender} {case.name}", value, limit)
         for name, some in groups.items():
             if len(some) >= 4:
                 limit = max(GROUP_FLOOR, SIGMAS * 1.25 * self.scatter / len(some) ** 0.5)
