@@ -33,9 +33,12 @@ $(VENV)/.built: $(VENV)/.created $(SOURCES)
 	@$(BIN)/python -m pip install -q --no-build-isolation --no-deps -e .
 	@touch $@
 
+# The names of an extra's packages, from the metadata: `pip install -e .[extra]` would compile cbn once more.
 $(VENV)/.with-%: $(VENV)/.built
 	@echo "installing what '$*' needs"
-	@$(BIN)/python -m pip install -q --no-build-isolation -e ".[$*]"
+	@$(BIN)/python -c "from importlib.metadata import requires; print(*(r.split(';')[0] for r in requires('cbn') \
+	  if 'extra == \"$*\"' in r), sep='\n')" > $(VENV)/$*.txt
+	@test -s $(VENV)/$*.txt && $(BIN)/python -m pip install -q -r $(VENV)/$*.txt
 	@touch $@
 
 demo: $(VENV)/.with-examples ## train and infer on real data; tables and pictures in examples/out
