@@ -228,15 +228,15 @@ class OneDnn(Contender):
     op_codes = {"eval": 0, "train": 1, "backward": 2}  # noqa: RUF012
 
     @classmethod
-    def library(cls):
-        return native.library("onednn", "dnnl")
+    def driver(cls):
+        return native.driver("onednn", "dnnl")
 
     @classmethod
     def version(cls):
         import ctypes
 
         numbers = (ctypes.c_int * 3)()
-        cls.library().onednn_version(numbers)
+        cls.driver().onednn_version(numbers)
         return ".".join(map(str, numbers))
 
     @classmethod
@@ -256,7 +256,7 @@ class OneDnn(Contender):
         super().__init__(case, data)
         import ctypes
 
-        lib = self.lib = self.library()
+        lib = self.lib = self.driver()
         # 2-D and 3-D shapes as 4-D: its kernels for those are the fast ones
         n, c, *spatial = case.shape
         h, w = [*spatial, 1, 1][:2]
@@ -486,14 +486,14 @@ class Limit(Contender):
 
     @classmethod
     def version(cls):
-        native.library("limits")
+        native.driver("limits")
         return ""
 
     def __init__(self, case, data):
         super().__init__(case, data)
         import ctypes
 
-        lib = native.library("limits")
+        lib = native.driver("limits")
         flat = data.x.ravel(order="K")
         x = flat.ctypes.data_as(ctypes.c_void_p)
         self.keep = flat, np.empty_like(flat)

@@ -10,8 +10,8 @@ HERE = Path(__file__).parent
 BUILD = HERE.parent / "out" / "native"
 
 
-def library(name, *libraries):
-    """The driver `name`.c as a loaded library; OSError with the compiler's words where it cannot be built."""
+def driver(name, *libraries):
+    """The driver `name`.c, loaded; OSError with the compiler's words where it cannot be built."""
     source, target = HERE / f"{name}.c", BUILD / f"{name}.so"
     if not target.exists() or target.stat().st_mtime < source.stat().st_mtime:
         BUILD.mkdir(parents=True, exist_ok=True)
