@@ -28,7 +28,7 @@ def test_make_targets_exist(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_files_that_are_named_exist(page):
     for name in re.findall(r"`((?:cbn|tests|benchmarks|examples|docs)/[\w./]+\.\w+)`", page.read_text()):
-        assert (ROOT / name).exists(), name
+        assert "/out/" in name or (ROOT / name).exists(), name  # what a target makes is not in a fresh checkout
 
 
 def test_every_figure_of_the_readme_comes_from_a_file():
