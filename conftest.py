@@ -9,9 +9,9 @@ from cbn.kernels import passes
 def _process_state():
     here, process = passes.asked_threads()
     isa = passes.isa()
-    bytes_per_thread = passes.set_bytes_per_thread(1)  # parallel regions for small arrays too
-    passes.set_bytes_per_thread(bytes_per_thread)
+    knobs = passes.tune(bytes_per_thread=1)  # parallel regions for small arrays too
+    passes.tune(**knobs)
     yield
     passes.ask_threads(here=here, process=process)
     passes.use_isa(isa)
-    passes.set_bytes_per_thread(bytes_per_thread)
+    passes.tune(**knobs)

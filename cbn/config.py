@@ -71,7 +71,7 @@ def self_check(report: Callable[[str], object] = print) -> bool:
     rng = np.random.default_rng(0)
     good = True
     before = passes.isa()
-    region = passes.set_bytes_per_thread(1)
+    region = passes.tune(bytes_per_thread=1)
     try:
         for isa in passes.available():
             passes.use_isa(isa)
@@ -89,7 +89,7 @@ def self_check(report: Callable[[str], object] = print) -> bool:
                     report(f"{isa:9} {np.dtype(dtype).name} channels {layout:5}  largest error {worst:.1e}  {verdict}")
     finally:
         passes.use_isa(before)
-        passes.set_bytes_per_thread(region)
+        passes.tune(**region)
     return good
 
 

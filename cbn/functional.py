@@ -69,7 +69,7 @@ class Input:
 
     def lies_as(self, a: Array) -> Array:
         """a itself if the loops can go through it beside x, else a copy that lies as x does."""
-        if self.layout is None or (a.flags.aligned and self.layout.fits(a)):
+        if self.layout is None or (a.flags.aligned and self.layout.reads_beside(self.x, a)):
             return a
         copy = np.empty_like(self.x, dtype=a.dtype, subok=False)
         copy[...] = a

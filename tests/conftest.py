@@ -51,7 +51,7 @@ def isa(request):
 @pytest.fixture
 def parallel():
     """Parallel regions however small the array is."""
-    passes.set_bytes_per_thread(1)
+    passes.tune(bytes_per_thread=1)
 
 
 @pytest.fixture

@@ -193,7 +193,7 @@ import os, sys, threading
 import numpy as np
 import cbn
 from cbn.kernels import passes
-passes.set_bytes_per_thread(1)
+passes.tune(bytes_per_thread=1)
 cbn.set_num_threads(4)
 x = np.random.default_rng(0).standard_normal((64, 32, 100)).astype(np.float32)
 bn = cbn.BatchNorm1d(32)

@@ -7,9 +7,13 @@
  *
  * Each inclusion of loops.h is a call of the template with (ELEM, REAL, TYPE, WIDENS, SUMS); see there.
  */
+#include <stdint.h>
 #include <string.h>
 #if defined(__x86_64__)
 #include <immintrin.h>
+#define STORE_FENCE() _mm_sfence() /* what was stored past the caches is seen before what follows */
+#else
+#define STORE_FENCE() ((void)0)
 #endif
 
 #include "kernels.h"

@@ -6,14 +6,14 @@
  *           apply          y = (x - mean)*scale + offset                       training and eval forward
  *           grad_moments   per channel: S(g), S(g*d), d = x - mean             backward
  *           grad_apply     dx = (g - gmean - (x - mean)*slope)*scale           backward through batch statistics
- *   layout  first          N runs of S contiguous elements, all of one channel
- *           last           N rows of at most CBN_COLUMNS contiguous elements, one of each channel
+ *   layout  first          runs of contiguous elements, each of one channel: coefficients are scalars
+ *           last           rows of contiguous elements, of all channels of the tile: coefficients are vectors
  *   type    f32  f64       elements and arithmetic alike
  *           f32_wide       float32 elements, float64 arithmetic
  *   isa     baseline  avx2  avx512
  *
- * Sizes and strides count elements. Strides may be negative or zero; a run or a row is contiguous. Pointers
- * need the alignment of their element only. Output may be the input itself, element on element.
+ * Every loop goes through one tile. Sizes and strides count elements. Strides may be negative or zero; a run or a row is
+ * contiguous. Pointers need the alignment of their element only. Output may be the input itself, element on element.
  *
  * Sums are of float64 whatever the elements are, so f32 and f32_wide share their sums.
  */
@@ -21,33 +21,37 @@
 #define CBN_KERNELS_H
 #include <stddef.h>
 
-enum { CBN_COLUMNS = 512 }; /* the coefficients of a row stay on the stack of a loop: at most 6 * 4 KB */
+enum { CBN_ROW_BYTES = 4096 }; /* the longest row: its coefficients stay on the stack of a loop, and in L1 */
+
+/* Where an array is: its first element, and the elements from run to run (or row to row) and from channel to channel. */
+typedef struct {
+    char *data;
+    ptrdiff_t n, c;
+} cbn_view;
 
 typedef struct {
-    /* sums[0] = S(d), sums[1] = S(d*d) */
-    void (*moments_first)(const void *x, ptrdiff_t n_runs, ptrdiff_t length, ptrdiff_t x_stride, double shift,
-                          double *sums);
-    /* sum_c[c] = S(d), square_c[c] = S(d*d), d = x - shift_c[c] */
-    void (*moments_last)(const void *x, ptrdiff_t rows, ptrdiff_t columns, ptrdiff_t x_stride,
-                         const double *shift_c, double *sum_c, double *square_c);
-    /* coef_c[0, pitch, 2*pitch] = mean, scale, offset of the first channel */
-    void (*apply_first)(const void *x, void *y, ptrdiff_t n_runs, ptrdiff_t length, ptrdiff_t x_stride,
-                        ptrdiff_t y_stride, const double *coef_c, ptrdiff_t pitch);
-    void (*apply_last)(const void *x, void *y, ptrdiff_t rows, ptrdiff_t columns, ptrdiff_t x_stride,
-                       ptrdiff_t y_stride, const double *coef_c, ptrdiff_t pitch);
-    /* sums[0] = S(g), sums[1] = S(g*d) */
-    void (*grad_moments_first)(const void *g, const void *x, ptrdiff_t n_runs, ptrdiff_t length,
-                               ptrdiff_t g_stride, ptrdiff_t x_stride, double mean, double *sums);
-    void (*grad_moments_last)(const void *g, const void *x, ptrdiff_t rows, ptrdiff_t columns,
-                              ptrdiff_t g_stride, ptrdiff_t x_stride, const double *mean_c, double *sum_c,
-                              double *product_c);
-    /* coef_c[0, pitch, 2*pitch, 3*pitch] = mean, scale, gmean, slope of the first channel */
-    void (*grad_apply_first)(const void *g, const void *x, void *dx, ptrdiff_t n_runs, ptrdiff_t length,
-                             ptrdiff_t g_stride, ptrdiff_t x_stride, ptrdiff_t dx_stride, const double *coef_c,
-                             ptrdiff_t pitch);
-    void (*grad_apply_last)(const void *g, const void *x, void *dx, ptrdiff_t rows, ptrdiff_t columns,
-                            ptrdiff_t g_stride, ptrdiff_t x_stride, ptrdiff_t dx_stride, const double *coef_c,
-                            ptrdiff_t pitch);
+    cbn_view x, g, y; /* input; gradient of the output, in the backward passes; y or dx */
+    ptrdiff_t n_runs, n_channels;
+    /* first: elements of a run.
+     * last: a row is `copies` times its channels, each `length` times in a row: element j is of channel
+     * j / length % n_channels. So rows of few channels join, and short runs of many channels are a row too. */
+    ptrdiff_t length, copies;
+    const double *shift_c;    /* reductions: shift, or mean */
+    double *sum_c, *square_c; /* reductions: S(d) and S(d*d), or S(g) and S(g*d) */
+    const double *coef_c;     /* maps: [0, pitch, 2*pitch, 3*pitch]: mean, scale, offset; or mean, scale, gmean, slope */
+    ptrdiff_t pitch;
+    ptrdiff_t ahead; /* from x, and from g, to what this thread reads after this tile: reductions bring every second
+                        line of it into the cache, maps the others; 0: nothing */
+    int stream;      /* maps: store past the caches */
+} cbn_tile;
+
+typedef void cbn_loop(const cbn_tile *tile);
+
+typedef struct {
+    cbn_loop *moments_first, *moments_last;
+    cbn_loop *apply_first, *apply_last;
+    cbn_loop *grad_moments_first, *grad_moments_last;
+    cbn_loop *grad_apply_first, *grad_apply_last;
 } cbn_loops; /* the eight loops of one element type */
 
 typedef struct {

@@ -10,12 +10,42 @@
  *
  * Every formula is a macro over one element, so that a vector and the scalars of a tail share its text: with
  * one expression the compiler contracts both to the same fused operations, and an element gets the same bits
- * wherever it stands in a run.
+ * wherever it stands in a run, however it is stored.
  */
 #include "vec.h"
 
 #define UNROLL 4 /* independent accumulators: an addition takes 3 to 4 cycles, and one can start each cycle */
 #define ROWS 8   /* rows read side by side: amortizes the accumulators' trip to L1, within the prefetchers' reach */
+#define LINE 64  /* bytes that memory and caches exchange */
+#define LINE_ELEMS ((ptrdiff_t)(LINE / sizeof(elem)))
+#define TO_LINE(p) ((ptrdiff_t)(-(uintptr_t)(p) % LINE / sizeof(elem))) /* elements from p to the next line */
+/* Bring lines i + LINE_ELEMS*first, and every second one from there, of the `n` elements at p + i into L2. */
+#define FETCH(p, i, n, first)                                                               \
+    for (ptrdiff_t l_ = (first)*LINE_ELEMS; l_ < (n); l_ += 2 * LINE_ELEMS)                 \
+    __builtin_prefetch((p) + (i) + l_, 0, 2)
+
+#define COLUMNS (CBN_ROW_BYTES / sizeof(elem)) /* most columns of a row */
+#define columns_of(t) ((t)->copies * (t)->n_channels * (t)->length)
+
+/* A value of each channel as a value of each column; and back, by sums. */
+TARGET static void LOOP(spread)(const cbn_tile *t, const double *value_c, real *column)
+{
+    for (ptrdiff_t k = 0; k < t->copies; k++)
+        for (ptrdiff_t c = 0; c < t->n_channels; c++)
+            for (ptrdiff_t i = 0; i < t->length; i++)
+                *column++ = (real)value_c[c];
+}
+
+#ifdef SUMS
+TARGET static void LOOP(fold)(const cbn_tile *t, const double *column, double *sum_c)
+{
+    memset(sum_c, 0, (size_t)t->n_channels * sizeof *sum_c);
+    for (ptrdiff_t k = 0; k < t->copies; k++)
+        for (ptrdiff_t c = 0; c < t->n_channels; c++)
+            for (ptrdiff_t i = 0; i < t->length; i++)
+                sum_c[c] += *column++;
+}
+#endif
 
 /* ---- apply -------------------------------------------------------------------------------------------
  *
@@ -27,52 +57,84 @@
 #define LOW_PART(mean, high) ((high) - (high) == 0 ? (real)((mean) - (high)) : (real)0)
 #define APPLY(x, high, low, scale, offset) ((((x) - (high)) - (low)) * (scale) + (offset))
 
-TARGET static void LOOP(apply_first)(const void *x_ns, void *y_ns, ptrdiff_t n_runs, ptrdiff_t length,
-                                     ptrdiff_t x_stride, ptrdiff_t y_stride, const double *coef_c,
-                                     ptrdiff_t pitch)
+/* Body of a loop with both kinds of store; `past` is a constant, 1 for stores past the caches. */
+#define PUT(p, v, past) ((past) ? store_past((p), (v)) : store((p), (v)))
+#define BOTH_STORES(body, t)    \
+    do {                        \
+        if ((t)->stream) {      \
+            body((t), 1);       \
+            STORE_FENCE();      \
+        } else {                \
+            body((t), 0);       \
+        }                       \
+    } while (0)
+
+INLINE void LOOP(apply_first_body)(const cbn_tile *t, const int past)
 {
-    const real high = (real)coef_c[0], low = LOW_PART(coef_c[0], high);
-    const real scale = (real)coef_c[pitch], offset = (real)coef_c[2 * pitch];
-    const vec vhigh = splat(high), vlow = splat(low), vscale = splat(scale), voffset = splat(offset);
-    for (ptrdiff_t n = 0; n < n_runs; n++) {
-        const elem *x = (const elem *)x_ns + n * x_stride;
-        elem *y = (elem *)y_ns + n * y_stride;
-        ptrdiff_t i = 0;
-        for (; i + UNROLL * LANES <= length; i += UNROLL * LANES) {
-            vec v[UNROLL];
-            for (int u = 0; u < UNROLL; u++)
-                v[u] = load(x + i + u * LANES);
-            for (int u = 0; u < UNROLL; u++)
-                store(y + i + u * LANES, APPLY(v[u], vhigh, vlow, vscale, voffset));
+    for (ptrdiff_t n = 0; n < t->n_runs; n++)
+        for (ptrdiff_t c = 0; c < t->n_channels; c++) {
+            const elem *x = (const elem *)t->x.data + n * t->x.n + c * t->x.c;
+            elem *y = (elem *)t->y.data + n * t->y.n + c * t->y.c;
+            const double *coef = t->coef_c + c;
+            const real high = (real)coef[0], low = LOW_PART(coef[0], high);
+            const real scale = (real)coef[t->pitch], offset = (real)coef[2 * t->pitch];
+            const vec vhigh = splat(high), vlow = splat(low), vscale = splat(scale), voffset = splat(offset);
+            const ptrdiff_t length = t->length, head = past && TO_LINE(y) < length ? TO_LINE(y) : 0;
+            ptrdiff_t i = 0;
+            for (; i < head; i++)
+                y[i] = (elem)APPLY((real)x[i], high, low, scale, offset);
+            for (; i + UNROLL * LANES <= length; i += UNROLL * LANES) {
+                vec v[UNROLL];
+                FETCH(x + t->ahead, i, UNROLL * LANES, 1);
+                for (int u = 0; u < UNROLL; u++)
+                    v[u] = load(x + i + u * LANES);
+                for (int u = 0; u < UNROLL; u++)
+                    PUT(y + i + u * LANES, APPLY(v[u], vhigh, vlow, vscale, voffset), past);
+            }
+            for (; i + LANES <= length; i += LANES)
+                store(y + i, APPLY(load(x + i), vhigh, vlow, vscale, voffset));
+            for (; i < length; i++)
+                y[i] = (elem)APPLY((real)x[i], high, low, scale, offset);
         }
-        for (; i + LANES <= length; i += LANES)
-            store(y + i, APPLY(load(x + i), vhigh, vlow, vscale, voffset));
-        for (; i < length; i++)
-            y[i] = (elem)APPLY((real)x[i], high, low, scale, offset);
-    }
 }
 
-TARGET static void LOOP(apply_last)(const void *x_nc, void *y_nc, ptrdiff_t rows, ptrdiff_t columns,
-                                    ptrdiff_t x_stride, ptrdiff_t y_stride, const double *coef_c,
-                                    ptrdiff_t pitch)
+TARGET static void LOOP(apply_first)(const cbn_tile *t)
 {
-    real high[CBN_COLUMNS], low[CBN_COLUMNS], scale[CBN_COLUMNS], offset[CBN_COLUMNS];
-    for (ptrdiff_t c = 0; c < columns; c++) {
-        high[c] = (real)coef_c[c];
-        low[c] = LOW_PART(coef_c[c], high[c]);
-        scale[c] = (real)coef_c[pitch + c];
-        offset[c] = (real)coef_c[2 * pitch + c];
-    }
-    for (ptrdiff_t n = 0; n < rows; n++) {
-        const elem *x = (const elem *)x_nc + n * x_stride;
-        elem *y = (elem *)y_nc + n * y_stride;
+    BOTH_STORES(LOOP(apply_first_body), t);
+}
+
+INLINE void LOOP(apply_last_body)(const cbn_tile *t, const int past)
+{
+    real high[COLUMNS], low[COLUMNS], scale[COLUMNS], offset[COLUMNS];
+    double low_c[COLUMNS];
+    for (ptrdiff_t c = 0; c < t->n_channels; c++)
+        low_c[c] = LOW_PART(t->coef_c[c], (real)t->coef_c[c]);
+    LOOP(spread)(t, t->coef_c, high);
+    LOOP(spread)(t, low_c, low);
+    LOOP(spread)(t, t->coef_c + t->pitch, scale);
+    LOOP(spread)(t, t->coef_c + 2 * t->pitch, offset);
+    const ptrdiff_t columns = columns_of(t);
+    for (ptrdiff_t n = 0; n < t->n_runs; n++) {
+        const elem *x = (const elem *)t->x.data + n * t->x.n;
+        elem *y = (elem *)t->y.data + n * t->y.n;
+        const ptrdiff_t head = past && TO_LINE(y) < columns ? TO_LINE(y) : 0;
         ptrdiff_t c = 0;
-        for (; c + LANES <= columns; c += LANES)
-            store(y + c, APPLY(load(x + c), load_real(high + c), load_real(low + c), load_real(scale + c),
-                               load_real(offset + c)));
+        for (; c < head; c++)
+            y[c] = (elem)APPLY((real)x[c], high[c], low[c], scale[c], offset[c]);
+        for (; c + LANES <= columns; c += LANES) {
+            if (c & LINE_ELEMS)
+                __builtin_prefetch(x + c + t->ahead, 0, 2);
+            PUT(y + c, APPLY(load(x + c), load_real(high + c), load_real(low + c), load_real(scale + c),
+                             load_real(offset + c)), past);
+        }
         for (; c < columns; c++)
             y[c] = (elem)APPLY((real)x[c], high[c], low[c], scale[c], offset[c]);
     }
+}
+
+TARGET static void LOOP(apply_last)(const cbn_tile *t)
+{
+    BOTH_STORES(LOOP(apply_last_body), t);
 }
 
 /* ---- grad_apply --------------------------------------------------------------------------------------
@@ -85,62 +147,89 @@ TARGET static void LOOP(apply_last)(const void *x_nc, void *y_nc, ptrdiff_t rows
 #define GRAD_APPLY(g, x, high, low, scale, gmean, slope, rest) \
     ((((g) - (gmean)) - (((x) - (high)) - (low)) * (slope)) * (scale) + (rest))
 
-TARGET static void LOOP(grad_apply_first)(const void *g_ns, const void *x_ns, void *dx_ns, ptrdiff_t n_runs,
-                                          ptrdiff_t length, ptrdiff_t g_stride, ptrdiff_t x_stride,
-                                          ptrdiff_t dx_stride, const double *coef_c, ptrdiff_t pitch)
+INLINE void LOOP(grad_apply_first_body)(const cbn_tile *t, const int past)
 {
-    const real high = (real)coef_c[0], low = LOW_PART(coef_c[0], high);
-    const real scale = (real)coef_c[pitch], gmean = (real)coef_c[2 * pitch], slope = (real)coef_c[3 * pitch];
-    const real rest = (real)(-LOW_PART(coef_c[2 * pitch], gmean) * coef_c[pitch]);
-    const vec vhigh = splat(high), vlow = splat(low), vscale = splat(scale), vgmean = splat(gmean);
-    const vec vslope = splat(slope), vrest = splat(rest);
-    for (ptrdiff_t n = 0; n < n_runs; n++) {
-        const elem *g = (const elem *)g_ns + n * g_stride;
-        const elem *x = (const elem *)x_ns + n * x_stride;
-        elem *dx = (elem *)dx_ns + n * dx_stride;
-        ptrdiff_t i = 0;
-        for (; i + UNROLL * LANES <= length; i += UNROLL * LANES) {
-            vec v[UNROLL];
-            for (int u = 0; u < UNROLL; u++)
-                v[u] = GRAD_APPLY(load(g + i + u * LANES), load(x + i + u * LANES), vhigh, vlow, vscale, vgmean,
-                                  vslope, vrest);
-            for (int u = 0; u < UNROLL; u++)
-                store(dx + i + u * LANES, v[u]);
+    for (ptrdiff_t n = 0; n < t->n_runs; n++)
+        for (ptrdiff_t c = 0; c < t->n_channels; c++) {
+            const elem *x = (const elem *)t->x.data + n * t->x.n + c * t->x.c;
+            const elem *g = (const elem *)t->g.data + n * t->g.n + c * t->g.c;
+            elem *dx = (elem *)t->y.data + n * t->y.n + c * t->y.c;
+            const double *coef = t->coef_c + c;
+            const real high = (real)coef[0], low = LOW_PART(coef[0], high);
+            const real scale = (real)coef[t->pitch], gmean = (real)coef[2 * t->pitch];
+            const real slope = (real)coef[3 * t->pitch];
+            const real rest = (real)(-LOW_PART(coef[2 * t->pitch], gmean) * coef[t->pitch]);
+            const vec vhigh = splat(high), vlow = splat(low), vscale = splat(scale), vgmean = splat(gmean);
+            const vec vslope = splat(slope), vrest = splat(rest);
+            const ptrdiff_t length = t->length, head = past && TO_LINE(dx) < length ? TO_LINE(dx) : 0;
+            ptrdiff_t i = 0;
+            for (; i < head; i++)
+                dx[i] = (elem)GRAD_APPLY((real)g[i], (real)x[i], high, low, scale, gmean, slope, rest);
+            for (; i + UNROLL * LANES <= length; i += UNROLL * LANES) {
+                vec v[UNROLL];
+                FETCH(x + t->ahead, i, UNROLL * LANES, 1);
+                FETCH(g + t->ahead, i, UNROLL * LANES, 1);
+                for (int u = 0; u < UNROLL; u++)
+                    v[u] = GRAD_APPLY(load(g + i + u * LANES), load(x + i + u * LANES), vhigh, vlow, vscale,
+                                      vgmean, vslope, vrest);
+                for (int u = 0; u < UNROLL; u++)
+                    PUT(dx + i + u * LANES, v[u], past);
+            }
+            for (; i + LANES <= length; i += LANES)
+                store(dx + i,
+                      GRAD_APPLY(load(g + i), load(x + i), vhigh, vlow, vscale, vgmean, vslope, vrest));
+            for (; i < length; i++)
+                dx[i] = (elem)GRAD_APPLY((real)g[i], (real)x[i], high, low, scale, gmean, slope, rest);
         }
-        for (; i + LANES <= length; i += LANES)
-            store(dx + i,
-                  GRAD_APPLY(load(g + i), load(x + i), vhigh, vlow, vscale, vgmean, vslope, vrest));
-        for (; i < length; i++)
-            dx[i] = (elem)GRAD_APPLY((real)g[i], (real)x[i], high, low, scale, gmean, slope, rest);
-    }
 }
 
-TARGET static void LOOP(grad_apply_last)(const void *g_nc, const void *x_nc, void *dx_nc, ptrdiff_t rows,
-                                         ptrdiff_t columns, ptrdiff_t g_stride, ptrdiff_t x_stride,
-                                         ptrdiff_t dx_stride, const double *coef_c, ptrdiff_t pitch)
+TARGET static void LOOP(grad_apply_first)(const cbn_tile *t)
 {
-    real high[CBN_COLUMNS], low[CBN_COLUMNS], scale[CBN_COLUMNS];
-    real gmean[CBN_COLUMNS], slope[CBN_COLUMNS], rest[CBN_COLUMNS];
-    for (ptrdiff_t c = 0; c < columns; c++) {
-        high[c] = (real)coef_c[c];
-        low[c] = LOW_PART(coef_c[c], high[c]);
-        scale[c] = (real)coef_c[pitch + c];
-        gmean[c] = (real)coef_c[2 * pitch + c];
-        slope[c] = (real)coef_c[3 * pitch + c];
-        rest[c] = (real)(-LOW_PART(coef_c[2 * pitch + c], gmean[c]) * coef_c[pitch + c]);
+    BOTH_STORES(LOOP(grad_apply_first_body), t);
+}
+
+INLINE void LOOP(grad_apply_last_body)(const cbn_tile *t, const int past)
+{
+    real high[COLUMNS], low[COLUMNS], scale[COLUMNS];
+    real gmean[COLUMNS], slope[COLUMNS], rest[COLUMNS];
+    double low_c[COLUMNS], rest_c[COLUMNS];
+    const double *scale_c = t->coef_c + t->pitch, *gmean_c = scale_c + t->pitch;
+    for (ptrdiff_t c = 0; c < t->n_channels; c++) {
+        low_c[c] = LOW_PART(t->coef_c[c], (real)t->coef_c[c]);
+        rest_c[c] = -LOW_PART(gmean_c[c], (real)gmean_c[c]) * scale_c[c];
     }
-    for (ptrdiff_t n = 0; n < rows; n++) {
-        const elem *g = (const elem *)g_nc + n * g_stride;
-        const elem *x = (const elem *)x_nc + n * x_stride;
-        elem *dx = (elem *)dx_nc + n * dx_stride;
+    LOOP(spread)(t, t->coef_c, high);
+    LOOP(spread)(t, low_c, low);
+    LOOP(spread)(t, scale_c, scale);
+    LOOP(spread)(t, gmean_c, gmean);
+    LOOP(spread)(t, gmean_c + t->pitch, slope);
+    LOOP(spread)(t, rest_c, rest);
+    const ptrdiff_t columns = columns_of(t);
+    for (ptrdiff_t n = 0; n < t->n_runs; n++) {
+        const elem *x = (const elem *)t->x.data + n * t->x.n;
+        const elem *g = (const elem *)t->g.data + n * t->g.n;
+        elem *dx = (elem *)t->y.data + n * t->y.n;
+        const ptrdiff_t head = past && TO_LINE(dx) < columns ? TO_LINE(dx) : 0;
         ptrdiff_t c = 0;
-        for (; c + LANES <= columns; c += LANES)
-            store(dx + c, GRAD_APPLY(load(g + c), load(x + c), load_real(high + c), load_real(low + c),
-                                     load_real(scale + c), load_real(gmean + c), load_real(slope + c),
-                                     load_real(rest + c)));
+        for (; c < head; c++)
+            dx[c] = (elem)GRAD_APPLY((real)g[c], (real)x[c], high[c], low[c], scale[c], gmean[c], slope[c], rest[c]);
+        for (; c + LANES <= columns; c += LANES) {
+            if (c & LINE_ELEMS) {
+                __builtin_prefetch(x + c + t->ahead, 0, 2);
+                __builtin_prefetch(g + c + t->ahead, 0, 2);
+            }
+            PUT(dx + c, GRAD_APPLY(load(g + c), load(x + c), load_real(high + c), load_real(low + c),
+                                   load_real(scale + c), load_real(gmean + c), load_real(slope + c),
+                                   load_real(rest + c)), past);
+        }
         for (; c < columns; c++)
             dx[c] = (elem)GRAD_APPLY((real)g[c], (real)x[c], high[c], low[c], scale[c], gmean[c], slope[c], rest[c]);
     }
+}
+
+TARGET static void LOOP(grad_apply_last)(const cbn_tile *t)
+{
+    BOTH_STORES(LOOP(grad_apply_last_body), t);
 }
 
 #ifdef SUMS
@@ -150,122 +239,162 @@ TARGET static void LOOP(grad_apply_last)(const void *g_nc, const void *x_nc, voi
  * log2(1 + (shift - mean)^2/var) bits. The shift is a value of the channel, so that a constant one gives d = 0 and
  * its mean exactly; where that value lies far out, the pass is done again with the mean as shift (passes.pyx).
  */
-#define MOMENTS(sum, square, x, shift)        \
-    do {                                      \
-        __typeof__(sum) d = (x) - (shift);    \
-        (sum) += d;                           \
-        (square) += d * d;                    \
+#define ADD_MOMENTS(sum, square, d) \
+    do {                            \
+        __typeof__(sum) d_ = (d);   \
+        (sum) += d_;                \
+        (square) += d_ * d_;        \
     } while (0)
 
-TARGET static void LOOP(moments_first)(const void *x_ns, ptrdiff_t n_runs, ptrdiff_t length, ptrdiff_t x_stride,
-                                       double shift, double *sums)
+TARGET static void LOOP(moments_first)(const cbn_tile *t)
 {
-    const vec vshift = splat(shift);
-    vec sum[UNROLL] = {{0}}, square[UNROLL] = {{0}};
-    real tail_sum = 0, tail_square = 0;
-    for (ptrdiff_t n = 0; n < n_runs; n++) {
-        const elem *x = (const elem *)x_ns + n * x_stride;
-        ptrdiff_t i = 0;
-        for (; i + UNROLL * LANES <= length; i += UNROLL * LANES)
-            for (int u = 0; u < UNROLL; u++)
-                MOMENTS(sum[u], square[u], load(x + i + u * LANES), vshift);
-        for (; i + LANES <= length; i += LANES)
-            MOMENTS(sum[0], square[0], load(x + i), vshift);
-        for (; i < length; i++)
-            MOMENTS(tail_sum, tail_square, (real)x[i], shift);
+    for (ptrdiff_t c = 0; c < t->n_channels; c++) {
+        const real shift = t->shift_c[c];
+        const vec vshift = splat(shift);
+        const ptrdiff_t length = t->length;
+        vec sum[UNROLL] = {{0}}, square[UNROLL] = {{0}};
+        real tail_sum = 0, tail_square = 0;
+        for (ptrdiff_t n = 0; n < t->n_runs; n++) {
+            const elem *x = (const elem *)t->x.data + n * t->x.n + c * t->x.c;
+            ptrdiff_t i = 0;
+            for (; i + UNROLL * LANES <= length; i += UNROLL * LANES) {
+                FETCH(x + t->ahead, i, UNROLL * LANES, 0);
+                for (int u = 0; u < UNROLL; u++)
+                    ADD_MOMENTS(sum[u], square[u], load(x + i + u * LANES) - vshift);
+            }
+            for (; i + LANES <= length; i += LANES)
+                ADD_MOMENTS(sum[0], square[0], load(x + i) - vshift);
+            if (i < length && length >= LANES)
+                ADD_MOMENTS(sum[1], square[1], last_lanes(load(x + length - LANES) - vshift, length - i));
+            else
+                for (; i < length; i++)
+                    ADD_MOMENTS(tail_sum, tail_square, (real)x[i] - shift);
+        }
+        t->sum_c[c] = total((sum[0] + sum[1]) + (sum[2] + sum[3])) + tail_sum;
+        t->square_c[c] = total((square[0] + square[1]) + (square[2] + square[3])) + tail_square;
     }
-    sums[0] = total((sum[0] + sum[1]) + (sum[2] + sum[3])) + tail_sum;
-    sums[1] = total((square[0] + square[1]) + (square[2] + square[3])) + tail_square;
 }
 
-TARGET static void LOOP(moments_last)(const void *x_nc, ptrdiff_t rows, ptrdiff_t columns, ptrdiff_t x_stride,
-                                      const double *shift_c, double *sum_c, double *square_c)
+TARGET static void LOOP(moments_last)(const cbn_tile *t)
 {
-    memset(sum_c, 0, (size_t)columns * sizeof *sum_c);
-    memset(square_c, 0, (size_t)columns * sizeof *square_c);
-    for (ptrdiff_t n = 0; n < rows; n += ROWS) {
-        const elem *x = (const elem *)x_nc + n * x_stride;
-        const ptrdiff_t height = rows - n < ROWS ? rows - n : ROWS;
+    real shift[COLUMNS], sum[COLUMNS], square[COLUMNS];
+    const ptrdiff_t columns = columns_of(t);
+    LOOP(spread)(t, t->shift_c, shift);
+    memset(sum, 0, (size_t)columns * sizeof *sum);
+    memset(square, 0, (size_t)columns * sizeof *square);
+    for (ptrdiff_t n = 0; n < t->n_runs; n += ROWS) {
+        const elem *x = (const elem *)t->x.data + n * t->x.n;
+        const ptrdiff_t height = t->n_runs - n < ROWS ? t->n_runs - n : ROWS;
         ptrdiff_t c = 0;
         for (; c + LANES <= columns; c += LANES) {
-            const vec shift = load_real(shift_c + c);
-            vec sum = load_real(sum_c + c), square = load_real(square_c + c);
+            const vec vshift = load_real(shift + c);
+            vec vsum = load_real(sum + c), vsquare = load_real(square + c);
+            if (c % (2 * LINE_ELEMS) == 0)
+                for (ptrdiff_t r = 0; r < height; r++)
+                    __builtin_prefetch(x + r * t->x.n + c + t->ahead, 0, 2);
             for (ptrdiff_t r = 0; r < height; r++)
-                MOMENTS(sum, square, load(x + r * x_stride + c), shift);
-            store_real(sum_c + c, sum);
-            store_real(square_c + c, square);
+                ADD_MOMENTS(vsum, vsquare, load(x + r * t->x.n + c) - vshift);
+            store_real(sum + c, vsum);
+            store_real(square + c, vsquare);
         }
         for (; c < columns; c++)
             for (ptrdiff_t r = 0; r < height; r++)
-                MOMENTS(sum_c[c], square_c[c], (real)x[r * x_stride + c], shift_c[c]);
+                ADD_MOMENTS(sum[c], square[c], (real)x[r * t->x.n + c] - shift[c]);
     }
+    LOOP(fold)(t, sum, t->sum_c);
+    LOOP(fold)(t, square, t->square_c);
 }
 
 /* ---- grad_moments ------------------------------------------------------------------------------------ */
-#define GRAD_MOMENTS(sum, product, g, x, mean) \
-    do {                                       \
-        __typeof__(sum) g_ = (g);              \
-        (sum) += g_;                           \
-        (product) += g_ * ((x) - (mean));      \
+#define ADD_GRAD_MOMENTS(sum, product, g, d) \
+    do {                                     \
+        __typeof__(sum) g_ = (g);            \
+        (sum) += g_;                         \
+        (product) += g_ * (d);               \
     } while (0)
 
-TARGET static void LOOP(grad_moments_first)(const void *g_ns, const void *x_ns, ptrdiff_t n_runs,
-                                            ptrdiff_t length, ptrdiff_t g_stride, ptrdiff_t x_stride,
-                                            double mean, double *sums)
+TARGET static void LOOP(grad_moments_first)(const cbn_tile *t)
 {
-    const vec vmean = splat(mean);
-    vec sum[UNROLL] = {{0}}, product[UNROLL] = {{0}};
-    real tail_sum = 0, tail_product = 0;
-    for (ptrdiff_t n = 0; n < n_runs; n++) {
-        const elem *g = (const elem *)g_ns + n * g_stride;
-        const elem *x = (const elem *)x_ns + n * x_stride;
-        ptrdiff_t i = 0;
-        for (; i + UNROLL * LANES <= length; i += UNROLL * LANES)
-            for (int u = 0; u < UNROLL; u++)
-                GRAD_MOMENTS(sum[u], product[u], load(g + i + u * LANES), load(x + i + u * LANES), vmean);
-        for (; i + LANES <= length; i += LANES)
-            GRAD_MOMENTS(sum[0], product[0], load(g + i), load(x + i), vmean);
-        for (; i < length; i++)
-            GRAD_MOMENTS(tail_sum, tail_product, (real)g[i], (real)x[i], mean);
+    for (ptrdiff_t c = 0; c < t->n_channels; c++) {
+        const real mean = t->shift_c[c];
+        const vec vmean = splat(mean);
+        const ptrdiff_t length = t->length;
+        vec sum[UNROLL] = {{0}}, product[UNROLL] = {{0}};
+        real tail_sum = 0, tail_product = 0;
+        for (ptrdiff_t n = 0; n < t->n_runs; n++) {
+            const elem *x = (const elem *)t->x.data + n * t->x.n + c * t->x.c;
+            const elem *g = (const elem *)t->g.data + n * t->g.n + c * t->g.c;
+            ptrdiff_t i = 0;
+            for (; i + UNROLL * LANES <= length; i += UNROLL * LANES) {
+                FETCH(x + t->ahead, i, UNROLL * LANES, 0);
+                FETCH(g + t->ahead, i, UNROLL * LANES, 0);
+                for (int u = 0; u < UNROLL; u++)
+                    ADD_GRAD_MOMENTS(sum[u], product[u], load(g + i + u * LANES), load(x + i + u * LANES) - vmean);
+            }
+            for (; i + LANES <= length; i += LANES)
+                ADD_GRAD_MOMENTS(sum[0], product[0], load(g + i), load(x + i) - vmean);
+            if (i < length && length >= LANES) {
+                const ptrdiff_t n_last = length - i, last = length - LANES;
+                ADD_GRAD_MOMENTS(sum[1], product[1], last_lanes(load(g + last), n_last),
+                                 last_lanes(load(x + last) - vmean, n_last));
+            } else
+                for (; i < length; i++)
+                    ADD_GRAD_MOMENTS(tail_sum, tail_product, (real)g[i], (real)x[i] - mean);
+        }
+        t->sum_c[c] = total((sum[0] + sum[1]) + (sum[2] + sum[3])) + tail_sum;
+        t->square_c[c] = total((product[0] + product[1]) + (product[2] + product[3])) + tail_product;
     }
-    sums[0] = total((sum[0] + sum[1]) + (sum[2] + sum[3])) + tail_sum;
-    sums[1] = total((product[0] + product[1]) + (product[2] + product[3])) + tail_product;
 }
 
-TARGET static void LOOP(grad_moments_last)(const void *g_nc, const void *x_nc, ptrdiff_t rows, ptrdiff_t columns,
-                                           ptrdiff_t g_stride, ptrdiff_t x_stride, const double *mean_c,
-                                           double *sum_c, double *product_c)
+TARGET static void LOOP(grad_moments_last)(const cbn_tile *t)
 {
-    memset(sum_c, 0, (size_t)columns * sizeof *sum_c);
-    memset(product_c, 0, (size_t)columns * sizeof *product_c);
-    for (ptrdiff_t n = 0; n < rows; n += ROWS) {
-        const elem *g = (const elem *)g_nc + n * g_stride;
-        const elem *x = (const elem *)x_nc + n * x_stride;
-        const ptrdiff_t height = rows - n < ROWS ? rows - n : ROWS;
+    real mean[COLUMNS], sum[COLUMNS], product[COLUMNS];
+    const ptrdiff_t columns = columns_of(t);
+    LOOP(spread)(t, t->shift_c, mean);
+    memset(sum, 0, (size_t)columns * sizeof *sum);
+    memset(product, 0, (size_t)columns * sizeof *product);
+    for (ptrdiff_t n = 0; n < t->n_runs; n += ROWS) {
+        const elem *x = (const elem *)t->x.data + n * t->x.n;
+        const elem *g = (const elem *)t->g.data + n * t->g.n;
+        const ptrdiff_t height = t->n_runs - n < ROWS ? t->n_runs - n : ROWS;
         ptrdiff_t c = 0;
         for (; c + LANES <= columns; c += LANES) {
-            const vec mean = load_real(mean_c + c);
-            vec sum = load_real(sum_c + c), product = load_real(product_c + c);
+            const vec vmean = load_real(mean + c);
+            vec vsum = load_real(sum + c), vproduct = load_real(product + c);
+            if (c % (2 * LINE_ELEMS) == 0)
+                for (ptrdiff_t r = 0; r < height; r++) {
+                    __builtin_prefetch(x + r * t->x.n + c + t->ahead, 0, 2);
+                    __builtin_prefetch(g + r * t->g.n + c + t->ahead, 0, 2);
+                }
             for (ptrdiff_t r = 0; r < height; r++)
-                GRAD_MOMENTS(sum, product, load(g + r * g_stride + c), load(x + r * x_stride + c), mean);
-            store_real(sum_c + c, sum);
-            store_real(product_c + c, product);
+                ADD_GRAD_MOMENTS(vsum, vproduct, load(g + r * t->g.n + c), load(x + r * t->x.n + c) - vmean);
+            store_real(sum + c, vsum);
+            store_real(product + c, vproduct);
         }
         for (; c < columns; c++)
             for (ptrdiff_t r = 0; r < height; r++)
-                GRAD_MOMENTS(sum_c[c], product_c[c], (real)g[r * g_stride + c], (real)x[r * x_stride + c],
-                             mean_c[c]);
+                ADD_GRAD_MOMENTS(sum[c], product[c], (real)g[r * t->g.n + c], (real)x[r * t->x.n + c] - mean[c]);
     }
+    LOOP(fold)(t, sum, t->sum_c);
+    LOOP(fold)(t, product, t->square_c);
 }
-#undef MOMENTS
-#undef GRAD_MOMENTS
+#undef ADD_MOMENTS
+#undef ADD_GRAD_MOMENTS
 #endif
 
 #undef LOW_PART
 #undef APPLY
 #undef GRAD_APPLY
+#undef PUT
+#undef BOTH_STORES
 #undef UNROLL
 #undef ROWS
+#undef LINE
+#undef LINE_ELEMS
+#undef TO_LINE
+#undef FETCH
+#undef COLUMNS
+#undef columns_of
 #undef ELEM
 #undef REAL
 #undef TYPE
@@ -277,8 +406,11 @@ TARGET static void LOOP(grad_moments_last)(const void *g_nc, const void *x_nc, p
 #undef packed
 #undef load
 #undef load_real
+#undef convert
 #undef store
+#undef store_past
 #undef store_real
 #undef splat
+#undef last_lanes
 #undef total
 #undef LANES

@@ -16,26 +16,27 @@ import numpy as np
 cnp.import_array()
 
 cdef extern from "kernels.h" nogil:
+    ctypedef struct cbn_view:
+        char *data
+        Py_ssize_t n, c
+    ctypedef struct cbn_tile:
+        cbn_view x, g, y
+        Py_ssize_t n_runs, n_channels, length, copies
+        const double *shift_c
+        double *sum_c
+        double *square_c
+        const double *coef_c
+        Py_ssize_t pitch
+        Py_ssize_t ahead
+        bint stream
+    ctypedef void (*cbn_loop)(const cbn_tile *tile) noexcept nogil
     ctypedef struct cbn_loops:
-        void (*moments_first)(const void *, Py_ssize_t, Py_ssize_t, Py_ssize_t, double, double *) noexcept nogil
-        void (*moments_last)(const void *, Py_ssize_t, Py_ssize_t, Py_ssize_t, const double *, double *,
-                             double *) noexcept nogil
-        void (*apply_first)(const void *, void *, Py_ssize_t, Py_ssize_t, Py_ssize_t, Py_ssize_t, const double *,
-                            Py_ssize_t) noexcept nogil
-        void (*apply_last)(const void *, void *, Py_ssize_t, Py_ssize_t, Py_ssize_t, Py_ssize_t, const double *,
-                           Py_ssize_t) noexcept nogil
-        void (*grad_moments_first)(const void *, const void *, Py_ssize_t, Py_ssize_t, Py_ssize_t, Py_ssize_t,
-                                   double, double *) noexcept nogil
-        void (*grad_moments_last)(const void *, const void *, Py_ssize_t, Py_ssize_t, Py_ssize_t, Py_ssize_t,
-                                  const double *, double *, double *) noexcept nogil
-        void (*grad_apply_first)(const void *, const void *, void *, Py_ssize_t, Py_ssize_t, Py_ssize_t,
-                                 Py_ssize_t, Py_ssize_t, const double *, Py_ssize_t) noexcept nogil
-        void (*grad_apply_last)(const void *, const void *, void *, Py_ssize_t, Py_ssize_t, Py_ssize_t,
-                                Py_ssize_t, Py_ssize_t, const double *, Py_ssize_t) noexcept nogil
+        cbn_loop moments_first, moments_last, apply_first, apply_last
+        cbn_loop grad_moments_first, grad_moments_last, grad_apply_first, grad_apply_last
     ctypedef struct cbn_isa:
         const char *name
         cbn_loops f32, f32_wide, f64
-    enum: CBN_COLUMNS
+    enum: CBN_ROW_BYTES
     const cbn_isa *cbn_built[]
     int cbn_highest()
     int cbn_process_threads
@@ -118,7 +119,7 @@ cdef bint forked = False      # a forked child: the parent's OpenMP threads do n
 
 # Below this much memory a thread (some 20 us), opening a parallel region costs more than it saves; and where other
 # threads are busy, as those of a BLAS that spin after a matrix product, it can cost a scheduler slice of milliseconds.
-cdef Py_ssize_t BYTES_PER_THREAD = 1 << 19
+cdef Py_ssize_t bytes_per_thread = 1 << 19
 
 
 cdef int thread_limit() noexcept nogil:
@@ -137,7 +138,7 @@ cdef int thread_limit() noexcept nogil:
 
 cdef int threads_for(Py_ssize_t n_bytes, Py_ssize_t items) noexcept nogil:
     """Threads for a pass over n_bytes that falls into so many items. No result depends on it."""
-    cdef Py_ssize_t n = min(n_bytes // BYTES_PER_THREAD, items)
+    cdef Py_ssize_t n = min(n_bytes // bytes_per_thread, items)
     if n <= 1:
         return 1
     return <int>min(n, <Py_ssize_t>thread_limit())
@@ -182,11 +183,23 @@ def build_info():
     }
 
 
-def set_bytes_per_thread(Py_ssize_t n_bytes):
-    """For tests: n_bytes = 1 opens a parallel region for any array of two items; returns the value before."""
-    global BYTES_PER_THREAD
-    before = BYTES_PER_THREAD
-    BYTES_PER_THREAD = n_bytes
+def tune(**knobs):
+    """Change knobs of the passes, for the system's caches, for tests and for benchmarks; returns their values before.
+
+    No result depends on any of them.
+
+    bytes_per_thread   memory from which another thread is worth its start; 1: for any two items
+    stream_bytes       size of an output from which it is stored past the caches; 0: always
+    l2_bytes           cache of one core; 0 and l3_bytes=0: two passes always, never channel by channel
+    l3_bytes           cache of all cores
+    prefetch           whether the next channels are fetched while the present ones are computed
+    """
+    global bytes_per_thread, stream_bytes, l2_bytes, l3_bytes, prefetch
+    before = {"bytes_per_thread": bytes_per_thread, "stream_bytes": stream_bytes, "l2_bytes": l2_bytes,
+              "l3_bytes": l3_bytes, "prefetch": prefetch}
+    new = before | knobs
+    bytes_per_thread, stream_bytes = new["bytes_per_thread"], new["stream_bytes"]
+    l2_bytes, l3_bytes, prefetch = new["l2_bytes"], new["l3_bytes"], new["prefetch"]
     return before
 
 
@@ -290,9 +303,17 @@ cdef class Layout:
         return self._joined(y, self.n_outer, self.n_axes, &stride) and stride == cnp.PyArray_ITEMSIZE(y) \
             and self._joined(y, 0, self.n_outer, &stride)
 
-    cdef View view(self, cnp.ndarray x):
+    def reads_beside(self, cnp.ndarray x, cnp.ndarray g):
+        """Whether a reduction can go through g, of the same shape, beside x: what joins in x joins in g."""
+        if not self.fits(g):
+            return False
+        cdef cbn_view in_x = self.view(x), in_g = self.view(g)
+        return run_follows_run(self, in_g) >= run_follows_run(self, in_x) \
+            and row_follows_row(self, in_g) >= row_follows_row(self, in_x)
+
+    cdef cbn_view view(self, cnp.ndarray x):
         """Where the loops find x: its address, and its strides in elements."""
-        cdef View v
+        cdef cbn_view v
         cdef Py_ssize_t stride = 0
         self._joined(x, 0, self.n_outer, &stride)
         v.data = <char *>cnp.PyArray_DATA(x)
@@ -305,199 +326,322 @@ cdef class Layout:
         return f"<Layout channels {kind}, {self.C} channels>"
 
 
-cdef struct View:
-    char *data
-    Py_ssize_t n    # from run to run, or row to row, in elements
-    Py_ssize_t c    # from channel to channel
-
-
 # ---- partition -------------------------------------------------------------------------------------------------
 #
-# A job falls into items; an item is a rectangle that one call of a loop does. Reductions leave one partial sum an
-# item, and these are added in the order of the items, so the bits of a sum depend on the partition: it is made
-# from the shape alone, never from the number of threads or the size of a cache.
+# A pass falls into items; an item is a rectangle of runs (or rows) and channels that one thread does. Reductions leave
+# one partial sum a block, and these are added in the order of the blocks, so the bits of a sum depend on the partition:
+# it is made from shape, dtype and layout alone, never from the number of threads or the size of a cache.
 
-cdef Py_ssize_t CHUNK = 1 << 16        # elements of one item, first
-cdef Py_ssize_t COLUMNS = CBN_COLUMNS  # columns of one item, last
-cdef Py_ssize_t MIN_ROWS = 64          # rows of one item, last: fewer, and the partial sums are a traffic of their own
-cdef Py_ssize_t LAST_ITEMS = 256       # items that suffice, last: enough for any number of threads
+cdef enum:
+    CHUNK = 1 << 16       # elements of one item
+    SHORT_RUN = 256       # elements: below, runs side by side are better read as rows, if there are
+    SHORT_RUN_ROWS = 8    # so many of them
+    MIN_ROWS = 64         # rows of one item: fewer, and the partial sums are a traffic of their own
+    ROW_ITEMS = 256       # items that suffice for any number of threads
+    LINE = 64             # bytes
 
-cdef struct Job:
-    const cbn_loops *narrow     # arithmetic in the type of the elements
-    const cbn_loops *wide       # and in float64, for coefficients that float32 cannot hold
-    bint last
-    bint all_wide               # every channel takes `wide`
-    bint backward               # reductions of g and x, not of x alone
-    bint batch_statistics       # backward through them
-    Py_ssize_t C, N, S, itemsize
-    Py_ssize_t blocks           # items of one channel (first), of one column tile (last)
-    Py_ssize_t tiles            # column tiles (last); channels (first)
-    Py_ssize_t step             # runs or elements of a block (first), rows (last)
-    View x, y, g                # y is dx in backward
-    double eps
-    double *weight_c            # C, or NULL: ones
-    double *bias_c              # C, or NULL: zeros
-    double *shift_c             # what the reductions subtract: a value of the channel, or its mean
-    double *partial             # (blocks, 2, C) for last, (C, blocks, 2) for first
-    char *again                 # C: whether the channel is reduced a second time
-    double *sum_c
-    double *square_c            # S(d*d), or S(g*d)
-    double *coef_c              # (4, C): see kernels.h
+cdef struct Grid:
+    bint last             # rows; else runs
+    bint channels_outer   # the order of the items: channel by channel, else as x lies in memory
+    Py_ssize_t C, N, S
+    Py_ssize_t group      # channels of an item
+    Py_ssize_t tiles      # groups
+    Py_ssize_t step       # runs of a block, or rows of the array
+    Py_ssize_t copies     # rows of the array that are one row of a tile
+    Py_ssize_t whole      # runs, or rows that fill a multiple of `copies`; what remains is a block of its own
+    Py_ssize_t blocks     # blocks of runs; each of them falls into
+    Py_ssize_t piece      # elements of a run: a long one falls into
+    Py_ssize_t pieces     # pieces
 
 
 cdef struct Rectangle:
     Py_ssize_t c, n_channels
-    Py_ssize_t n, n_runs
+    Py_ssize_t n, n_runs      # of the array
     Py_ssize_t s, length
-
-
-ctypedef void (*Work)(Job *job, Py_ssize_t item) noexcept nogil
-
-
-cdef Job make_job(Layout layout, cnp.ndarray x, bint wide):
-    cdef Job job
-    job.last = layout.last
-    job.C, job.N, job.S = layout.C, layout.N, layout.S
-    job.itemsize = cnp.PyArray_ITEMSIZE(x)
-    job.all_wide = wide or cnp.PyArray_ITEMSIZE(x) == 8
-    job.backward = job.batch_statistics = False
-    job.x = job.y = job.g = layout.view(x)
-    job.again = NULL
-    job.weight_c = job.bias_c = job.shift_c = job.partial = job.sum_c = job.square_c = job.coef_c = NULL
-    job.eps = 0
-    if cnp.PyArray_ITEMSIZE(x) == 4:
-        job.narrow, job.wide = &active.f32, &active.f32_wide
-    else:
-        job.narrow = job.wide = &active.f64
-    if job.last:
-        job.tiles = ceil_div(job.C, COLUMNS)
-        job.step = max(MIN_ROWS, ceil_div(job.N, max(1, LAST_ITEMS // job.tiles)))
-        job.blocks = ceil_div(job.N, job.step)
-    else:
-        job.tiles = job.C
-        if job.S >= CHUNK:
-            job.step = CHUNK
-            job.blocks = job.N * ceil_div(job.S, CHUNK)
-        else:
-            job.step = CHUNK // job.S
-            job.blocks = ceil_div(job.N, job.step)
-    return job
+    Py_ssize_t copies
+    Py_ssize_t block          # its place among the partial sums
 
 
 cdef inline Py_ssize_t ceil_div(Py_ssize_t a, Py_ssize_t b) noexcept nogil:
     return (a + b - 1) // b
 
 
-cdef Rectangle rectangle(Job *job, Py_ssize_t item) noexcept nogil:
-    cdef Rectangle r
-    cdef Py_ssize_t block, pieces
-    if job.last:
-        block = item // job.tiles
-        r.c = item % job.tiles * COLUMNS
-        r.n_channels = min(COLUMNS, job.C - r.c)
-        r.n = block * job.step
-        r.n_runs = min(job.step, job.N - r.n)
-        r.s, r.length = 0, 1
-        return r
-    block = item % job.blocks
-    r.c, r.n_channels = item // job.blocks, 1
-    if job.S >= CHUNK:
-        pieces = ceil_div(job.S, CHUNK)
-        r.n, r.n_runs = block // pieces, 1
-        r.s = block % pieces * CHUNK
-        r.length = min(CHUNK, job.S - r.s)
+cdef Py_ssize_t filling_lines(Py_ssize_t n, Py_ssize_t n_bytes) noexcept nogil:
+    """The largest number up to n of things of n_bytes that end with a line of memory; n if there is none."""
+    cdef Py_ssize_t k = LINE
+    while k > 1 and k // 2 * n_bytes % LINE == 0:
+        k //= 2
+    return n - n % k if n >= k else n
+
+
+cdef Grid rows_grid(Layout layout, Py_ssize_t size, bint joined):
+    """Rows of the channels, each S times; `joined`: row follows on row, so that several may be one."""
+    cdef Grid g
+    cdef Py_ssize_t row = layout.C * layout.S, columns = CBN_ROW_BYTES // size
+    g.last, g.channels_outer = True, False
+    g.C, g.N, g.S = layout.C, layout.N, layout.S
+    g.group = layout.C if row <= columns else filling_lines(columns // g.S, g.S * size)
+    g.tiles = ceil_div(g.C, g.group)
+    g.copies = filling_lines(min(columns // row, g.N), row * size) if joined and row <= columns // 2 else 1
+    g.step = max(MIN_ROWS, ceil_div(g.N // g.copies, max(1, ROW_ITEMS // g.tiles))) * g.copies
+    g.whole = g.N - g.N % g.copies
+    g.blocks = ceil_div(g.whole, g.step) + (g.whole < g.N)
+    g.piece, g.pieces = g.S, 1
+    return g
+
+
+cdef Grid runs_grid(Layout layout, bint channels_outer):
+    """Runs, an item of one channel or of a few whole ones; or of neighbours in memory, channel after channel."""
+    cdef Grid g
+    g.last, g.channels_outer, g.copies = False, channels_outer, 1
+    g.C, g.N, g.S = layout.C, layout.N, layout.S
+    g.piece = min(g.S, CHUNK)
+    g.pieces = ceil_div(g.S, g.piece)
+    if channels_outer:
+        g.step = min(g.N, CHUNK // g.piece)
+        g.group = min(g.C, max(1, CHUNK // (g.N * g.S)))
     else:
-        r.n = block * job.step
-        r.n_runs = min(job.step, job.N - r.n)
-        r.s, r.length = 0, job.S
+        g.group = min(g.C, CHUNK // g.piece)
+        g.step = min(g.N, max(1, CHUNK // (g.C * g.S)))
+    g.whole = g.N
+    g.tiles = ceil_div(g.C, g.group)
+    g.blocks = ceil_div(g.N, g.step)
+    return g
+
+
+cdef inline Py_ssize_t n_items(Grid *g) noexcept nogil:
+    return g.tiles * g.blocks * g.pieces
+
+
+cdef Rectangle rectangle(Grid *g, Py_ssize_t item) noexcept nogil:
+    cdef Rectangle r
+    cdef Py_ssize_t block, tile, piece = item % g.pieces
+    item //= g.pieces
+    if g.channels_outer:
+        block, tile = item % g.blocks, item // g.blocks
+    else:
+        block, tile = item // g.tiles, item % g.tiles
+    r.block = block * g.pieces + piece
+    r.c = tile * g.group
+    r.n_channels = min(g.group, g.C - r.c)
+    r.n = block * g.step
+    r.copies = g.copies
+    if r.n < g.whole:
+        r.n_runs = min(g.step, g.whole - r.n)
+    else:
+        r.n = g.whole
+        r.n_runs = r.copies = g.N - g.whole
+    r.s = piece * g.piece
+    r.length = min(g.piece, g.S - r.s)
     return r
 
 
-cdef inline char *at(Job *job, View v, Rectangle r) noexcept nogil:
-    return v.data + (r.c * v.c + r.n * v.n + r.s) * job.itemsize
+cdef inline Py_ssize_t item_of(Grid *g, Py_ssize_t tile, Py_ssize_t block) noexcept nogil:
+    """The item that is a block, or a piece of one, of some channels."""
+    return tile * g.blocks * g.pieces + block if g.channels_outer else block * g.tiles + tile
 
 
-cdef void run(Work work, Job *job, Py_ssize_t items, int arrays) noexcept nogil:
-    """work(job, item) for all items: the one parallel region of the library. `arrays`: how many it goes through."""
-    cdef Py_ssize_t item
-    cdef int threads = threads_for(arrays * job.C * job.N * job.S * job.itemsize, items)
-    if threads == 1:
-        for item in range(items):
-            work(job, item)
+# ---- a call of a pass ------------------------------------------------------------------------------------------
+
+cdef struct Job:
+    const cbn_loops *narrow     # arithmetic in the type of the elements
+    const cbn_loops *wide       # and in float64, for coefficients that float32 cannot hold
+    bint all_wide               # every channel takes `wide`
+    bint backward               # reductions of g and x, not of x alone
+    bint batch_statistics       # backward through them
+    bint stream                 # the map stores past the caches
+    bint fused                  # reduction and map go through the same items
+    Py_ssize_t itemsize
+    Py_ssize_t n_bytes          # of one array
+    Grid reduction, map
+    cbn_view x, y, g            # y is dx in backward
+    bint prefetch               # what comes next is brought into the cache
+    double eps
+    double *weight_c            # C, or NULL: ones
+    double *bias_c              # C, or NULL: zeros
+    double *shift_c             # what the reductions subtract: a value of the channel, or its mean
+    double *partial             # (blocks*pieces, 2, C)
+    double *sum_c
+    double *square_c            # S(d*d), or S(g*d)
+    double *invstd_c            # backward
+    double *coef_c              # (4, C): see kernels.h
+
+
+ctypedef void (*Work)(Job *job, Py_ssize_t item, bint more) noexcept nogil
+
+
+cdef bint row_follows_row(Layout layout, cbn_view v) noexcept nogil:
+    return layout.N == 1 or v.n == layout.C * layout.S
+
+
+cdef bint run_follows_run(Layout layout, cbn_view v) noexcept nogil:
+    return layout.last or layout.C == 1 or v.c == layout.S
+
+
+cdef Job make_job(Layout layout, cnp.ndarray x, bint wide):
+    cdef Job job
+    cdef bint rows
+    job.itemsize = cnp.PyArray_ITEMSIZE(x)
+    job.n_bytes = layout.C * layout.N * layout.S * job.itemsize
+    job.all_wide = wide or job.itemsize == 8
+    job.backward = job.batch_statistics = job.stream = job.fused = job.prefetch = False
+    job.x = job.y = job.g = layout.view(x)
+    job.weight_c = job.bias_c = job.shift_c = job.partial = job.sum_c = NULL
+    job.square_c = job.invstd_c = job.coef_c = NULL
+    job.eps = 0
+    if job.itemsize == 4:
+        job.narrow, job.wide = &active.f32, &active.f32_wide
     else:
-        for item in prange(items, num_threads=threads, schedule="static"):
-            work(job, item)
+        job.narrow = job.wide = &active.f64
+    rows = layout.last or (
+        layout.S < SHORT_RUN and layout.N >= SHORT_RUN_ROWS and run_follows_run(layout, job.x))
+    job.reduction = rows_grid(layout, job.itemsize, row_follows_row(layout, job.x)) if rows \
+        else runs_grid(layout, True)
+    return job
+
+
+cdef void write_to(Job *job, Layout layout, cnp.ndarray y) noexcept:
+    """The map's output, and a partition for the map, which decides no bit: an element depends on nothing but itself."""
+    cdef bint joins
+    job.y = layout.view(y)
+    joins = run_follows_run(layout, job.y) and (job.reduction.copies == 1 or row_follows_row(layout, job.y))
+    job.fused = joins or not job.reduction.last
+    if job.fused and (job.reduction.last or abs(job.x.c) > abs(job.x.n)):
+        job.map = job.reduction
+    elif layout.last:
+        job.map = rows_grid(layout, job.itemsize, False)
+    else:
+        job.map = runs_grid(layout, False)
+    job.stream = job.n_bytes >= stream_bytes and job.y.data != job.x.data and job.y.data != job.g.data
+
+
+cdef void run(Work work, Job *job, Py_ssize_t items, Py_ssize_t n_bytes, bint backwards) noexcept nogil:
+    """work(job, item, more) for all items: the one parallel region of the library.
+
+    n_bytes: what the items read and write. Each thread takes neighbouring items, one after the other (`more`: another
+    one follows), so that what one ends with the next can start with.
+    """
+    cdef Py_ssize_t thread
+    cdef int threads = threads_for(n_bytes, items)
+    if threads == 1:
+        run_part(work, job, 0, items, backwards)
+    else:
+        for thread in prange(threads, num_threads=threads, schedule="static", chunksize=1):
+            run_part(work, job, items * thread // threads, items * (thread + 1) // threads, backwards)
+
+
+cdef void run_part(Work work, Job *job, Py_ssize_t begin, Py_ssize_t end, bint backwards) noexcept nogil:
+    cdef Py_ssize_t i
+    for i in range(begin, end):
+        work(job, begin + end - 1 - i if backwards else i, i + 1 < end)
 
 
 # ---- work on one item ------------------------------------------------------------------------------------------
 
-cdef void reduce_item(Job *job, Py_ssize_t item) noexcept nogil:
+cdef inline cbn_view moved(Job *job, cbn_view v, Rectangle *r) noexcept nogil:
+    v.data += (r.c * v.c + r.n * v.n + r.s) * job.itemsize
+    v.n *= r.copies
+    return v
+
+
+cdef cbn_tile tile_of(Job *job, Rectangle *r) noexcept nogil:
+    cdef cbn_tile t
+    t.x, t.g, t.y = moved(job, job.x, r), moved(job, job.g, r), moved(job, job.y, r)
+    t.n_runs, t.n_channels, t.length, t.copies = r.n_runs // r.copies, r.n_channels, r.length, r.copies
+    t.shift_c, t.coef_c, t.pitch = job.shift_c + r.c, job.coef_c + r.c, job.reduction.C
+    t.sum_c = job.partial + 2 * r.block * t.pitch + r.c
+    t.square_c = t.sum_c + t.pitch
+    t.ahead, t.stream = 0, job.stream
+    return t
+
+
+cdef void reduce_rectangle(Job *job, Rectangle *r, Py_ssize_t ahead) noexcept nogil:
     """moments or grad_moments of one rectangle, into its own place among the partial sums."""
-    cdef Rectangle r = rectangle(job, item)
-    cdef double *out
-    if job.last:
-        out = job.partial + (r.n // job.step * 2) * job.C + r.c
-        if job.backward:
-            job.wide.grad_moments_last(at(job, job.g, r), at(job, job.x, r), r.n_runs, r.n_channels, job.g.n,
-                                       job.x.n, job.shift_c + r.c, out, out + job.C)
-        else:
-            job.wide.moments_last(at(job, job.x, r), r.n_runs, r.n_channels, job.x.n, job.shift_c + r.c, out,
-                                  out + job.C)
+    cdef cbn_tile t = tile_of(job, r)
+    t.ahead = ahead
+    if job.backward and job.reduction.last:
+        job.wide.grad_moments_last(&t)
+    elif job.backward:
+        job.wide.grad_moments_first(&t)
+    elif job.reduction.last:
+        job.wide.moments_last(&t)
     else:
-        out = job.partial + item * 2
-        if job.backward:
-            job.wide.grad_moments_first(at(job, job.g, r), at(job, job.x, r), r.n_runs, r.length, job.g.n, job.x.n,
-                                        job.shift_c[r.c], out)
+        job.wide.moments_first(&t)
+
+
+cdef void reduce_item(Job *job, Py_ssize_t item, bint more) noexcept nogil:
+    cdef Rectangle r = rectangle(&job.reduction, item)
+    reduce_rectangle(job, &r, 0)
+
+
+cdef void first_values(Job *job, Py_ssize_t c, Py_ssize_t end) noexcept nogil:
+    """The shifts of some channels: a value of each, zero where it is not finite."""
+    cdef char *x = job.x.data
+    for c in range(c, end):
+        if job.itemsize == 4:
+            job.shift_c[c] = (<float *>x)[c * job.x.c]
         else:
-            job.wide.moments_first(at(job, job.x, r), r.n_runs, r.length, job.x.n, job.shift_c[r.c], out)
+            job.shift_c[c] = (<double *>x)[c * job.x.c]
+        if not isfinite(job.shift_c[c]):
+            job.shift_c[c] = 0
 
 
-cdef bint digits_are_lost(Job *job, Py_ssize_t c) noexcept nogil:
-    """Whether m2 = S(d*d) - S(d)^2/n has lost more than ten bits, as where the channel's first value lies far out.
-
-    Then the mean is the shift of a second reduction. It is the data that decides, so the bits do not depend on the
-    partition of the work; and the channel's own data, so they do not depend on its neighbours.
-    """
-    cdef double n = <double>(job.N * job.S)
-    cdef double d = job.sum_c[c] - job.shift_c[c]
-    if job.backward or not n * d * d > 1024 * job.square_c[c] or not isfinite(job.sum_c[c]):
-        return False
-    job.shift_c[c] = job.sum_c[c]
-    return True
-
-
-cdef void settle(Job *job, Py_ssize_t c) noexcept nogil:
-    """Merge a channel's partial sums, in the order of its blocks, and make its coefficients from them."""
-    cdef Py_ssize_t k
-    cdef double n = <double>(job.N * job.S)
-    cdef double s = 0, q = 0, invstd, w
-    for k in range(job.blocks):
-        if job.last:
-            s += job.partial[2 * k * job.C + c]
-            q += job.partial[(2 * k + 1) * job.C + c]
-        else:
-            s += job.partial[(c * job.blocks + k) * 2]
-            q += job.partial[(c * job.blocks + k) * 2 + 1]
+cdef void settle(Job *job, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
+    """Merge some channels' partial sums, in the order of their blocks, and make their coefficients from them."""
+    cdef Py_ssize_t c, k, C = job.reduction.C
+    cdef double n = <double>(job.reduction.N * job.reduction.S)
+    cdef double s, invstd, w
+    cdef double *sums = job.partial
+    for c in range(first, end):
+        job.sum_c[c], job.square_c[c] = 0, 0
+    for k in range(job.reduction.blocks * job.reduction.pieces):
+        for c in range(first, end):
+            job.sum_c[c] += sums[c]
+            job.square_c[c] += sums[C + c]
+        sums += 2 * C
     if job.backward:
-        job.sum_c[c], job.square_c[c] = s, q
         if job.batch_statistics:
-            # coef_c[C + c] holds invstd until here
-            invstd = job.coef_c[job.C + c]
-            w = 1 if job.weight_c == NULL else job.weight_c[c]
-            job.coef_c[job.C + c] = invstd * w
-            job.coef_c[2 * job.C + c] = s / n
-            job.coef_c[3 * job.C + c] = q / n * invstd * invstd
+            for c in range(first, end):
+                invstd = job.invstd_c[c]
+                w = 1 if job.weight_c == NULL else job.weight_c[c]
+                job.coef_c[c] = job.shift_c[c]
+                job.coef_c[C + c] = invstd * w
+                job.coef_c[2 * C + c] = job.sum_c[c] / n
+                job.coef_c[3 * C + c] = job.square_c[c] / n * invstd * invstd
         return
-    # m2 = S(d*d) - S(d)^2/n. Rounding can take it below zero; where S(d*d) overflows it is inf and not inf - inf.
-    job.sum_c[c] = job.shift_c[c] + s / n
-    job.square_c[c] = q if isfinite(s) and not isfinite(q) else q - s * (s / n)
-    if job.square_c[c] < 0:
-        job.square_c[c] = 0
-    if job.coef_c != NULL:
-        w = 1 if job.weight_c == NULL else job.weight_c[c]
-        job.coef_c[c] = job.sum_c[c]
-        job.coef_c[job.C + c] = w / sqrt(job.square_c[c] / n + job.eps)
-        job.coef_c[2 * job.C + c] = 0 if job.bias_c == NULL else job.bias_c[c]
+    for c in range(first, end):
+        # m2 = S(d*d) - S(d)^2/n. Rounding can take it below zero; where S(d*d) overflows it is inf and not inf - inf.
+        s = job.sum_c[c]
+        job.sum_c[c] = job.shift_c[c] + s / n
+        if isfinite(job.square_c[c]) or not isfinite(s):
+            job.square_c[c] -= s * (s / n)
+        if job.square_c[c] < 0:
+            job.square_c[c] = 0
+        if job.coef_c != NULL:
+            w = 1 if job.weight_c == NULL else job.weight_c[c]
+            job.coef_c[c] = job.sum_c[c]
+            job.coef_c[C + c] = w / sqrt(job.square_c[c] / n + job.eps)
+            job.coef_c[2 * C + c] = 0 if job.bias_c == NULL else job.bias_c[c]
+
+
+cdef bint digits_are_lost(Job *job, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
+    """Whether m2 = S(d*d) - S(d)^2/n of a channel has lost more than ten bits, as where its first value lies far out.
+
+    Then the mean becomes its shift, for a second reduction; where that finds the same values for the other channels,
+    which keep theirs, nothing changes. It is the channel's own data that decides, so the bits depend neither on the
+    partition of the work nor on its neighbours.
+    """
+    cdef Py_ssize_t c
+    cdef double n = <double>(job.reduction.N * job.reduction.S), d
+    cdef bint lost = False
+    if job.backward:
+        return False
+    for c in range(first, end):
+        d = job.sum_c[c] - job.shift_c[c]
+        if n * d * d > 1024 * job.square_c[c] and isfinite(job.sum_c[c]):
+            job.shift_c[c] = job.sum_c[c]
+            lost = True
+    return lost
 
 
 cdef inline bint fits_float32(double mean, double scale, double term, double slope) noexcept nogil:
@@ -514,93 +658,112 @@ cdef inline bint fits_float32(double mean, double scale, double term, double slo
 
 cdef bint needs_wide(Job *job, Py_ssize_t c) noexcept nogil:
     """Whether the channel takes float64 arithmetic. Coefficients that are not finite are so in every type."""
-    cdef double mean = job.coef_c[c], scale = job.coef_c[job.C + c], term = job.coef_c[2 * job.C + c]
-    cdef double slope = job.coef_c[3 * job.C + c] if job.backward else 0
+    cdef Py_ssize_t C = job.map.C
+    cdef double mean = job.coef_c[c], scale = job.coef_c[C + c], term = job.coef_c[2 * C + c]
+    cdef double slope = job.coef_c[3 * C + c] if job.backward else 0
     return not fits_float32(mean if isfinite(mean) else 0, scale if isfinite(scale) else 0,
                             term if isfinite(term) else 0, slope if isfinite(slope) else 0)
 
 
-cdef void map_item(Job *job, Py_ssize_t item) noexcept nogil:
+cdef void map_rectangle(Job *job, Rectangle *r, Py_ssize_t ahead) noexcept nogil:
     """apply or grad_apply of one rectangle, in pieces of neighbouring channels that take the same arithmetic."""
-    cdef Rectangle r = rectangle(job, item)
-    cdef Py_ssize_t c, end = r.c + r.n_channels
+    cdef Py_ssize_t c, C = job.map.C, end = r.c + r.n_channels
     cdef bint narrow = True, wide
     if job.all_wide:
-        map_rectangle(job, job.wide, r)
+        map_tile(job, job.wide, r, ahead)
         return
     for c in range(r.c, end):
-        narrow &= fits_float32(job.coef_c[c], job.coef_c[job.C + c], job.coef_c[2 * job.C + c],
-                               job.coef_c[3 * job.C + c] if job.backward else 0)
+        narrow &= fits_float32(job.coef_c[c], job.coef_c[C + c], job.coef_c[2 * C + c],
+                               job.coef_c[3 * C + c] if job.backward else 0)
     if narrow:
-        map_rectangle(job, job.narrow, r)
+        map_tile(job, job.narrow, r, ahead)
         return
+    r.copies = 1    # pieces of a row do not join to rows
     while r.c < end:
         wide = needs_wide(job, r.c)
         r.n_channels = 1
         while r.c + r.n_channels < end and needs_wide(job, r.c + r.n_channels) == wide:
             r.n_channels += 1
-        map_rectangle(job, job.wide if wide else job.narrow, r)
+        map_tile(job, job.wide if wide else job.narrow, r, 0)
         r.c += r.n_channels
 
 
-cdef void map_rectangle(Job *job, const cbn_loops *loops, Rectangle r) noexcept nogil:
-    cdef const double *coef_c = job.coef_c + r.c
-    if job.backward and job.last:
-        loops.grad_apply_last(at(job, job.g, r), at(job, job.x, r), at(job, job.y, r), r.n_runs, r.n_channels,
-                              job.g.n, job.x.n, job.y.n, coef_c, job.C)
+cdef void map_tile(Job *job, const cbn_loops *loops, Rectangle *r, Py_ssize_t ahead) noexcept nogil:
+    cdef cbn_tile t = tile_of(job, r)
+    t.ahead = ahead
+    if job.backward and job.map.last:
+        loops.grad_apply_last(&t)
     elif job.backward:
-        loops.grad_apply_first(at(job, job.g, r), at(job, job.x, r), at(job, job.y, r), r.n_runs, r.length,
-                               job.g.n, job.x.n, job.y.n, coef_c, job.C)
-    elif job.last:
-        loops.apply_last(at(job, job.x, r), at(job, job.y, r), r.n_runs, r.n_channels, job.x.n, job.y.n, coef_c,
-                         job.C)
+        loops.grad_apply_first(&t)
+    elif job.map.last:
+        loops.apply_last(&t)
     else:
-        loops.apply_first(at(job, job.x, r), at(job, job.y, r), r.n_runs, r.length, job.x.n, job.y.n, coef_c, job.C)
+        loops.apply_first(&t)
 
 
-cdef void whole_channel(Job *job, Py_ssize_t c) noexcept nogil:
-    """Reduce, settle and map one channel while it stays in the cache: memory is read once, not twice."""
+cdef void map_item(Job *job, Py_ssize_t item, bint more) noexcept nogil:
+    cdef Rectangle r = rectangle(&job.map, item)
+    map_rectangle(job, &r, 0)
+
+
+cdef void reduce_tile(Job *job, Py_ssize_t tile, Py_ssize_t ahead) noexcept nogil:
     cdef Py_ssize_t k
-    for k in range(job.blocks):
-        reduce_item(job, c * job.blocks + k)
-    settle(job, c)
-    if digits_are_lost(job, c):
-        for k in range(job.blocks):
-            reduce_item(job, c * job.blocks + k)
-        settle(job, c)
-    for k in range(job.blocks):
-        map_item(job, c * job.blocks + k)
+    cdef Rectangle r
+    for k in range(job.reduction.blocks * job.reduction.pieces):
+        r = rectangle(&job.reduction, item_of(&job.reduction, tile, k))
+        reduce_rectangle(job, &r, ahead)
+    settle(job, r.c, r.c + r.n_channels)
+
+
+cdef void whole_tile(Job *job, Py_ssize_t tile, bint more) noexcept nogil:
+    """Reduce, settle and map some channels while they stay in the cache: memory is read once, not twice."""
+    cdef Py_ssize_t k
+    cdef Rectangle r = rectangle(&job.reduction, item_of(&job.reduction, tile, 0))
+    cdef Py_ssize_t ahead = job.reduction.group * job.x.c if more and job.prefetch else 0
+    if not job.backward:
+        first_values(job, r.c, r.c + r.n_channels)
+    reduce_tile(job, tile, ahead)
+    if digits_are_lost(job, r.c, r.c + r.n_channels):
+        reduce_tile(job, tile, 0)
+    for k in range(job.reduction.blocks * job.reduction.pieces):
+        r = rectangle(&job.reduction, item_of(&job.reduction, tile, k))
+        map_rectangle(job, &r, ahead)
+
+
+# ---- order of the work: no result depends on it ----------------------------------------------------------------
+
+# Sizes of the caches, for one core and for all; set from the system's at import (config.py).
+cdef Py_ssize_t l2_bytes = 1 << 20
+cdef Py_ssize_t l3_bytes = 1 << 23
+cdef Py_ssize_t stream_bytes = 1 << 23    # outputs from this size on are stored past the caches
+cdef bint prefetch = True
 
 
 cdef void reduce(Job *job) noexcept nogil:
     """Statistics of all channels; those that lost digits once more, with a better shift."""
     cdef int arrays = 2 if job.backward else 1
-    cdef Py_ssize_t c, n_again = 0
-    run(reduce_item, job, job.tiles * job.blocks, arrays)
-    for c in range(job.C):
-        settle(job, c)
-        job.again[c] = digits_are_lost(job, c)
-        n_again += job.again[c]
-    if n_again == 0:
-        return
-    run(reduce_item, job, job.tiles * job.blocks, arrays)
-    for c in range(job.C):
-        if job.again[c]:
-            settle(job, c)
-
-
-cdef Py_ssize_t CACHE = 1 << 19    # bytes of one channel that stay in L2 between two passes
+    if not job.backward:
+        first_values(job, 0, job.reduction.C)
+    run(reduce_item, job, n_items(&job.reduction), arrays * job.n_bytes, False)
+    settle(job, 0, job.reduction.C)
+    if digits_are_lost(job, 0, job.reduction.C):
+        run(reduce_item, job, n_items(&job.reduction), arrays * job.n_bytes, False)
+        settle(job, 0, job.reduction.C)
 
 
 cdef void reduce_and_map(Job *job) noexcept nogil:
-    """Statistics, then the map that needs them. The order of the work is chosen here; no result depends on it."""
-    cdef int arrays = 2 if job.backward else 1
-    if not job.last and arrays * job.N * job.S * job.itemsize <= CACHE \
-            and job.C >= threads_for(arrays * job.C * job.N * job.S * job.itemsize, job.C * job.blocks):
-        run(whole_channel, job, job.C, arrays)
+    """Statistics, then the map that needs them: tile by tile where a tile stays in a cache in between."""
+    cdef Py_ssize_t arrays = 2 if job.backward else 1
+    cdef Py_ssize_t tiles = job.reduction.tiles, n_bytes = arrays * job.n_bytes, tile_bytes = n_bytes // tiles
+    cdef int threads = threads_for(n_bytes, n_items(&job.reduction))
+    if job.fused and tile_bytes <= max(l2_bytes // 2, l3_bytes // 2 // threads) \
+            and ceil_div(tiles, threads) * threads * 3 <= tiles * 4:
+        job.prefetch = prefetch and tile_bytes <= l2_bytes // 2
+        run(whole_tile, job, tiles, n_bytes, False)
         return
     reduce(job)
-    run(map_item, job, job.tiles * job.blocks, arrays + 1)
+    # Backwards: it starts with what the reduction has left in the cache
+    run(map_item, job, n_items(&job.map), n_bytes + job.n_bytes, True)
 
 
 # ---- entries ---------------------------------------------------------------------------------------------------
@@ -614,22 +777,6 @@ cdef double *doubles(cnp.ndarray a, Py_ssize_t n) except? NULL:
     return <double *>cnp.PyArray_DATA(a)
 
 
-cdef first_values(Layout layout, cnp.ndarray x):
-    """One value of each channel as float64, zero where it is not finite: the shift of the moments."""
-    cdef View v = layout.view(x)
-    cdef Py_ssize_t c
-    shift = np.empty(layout.C)
-    cdef double *shift_c = doubles(shift, layout.C)
-    for c in range(layout.C):
-        if cnp.PyArray_ITEMSIZE(x) == 4:
-            shift_c[c] = (<float *>v.data)[c * v.c]
-        else:
-            shift_c[c] = (<double *>v.data)[c * v.c]
-        if not isfinite(shift_c[c]):
-            shift_c[c] = 0
-    return shift
-
-
 def moments(Layout layout, cnp.ndarray x, cnp.ndarray y=None, cnp.ndarray weight=None, cnp.ndarray bias=None,
             double eps=0, bint wide=False):
     """(mean, m2) of every channel; with y, also y = (x - mean)/sqrt(m2/n + eps)*weight + bias.
@@ -638,15 +785,15 @@ def moments(Layout layout, cnp.ndarray x, cnp.ndarray y=None, cnp.ndarray weight
     """
     cdef Job job = make_job(layout, x, wide)
     cdef Py_ssize_t C = layout.C
-    shift, mean, m2, again = first_values(layout, x), np.empty(C), np.empty(C), np.empty(C, np.int8)
-    partial = np.empty(2 * job.blocks * C)
+    shift, mean, m2 = np.empty(C), np.empty(C), np.empty(C)
+    partial = np.empty(2 * job.reduction.blocks * job.reduction.pieces * C)
     coef = None if y is None else np.empty((3, C))
     job.shift_c, job.partial, job.coef_c = doubles(shift, C), doubles(partial, partial.size), doubles(coef, 3 * C)
-    job.sum_c, job.square_c, job.again = doubles(mean, C), doubles(m2, C), cnp.PyArray_BYTES(again)
+    job.sum_c, job.square_c = doubles(mean, C), doubles(m2, C)
     job.weight_c, job.bias_c, job.eps = doubles(weight, C), doubles(bias, C), eps
     cdef bint forward = y is not None
     if forward:
-        job.y = layout.view(y)
+        write_to(&job, layout, y)
     with nogil:
         if forward:
             reduce_and_map(&job)
@@ -659,9 +806,9 @@ def apply(Layout layout, cnp.ndarray x, cnp.ndarray y, cnp.ndarray coef, bint wi
     """y = (x - mean)*scale + offset, coef (3, C) contiguous float64: mean, scale, offset."""
     cdef Job job = make_job(layout, x, wide)
     job.coef_c = doubles(coef, 3 * layout.C)
-    job.y = layout.view(y)
+    write_to(&job, layout, y)
     with nogil:
-        run(map_item, &job, job.tiles * job.blocks, 2)
+        run(map_item, &job, n_items(&job.map), 2 * job.n_bytes, False)
 
 
 def grad_moments(Layout layout, cnp.ndarray g, cnp.ndarray x, cnp.ndarray mean, cnp.ndarray dx=None,
@@ -672,16 +819,16 @@ def grad_moments(Layout layout, cnp.ndarray g, cnp.ndarray x, cnp.ndarray mean, 
     """
     cdef Job job = make_job(layout, x, wide)
     cdef Py_ssize_t C = layout.C
-    sums, products, again = np.empty(C), np.empty(C), np.empty(C, np.int8)
-    partial = np.empty(2 * job.blocks * C)
-    coef = None if dx is None else np.stack([mean, invstd, mean, mean])   # the last two: room
+    sums, products = np.empty(C), np.empty(C)
+    partial = np.empty(2 * job.reduction.blocks * job.reduction.pieces * C)
+    coef = None if dx is None else np.empty((4, C))
     job.backward, job.batch_statistics = True, dx is not None
     job.shift_c, job.partial, job.coef_c = doubles(mean, C), doubles(partial, partial.size), doubles(coef, 4 * C)
-    job.sum_c, job.square_c, job.again = doubles(sums, C), doubles(products, C), cnp.PyArray_BYTES(again)
-    job.weight_c = doubles(weight, C)
+    job.sum_c, job.square_c = doubles(sums, C), doubles(products, C)
+    job.weight_c, job.invstd_c = doubles(weight, C), doubles(invstd, C)
     job.g = layout.view(g)
     if dx is not None:
-        job.y = layout.view(dx)
+        write_to(&job, layout, dx)
     with nogil:
         if job.batch_statistics:
             reduce_and_map(&job)
