@@ -23,32 +23,38 @@
 #define LOOP(pass) PASTE(pass, TYPE, ISA)
 #define INLINE TARGET static inline __attribute__((always_inline))
 
+/* From first_32 + 8 - n on: n lanes of ones, then zeros. */
+#if VEC_BYTES == 32
+static const int32_t first_32[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
+#endif
+static const int64_t first_64[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
+
 #define ELEM float
 #define REAL float
 #define TYPE f32
+#define SUMS
+#define ELEM_IS_DOUBLE 0
 #include "loops.h"
 
 #define ELEM float
 #define REAL double
 #define TYPE f32_wide
 #define WIDENS
-#define SUMS
+#define ELEM_IS_DOUBLE 0
 #include "loops.h"
 
 #define ELEM double
 #define REAL double
 #define TYPE f64
 #define SUMS
+#define ELEM_IS_DOUBLE 1
 #include "loops.h"
 
 #define NAMED(type, pass) PASTE(pass, type, ISA)
-/* maps: the type of the element-wise loops; sums: the type of the reductions. */
-#define LOOPS(maps, sums)                                                                  \
-    {                                                                                      \
-        NAMED(sums, moments_first), NAMED(sums, moments_last),                             \
-        NAMED(maps, apply_first), NAMED(maps, apply_last),                                 \
-        NAMED(sums, grad_moments_first), NAMED(sums, grad_moments_last),                   \
-        NAMED(maps, grad_apply_first), NAMED(maps, grad_apply_last),                       \
+#define LOOPS(type)                                                \
+    {                                                              \
+        NAMED(type, forward_first), NAMED(type, forward_last),     \
+        NAMED(type, backward_first), NAMED(type, backward_last),   \
     }
 #define TABLE_(isa) cbn_##isa
 #define TABLE(isa) TABLE_(isa)
@@ -57,7 +63,7 @@
 
 const cbn_isa TABLE(ISA) = {
     .name = STRING(ISA),
-    .f32 = LOOPS(f32, f32_wide),
-    .f32_wide = LOOPS(f32_wide, f32_wide),
-    .f64 = LOOPS(f64, f64),
+    .f32 = LOOPS(f32),
+    .f32_wide = LOOPS(f32_wide),
+    .f64 = LOOPS(f64),
 };

@@ -1,21 +1,21 @@
 /* kernels.h: the table of loops that the passes call. It declares; it computes nothing.
  *
- * One grammar names every loop:  <pass>_<layout>_<type>_<isa>
+ * One grammar names every loop:  <direction>_<layout>_<type>_<isa>
  *
- *   pass    moments        per channel: S(d), S(d*d), d = x - shift            training forward, cbn.moments
- *           apply          y = (x - mean)*scale + offset                       training and eval forward
- *           grad_moments   per channel: S(g), S(g*d), d = x - mean             backward
- *           grad_apply     dx = (g - gmean - (x - mean)*slope)*scale           backward through batch statistics
- *   layout  first          runs of contiguous elements, each of one channel: coefficients are scalars
- *           last           rows of contiguous elements, of all channels of the tile: coefficients are vectors
- *   type    f32  f64       elements and arithmetic alike
- *           f32_wide       float32 elements, float64 arithmetic
- *   isa     baseline  avx2  avx512
+ *   direction  forward   reduction: per channel S(d), S(d*d), d = x - shift
+ *                        map:       y = (x - mean)*scale + offset
+ *              backward  reduction: per channel S(g), S(g*d), d = x - mean
+ *                        map:       dx = (g - gmean - (x - mean)*slope)*scale
+ *   layout     first     runs of contiguous elements, each of one channel: coefficients are scalars
+ *              last      rows of contiguous elements, of all channels of the tile: coefficients are vectors
+ *   type       f32  f64  elements and arithmetic alike; sums are of float64
+ *              f32_wide  float32 elements, float64 arithmetic: maps alone
+ *   isa        baseline  avx2  avx512
  *
- * Every loop goes through one tile. Sizes and strides count elements. Strides may be negative or zero; a run or a row is
- * contiguous. Pointers need the alignment of their element only. Output may be the input itself, element on element.
- *
- * Sums are of float64 whatever the elements are, so f32 and f32_wide share their sums.
+ * A loop maps one tile, or reduces one, or does both at once: map some channels and reduce those that come next, so
+ * that memory is written and read at the same time. Sizes and strides count elements. Strides may be negative or zero; a
+ * run or a row is contiguous. Pointers need the alignment of their element only. Output may be the input itself, element
+ * on element.
  */
 #ifndef CBN_KERNELS_H
 #define CBN_KERNELS_H
@@ -29,30 +29,29 @@ typedef struct {
     ptrdiff_t n, c;
 } cbn_view;
 
+/* What a map goes through, or a reduction; where a loop does both, the two agree in n_runs, length and copies. */
 typedef struct {
-    cbn_view x, g, y; /* input; gradient of the output, in the backward passes; y or dx */
+    cbn_view x, g; /* input; gradient of the output, in backward */
+    cbn_view y;    /* map: y, or dx */
     ptrdiff_t n_runs, n_channels;
     /* first: elements of a run.
      * last: a row is `copies` times its channels, each `length` times in a row: element j is of channel
      * j / length % n_channels. So rows of few channels join, and short runs of many channels are a row too. */
     ptrdiff_t length, copies;
-    const double *shift_c;    /* reductions: shift, or mean */
-    double *sum_c, *square_c; /* reductions: S(d) and S(d*d), or S(g) and S(g*d) */
-    const double *coef_c;     /* maps: [0, pitch, 2*pitch, 3*pitch]: mean, scale, offset; or mean, scale, gmean, slope */
+    const double *coef_c;  /* map: [0, pitch, 2*pitch, 3*pitch]: mean, scale, offset; or mean, scale, gmean, slope */
     ptrdiff_t pitch;
-    ptrdiff_t ahead; /* from x, and from g, to what this thread reads after this tile: reductions bring every second
-                        line of it into the cache, maps the others; 0: nothing */
-    int stream;      /* maps: store past the caches */
+    int stream;            /* map: store past the caches */
+    int prefetch;          /* reduction: fetch what comes next */
+    const double *shift_c; /* reduction: shift, or mean */
+    double *sum_c, *square_c;   /* reduction: S(d) and S(d*d), or S(g) and S(g*d) */
+    cbn_view x_copy, g_copy; /* reduction: where to put what it reads; data NULL: nowhere */
 } cbn_tile;
 
-typedef void cbn_loop(const cbn_tile *tile);
+typedef void (*cbn_loop)(const cbn_tile *map, const cbn_tile *reduction); /* either may be NULL */
 
 typedef struct {
-    cbn_loop *moments_first, *moments_last;
-    cbn_loop *apply_first, *apply_last;
-    cbn_loop *grad_moments_first, *grad_moments_last;
-    cbn_loop *grad_apply_first, *grad_apply_last;
-} cbn_loops; /* the eight loops of one element type */
+    cbn_loop forward_first, forward_last, backward_first, backward_last;
+} cbn_loops; /* of one element type */
 
 typedef struct {
     const char *name;

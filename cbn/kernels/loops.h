@@ -1,42 +1,254 @@
-/* loops.h: the eight loops. A template; it opens no thread, allocates nothing and knows no Python.
+/* loops.h: the loops over runs and over rows. A template; it opens no thread, allocates nothing and knows no Python.
  *
  * Parameters, undefined again at the end:
- *   ELEM    the element in memory        float   float     double
- *   REAL    the arithmetic               float   double    double      (no other combination)
- *   TYPE    its name in the symbols      f32     f32_wide  f64
+ *   ELEM    the element in memory             float   float     double
+ *   REAL    the arithmetic of the maps        float   double    double      (no other combination)
+ *   TYPE    its name in the symbols           f32     f32_wide  f64
  *   WIDENS  defined where REAL is wider than ELEM
- *   SUMS    defined: the reductions too. They need REAL double: a float64 sum of float32 values is as good as
- *           exact, and shifted by a value of the channel it stays so whatever the mean is (below).
+ *   SUMS    defined: the reductions too, whose arithmetic is float64 whatever the elements are
  *
- * Every formula is a macro over one element, so that a vector and the scalars of a tail share its text: with
- * one expression the compiler contracts both to the same fused operations, and an element gets the same bits
- * wherever it stands in a run, however it is stored.
+ * Both directions, forward and backward, and every combination of map, reduction, kind of store and copy are one text
+ * for a layout: `backward`, `mapping`, `reducing`, `past`, `copying` are constants of an inlined body. What a vector
+ * does not fill is a part of one, so an element gets the same bits wherever it stands in a run, however it is stored.
  */
 #include "vec.h"
 
-#define UNROLL 4 /* independent accumulators: an addition takes 3 to 4 cycles, and one can start each cycle */
-#define ROWS 8   /* rows read side by side: amortizes the accumulators' trip to L1, within the prefetchers' reach */
-#define LINE 64  /* bytes that memory and caches exchange */
+#define UNROLL 4   /* independent accumulators: an addition takes 3 to 4 cycles, and one can start each cycle */
+#define PIECE 128  /* elements of a run that are mapped, then reduced: reads and writes alternate faster than they queue */
+#define AHEAD 1024 /* elements between what is fetched and what is read: runs end where hardware prefetchers give up */
+#define GROUP 32   /* channels whose accumulators wait in L1 */
+#define ROWS 8     /* rows side by side: amortize the trip of coefficients and accumulators to L1 */
+#define LINE 64    /* bytes that memory and caches exchange */
 #define LINE_ELEMS ((ptrdiff_t)(LINE / sizeof(elem)))
+#define COLUMNS (CBN_ROW_BYTES / sizeof(elem))                          /* most columns of a row */
+#define ROOM (COLUMNS + 2 * LINE_ELEMS)                                 /* and what a vector may read beyond */
 #define TO_LINE(p) ((ptrdiff_t)(-(uintptr_t)(p) % LINE / sizeof(elem))) /* elements from p to the next line */
-/* Bring lines i + LINE_ELEMS*first, and every second one from there, of the `n` elements at p + i into L2. */
-#define FETCH(p, i, n, first)                                                               \
-    for (ptrdiff_t l_ = (first)*LINE_ELEMS; l_ < (n); l_ += 2 * LINE_ELEMS)                 \
-    __builtin_prefetch((p) + (i) + l_, 0, 2)
+#define AT(v, i, j) ((elem *)(v).data + (i) * (v).n + (j) * (v).c)
+#define MIN(a, b) ((a) < (b) ? (a) : (b))
+#define MAX(a, b) ((a) > (b) ? (a) : (b))
 
-#define COLUMNS (CBN_ROW_BYTES / sizeof(elem)) /* most columns of a row */
-#define columns_of(t) ((t)->copies * (t)->n_channels * (t)->length)
+/* ---- formulas ----------------------------------------------------------------------------------------
+ *
+ * forward    y  = (x - mean)*scale + offset
+ * backward   dx = (g - gmean - (x - mean)*slope)*scale,  slope = S(g*d)*invstd^2/n, gmean = S(g)/n
+ *
+ * unfolded: x*scale + (offset - mean*scale) would lose all digits of a channel whose mean is large beside its spread.
+ * In float32 the mean is carried as two floats, high + low, since one cannot hold it: x - high is exact where x is
+ * near the mean (Sterbenz), and then low corrects the remainder. In float64 low is zero; so it is where the mean is
+ * infinite, and mean - high would be NaN. gmean has a low part too; it is a constant by the time it has been scaled,
+ * so it rides on the last multiplication: rest = -low(gmean)*scale.
+ */
+enum { LOOP(HIGH), LOOP(LOW), LOOP(SCALE), LOOP(TERM), LOOP(SLOPE), LOOP(REST), LOOP(FACTORS) };
+#define HIGH LOOP(HIGH)
+#define LOW LOOP(LOW)
+#define SCALE LOOP(SCALE)
+#define TERM LOOP(TERM) /* offset; gmean */
+#define SLOPE LOOP(SLOPE)
+#define REST LOOP(REST)
+#define FACTORS LOOP(FACTORS)
 
-/* A value of each channel as a value of each column; and back, by sums. */
-TARGET static void LOOP(spread)(const cbn_tile *t, const double *value_c, real *column)
+INLINE double LOOP(low_part)(double mean)
 {
-    for (ptrdiff_t k = 0; k < t->copies; k++)
-        for (ptrdiff_t c = 0; c < t->n_channels; c++)
-            for (ptrdiff_t i = 0; i < t->length; i++)
-                *column++ = (real)value_c[c];
+    const real high = (real)mean;
+    return high - high == 0 ? mean - high : 0;
+}
+
+/* Factor i of the formula for a channel, from its coefficients. */
+INLINE real LOOP(factor)(const double *coef_c, ptrdiff_t pitch, int i)
+{
+    switch (i) {
+    case HIGH:
+        return (real)coef_c[0];
+    case LOW:
+        return (real)LOOP(low_part)(coef_c[0]);
+    case REST:
+        return (real)(-LOOP(low_part)(coef_c[2 * pitch]) * coef_c[pitch]);
+    default:
+        return (real)coef_c[(i - SCALE + 1) * pitch];
+    }
+}
+
+INLINE vec LOOP(mapped)(vec x, vec g, const vec *f, const int backward)
+{
+    const vec d = (x - f[HIGH]) - f[LOW];
+    if (backward)
+        return ((g - f[TERM]) - d * f[SLOPE]) * f[SCALE] + f[REST];
+    return d * f[SCALE] + f[TERM];
 }
 
 #ifdef SUMS
+/* S(d) and S(d*d) of d = x - shift, from which m2 = S(d*d) - S(d)^2/n. The subtraction costs log2(S(d*d)/m2) =
+ * log2(1 + (shift - mean)^2/var) bits. The shift is a value of the channel, so that a constant one gives d = 0 and
+ * its mean exactly; where that value lies far out, the reduction is done again with the mean as shift (passes.pyx).
+ * Backward, S(g) and S(g*d). */
+INLINE void LOOP(add)(dvec *sum, dvec *square, dvec d, dvec g, const int backward)
+{
+    *sum += backward ? g : d;
+    *square += backward ? g * d : d * d;
+}
+#endif
+
+/* ---- first: runs of one channel ---------------------------------------------------------------------- */
+
+/* Elements begin to end of a run; `last`: the run ends there. From y + begin on, lines are whole. */
+INLINE void LOOP(map_piece)(const elem *x, const elem *g, elem *y, ptrdiff_t begin, ptrdiff_t end, const vec *f,
+                            const int backward, const int past)
+{
+    ptrdiff_t i = begin;
+    for (; i + UNROLL * LANES <= end; i += UNROLL * LANES) {
+        vec v[UNROLL];
+        for (int u = 0; u < UNROLL; u++)
+            v[u] = LOOP(mapped)(load(x + i + u * LANES), backward ? load(g + i + u * LANES) : f[0], f, backward);
+        for (int u = 0; u < UNROLL; u++)
+            if (past)
+                store_past(y + i + u * LANES, v[u]);
+            else
+                store(y + i + u * LANES, v[u]);
+    }
+    for (; i + LANES <= end; i += LANES)
+        store(y + i, LOOP(mapped)(load(x + i), backward ? load(g + i) : f[0], f, backward));
+    if (i < end) {
+        const ptrdiff_t n = end - i;
+        store_first(y + i, LOOP(mapped)(load_first(x + i, n), backward ? load_first(g + i, n) : f[0], f, backward), n);
+    }
+}
+
+#ifdef SUMS
+typedef struct {
+    dvec sum[UNROLL], square[UNROLL];
+} LOOP(sums);
+
+INLINE void LOOP(reduce_piece)(const elem *x, const elem *g, elem *x_copy, elem *g_copy, ptrdiff_t begin,
+                               ptrdiff_t end, dvec shift, LOOP(sums) *s, const int backward, const int copying)
+{
+    ptrdiff_t i = begin;
+    for (; i + UNROLL * DLANES <= end; i += UNROLL * DLANES)
+        for (int u = 0; u < UNROLL; u++) {
+            const ptrdiff_t at = i + u * DLANES;
+            if (copying)
+                memcpy(x_copy + at, x + at, DLANES * sizeof *x);
+            if (copying && backward)
+                memcpy(g_copy + at, g + at, DLANES * sizeof *g);
+            LOOP(add)(&s->sum[u], &s->square[u], load_d(x + at) - shift, backward ? load_d(g + at) : shift, backward);
+        }
+    for (; i < end; i += DLANES) {
+        const ptrdiff_t n = MIN(end - i, DLANES);
+        if (copying)
+            for (ptrdiff_t j = i; j < i + n; j++)
+                x_copy[j] = x[j];
+        if (copying && backward)
+            for (ptrdiff_t j = i; j < i + n; j++)
+                g_copy[j] = g[j];
+        if (n == DLANES)
+            LOOP(add)(&s->sum[0], &s->square[0], load_d(x + i) - shift, backward ? load_d(g + i) : shift, backward);
+        else
+            LOOP(add)(&s->sum[1], &s->square[1], first_lanes(load_first_d(x + i, n) - shift, n),
+                      backward ? load_first_d(g + i, n) : shift, backward);
+    }
+}
+#endif
+
+INLINE void LOOP(first)(const cbn_tile *m, const cbn_tile *r, const int backward, const int mapping,
+                        const int reducing, const int past, const int copying)
+{
+    const ptrdiff_t length = mapping ? m->length : r->length, n_runs = mapping ? m->n_runs : r->n_runs;
+    const ptrdiff_t m_channels = mapping ? m->n_channels : 0, r_channels = reducing ? r->n_channels : 0;
+    const ptrdiff_t n_channels = MAX(m_channels, r_channels), group = reducing ? GROUP : n_channels;
+    const ptrdiff_t piece = reducing ? PIECE : length;
+#ifdef SUMS
+    const ptrdiff_t ahead = reducing && r->prefetch ? AHEAD : 0;
+    LOOP(sums) sums[GROUP];
+#endif
+    for (ptrdiff_t first = 0; first < n_channels; first += group) {
+        const ptrdiff_t last = MIN(first + group, n_channels);
+#ifdef SUMS
+        if (reducing)
+            memset(sums, 0, sizeof sums);
+#endif
+        for (ptrdiff_t n = 0; n < n_runs; n++)
+            for (ptrdiff_t c = first; c < last; c++) {
+                const int maps = mapping && c < m_channels;
+                const elem *mx = NULL, *mg = NULL;
+                elem *y = NULL;
+                vec f[FACTORS] = {{0}};
+                ptrdiff_t head = 0;
+                if (maps) {
+                    mx = AT(m->x, n, c), mg = AT(m->g, n, c), y = AT(m->y, n, c);
+                    for (int i = 0; i < (backward ? FACTORS : SLOPE); i++)
+                        f[i] = splat(LOOP(factor)(m->coef_c + c, m->pitch, i));
+                    if (past) {
+                        head = MIN(TO_LINE(y), length);
+                        LOOP(map_piece)(mx, mg, y, 0, head, f, backward, 0);
+                    }
+                }
+#ifdef SUMS
+                const int reduces = reducing && c < r_channels;
+                const elem *x = NULL, *g = NULL, *x_next = NULL, *g_next = NULL;
+                elem *x_copy = NULL, *g_copy = NULL;
+                LOOP(sums) s;
+                dvec shift = {0};
+                if (reduces) {
+                    x = AT(r->x, n, c), g = AT(r->g, n, c);
+                    x_next = c + 1 < last ? AT(r->x, n, c + 1) : AT(r->x, n + 1, first);
+                    g_next = c + 1 < last ? AT(r->g, n, c + 1) : AT(r->g, n + 1, first);
+                    if (copying)
+                        x_copy = AT(r->x_copy, n, c), g_copy = AT(r->g_copy, n, c);
+                    s = sums[c - first];
+                    shift = splat_d(r->shift_c[c]);
+                }
+#endif
+                for (ptrdiff_t i = 0; i < length; i += piece) {
+                    const ptrdiff_t end = MIN(i + piece, length);
+                    if (maps)
+                        LOOP(map_piece)(mx, mg, y, MIN(head + i, length), MIN(head + i + piece, length), f, backward,
+                                        past);
+#ifdef SUMS
+                    if (reduces) {
+                        if (ahead) {
+                            const ptrdiff_t at = i + ahead < length ? i + ahead : i + ahead - length;
+                            const elem *xa = (i + ahead < length ? x : x_next) + at;
+                            const elem *ga = (i + ahead < length ? g : g_next) + at;
+                            for (ptrdiff_t l = 0; l < PIECE; l += LINE_ELEMS) {
+                                __builtin_prefetch(xa + l, 0, 2);
+                                if (backward)
+                                    __builtin_prefetch(ga + l, 0, 2);
+                            }
+                        }
+                        LOOP(reduce_piece)(x, g, x_copy, g_copy, i, end, shift, &s, backward, copying);
+                    }
+#else
+                    (void)end, (void)copying;
+#endif
+                }
+#ifdef SUMS
+                if (reduces)
+                    sums[c - first] = s;
+#endif
+            }
+#ifdef SUMS
+        for (ptrdiff_t c = first; c < MIN(last, r_channels); c++) {
+            const LOOP(sums) *s = &sums[c - first];
+            r->sum_c[c] = total((s->sum[0] + s->sum[1]) + (s->sum[2] + s->sum[3]));
+            r->square_c[c] = total((s->square[0] + s->square[1]) + (s->square[2] + s->square[3]));
+        }
+#endif
+    }
+}
+
+/* ---- last: rows of all channels ---------------------------------------------------------------------- */
+
+/* A value of each channel as a value of each column. */
+#define SPREAD(t, value_of_c, column)                             \
+    do {                                                          \
+        ptrdiff_t at_ = 0;                                        \
+        for (ptrdiff_t k_ = 0; k_ < (t)->copies; k_++)            \
+            for (ptrdiff_t c = 0; c < (t)->n_channels; c++)       \
+                for (ptrdiff_t i_ = 0; i_ < (t)->length; i_++)    \
+                    (column)[at_++] = (value_of_c);               \
+    } while (0)
+
+#ifdef SUMS
+/* The sum of each column as that of each channel. */
 TARGET static void LOOP(fold)(const cbn_tile *t, const double *column, double *sum_c)
 {
     memset(sum_c, 0, (size_t)t->n_channels * sizeof *sum_c);
@@ -47,370 +259,289 @@ TARGET static void LOOP(fold)(const cbn_tile *t, const double *column, double *s
 }
 #endif
 
-/* ---- apply -------------------------------------------------------------------------------------------
- *
- * y = (x - mean)*scale + offset, unfolded: x*scale + (offset - mean*scale) would lose all digits of a channel
- * whose mean is large beside its spread. In float32 the mean is carried as two floats, high + low, since one
- * cannot hold it: x - high is exact where x is near the mean (Sterbenz), and then low corrects the remainder.
- * In float64 low is zero; so it is where the mean is infinite, and mean - high would be NaN.
- */
-#define LOW_PART(mean, high) ((high) - (high) == 0 ? (real)((mean) - (high)) : (real)0)
-#define APPLY(x, high, low, scale, offset) ((((x) - (high)) - (low)) * (scale) + (offset))
-
-/* Body of a loop with both kinds of store; `past` is a constant, 1 for stores past the caches. */
-#define PUT(p, v, past) ((past) ? store_past((p), (v)) : store((p), (v)))
-#define BOTH_STORES(body, t)    \
-    do {                        \
-        if ((t)->stream) {      \
-            body((t), 1);       \
-            STORE_FENCE();      \
-        } else {                \
-            body((t), 0);       \
-        }                       \
-    } while (0)
-
-INLINE void LOOP(apply_first_body)(const cbn_tile *t, const int past)
+/* Columns begin to end of some rows, less than a line. */
+INLINE void LOOP(map_part)(const cbn_tile *m, ptrdiff_t n, ptrdiff_t height, ptrdiff_t begin, ptrdiff_t end,
+                           real (*factors)[ROOM], const int backward)
 {
-    for (ptrdiff_t n = 0; n < t->n_runs; n++)
-        for (ptrdiff_t c = 0; c < t->n_channels; c++) {
-            const elem *x = (const elem *)t->x.data + n * t->x.n + c * t->x.c;
-            elem *y = (elem *)t->y.data + n * t->y.n + c * t->y.c;
-            const double *coef = t->coef_c + c;
-            const real high = (real)coef[0], low = LOW_PART(coef[0], high);
-            const real scale = (real)coef[t->pitch], offset = (real)coef[2 * t->pitch];
-            const vec vhigh = splat(high), vlow = splat(low), vscale = splat(scale), voffset = splat(offset);
-            const ptrdiff_t length = t->length, head = past && TO_LINE(y) < length ? TO_LINE(y) : 0;
-            ptrdiff_t i = 0;
-            for (; i < head; i++)
-                y[i] = (elem)APPLY((real)x[i], high, low, scale, offset);
-            for (; i + UNROLL * LANES <= length; i += UNROLL * LANES) {
-                vec v[UNROLL];
-                FETCH(x + t->ahead, i, UNROLL * LANES, 1);
-                for (int u = 0; u < UNROLL; u++)
-                    v[u] = load(x + i + u * LANES);
-                for (int u = 0; u < UNROLL; u++)
-                    PUT(y + i + u * LANES, APPLY(v[u], vhigh, vlow, vscale, voffset), past);
-            }
-            for (; i + LANES <= length; i += LANES)
-                store(y + i, APPLY(load(x + i), vhigh, vlow, vscale, voffset));
-            for (; i < length; i++)
-                y[i] = (elem)APPLY((real)x[i], high, low, scale, offset);
+    for (ptrdiff_t j = begin; j < end; j += LANES) {
+        const ptrdiff_t lanes = MIN(end - j, LANES);
+        vec f[FACTORS] = {{0}};
+        for (int i = 0; i < (backward ? FACTORS : SLOPE); i++)
+            f[i] = load_real(factors[i] + j);
+        for (ptrdiff_t row = n; row < n + height; row++) {
+            const elem *x = AT(m->x, row, 0) + j, *g = AT(m->g, row, 0) + j;
+            elem *y = AT(m->y, row, 0) + j;
+            if (lanes == LANES)
+                store(y, LOOP(mapped)(load(x), backward ? load(g) : f[0], f, backward));
+            else
+                store_first(y, LOOP(mapped)(load_first(x, lanes), backward ? load_first(g, lanes) : f[0], f, backward),
+                            lanes);
         }
-}
-
-TARGET static void LOOP(apply_first)(const cbn_tile *t)
-{
-    BOTH_STORES(LOOP(apply_first_body), t);
-}
-
-INLINE void LOOP(apply_last_body)(const cbn_tile *t, const int past)
-{
-    real high[COLUMNS], low[COLUMNS], scale[COLUMNS], offset[COLUMNS];
-    double low_c[COLUMNS];
-    for (ptrdiff_t c = 0; c < t->n_channels; c++)
-        low_c[c] = LOW_PART(t->coef_c[c], (real)t->coef_c[c]);
-    LOOP(spread)(t, t->coef_c, high);
-    LOOP(spread)(t, low_c, low);
-    LOOP(spread)(t, t->coef_c + t->pitch, scale);
-    LOOP(spread)(t, t->coef_c + 2 * t->pitch, offset);
-    const ptrdiff_t columns = columns_of(t);
-    for (ptrdiff_t n = 0; n < t->n_runs; n++) {
-        const elem *x = (const elem *)t->x.data + n * t->x.n;
-        elem *y = (elem *)t->y.data + n * t->y.n;
-        const ptrdiff_t head = past && TO_LINE(y) < columns ? TO_LINE(y) : 0;
-        ptrdiff_t c = 0;
-        for (; c < head; c++)
-            y[c] = (elem)APPLY((real)x[c], high[c], low[c], scale[c], offset[c]);
-        for (; c + LANES <= columns; c += LANES) {
-            if (c & LINE_ELEMS)
-                __builtin_prefetch(x + c + t->ahead, 0, 2);
-            PUT(y + c, APPLY(load(x + c), load_real(high + c), load_real(low + c), load_real(scale + c),
-                             load_real(offset + c)), past);
-        }
-        for (; c < columns; c++)
-            y[c] = (elem)APPLY((real)x[c], high[c], low[c], scale[c], offset[c]);
     }
 }
 
-TARGET static void LOOP(apply_last)(const cbn_tile *t)
+/* One line of columns of some rows. */
+INLINE void LOOP(map_line)(const cbn_tile *m, ptrdiff_t n, ptrdiff_t height, ptrdiff_t j,
+                           real (*factors)[ROOM], const int backward, const int past)
 {
-    BOTH_STORES(LOOP(apply_last_body), t);
-}
-
-/* ---- grad_apply --------------------------------------------------------------------------------------
- *
- * dx = (g - gmean - d*slope)*scale,  d = x - mean, slope = S(g*d)*invstd^2/n, gmean = S(g)/n
- *
- * with both means carried as two floats. The low part of gmean is a constant by the time it has been scaled, so
- * it rides on the last multiplication: rest = -low(gmean)*scale.
- */
-#define GRAD_APPLY(g, x, high, low, scale, gmean, slope, rest) \
-    ((((g) - (gmean)) - (((x) - (high)) - (low)) * (slope)) * (scale) + (rest))
-
-INLINE void LOOP(grad_apply_first_body)(const cbn_tile *t, const int past)
-{
-    for (ptrdiff_t n = 0; n < t->n_runs; n++)
-        for (ptrdiff_t c = 0; c < t->n_channels; c++) {
-            const elem *x = (const elem *)t->x.data + n * t->x.n + c * t->x.c;
-            const elem *g = (const elem *)t->g.data + n * t->g.n + c * t->g.c;
-            elem *dx = (elem *)t->y.data + n * t->y.n + c * t->y.c;
-            const double *coef = t->coef_c + c;
-            const real high = (real)coef[0], low = LOW_PART(coef[0], high);
-            const real scale = (real)coef[t->pitch], gmean = (real)coef[2 * t->pitch];
-            const real slope = (real)coef[3 * t->pitch];
-            const real rest = (real)(-LOW_PART(coef[2 * t->pitch], gmean) * coef[t->pitch]);
-            const vec vhigh = splat(high), vlow = splat(low), vscale = splat(scale), vgmean = splat(gmean);
-            const vec vslope = splat(slope), vrest = splat(rest);
-            const ptrdiff_t length = t->length, head = past && TO_LINE(dx) < length ? TO_LINE(dx) : 0;
-            ptrdiff_t i = 0;
-            for (; i < head; i++)
-                dx[i] = (elem)GRAD_APPLY((real)g[i], (real)x[i], high, low, scale, gmean, slope, rest);
-            for (; i + UNROLL * LANES <= length; i += UNROLL * LANES) {
-                vec v[UNROLL];
-                FETCH(x + t->ahead, i, UNROLL * LANES, 1);
-                FETCH(g + t->ahead, i, UNROLL * LANES, 1);
-                for (int u = 0; u < UNROLL; u++)
-                    v[u] = GRAD_APPLY(load(g + i + u * LANES), load(x + i + u * LANES), vhigh, vlow, vscale,
-                                      vgmean, vslope, vrest);
-                for (int u = 0; u < UNROLL; u++)
-                    PUT(dx + i + u * LANES, v[u], past);
-            }
-            for (; i + LANES <= length; i += LANES)
-                store(dx + i,
-                      GRAD_APPLY(load(g + i), load(x + i), vhigh, vlow, vscale, vgmean, vslope, vrest));
-            for (; i < length; i++)
-                dx[i] = (elem)GRAD_APPLY((real)g[i], (real)x[i], high, low, scale, gmean, slope, rest);
+    vec f[LINE_ELEMS / LANES][FACTORS] = {{{0}}};
+    for (int v = 0; v < LINE_ELEMS / LANES; v++)
+        for (int i = 0; i < (backward ? FACTORS : SLOPE); i++)
+            f[v][i] = load_real(factors[i] + j + v * LANES);
+    for (ptrdiff_t row = n; row < n + height; row++) {
+        const elem *x = AT(m->x, row, 0) + j, *g = AT(m->g, row, 0) + j;
+        elem *y = AT(m->y, row, 0) + j;
+        for (int v = 0; v < LINE_ELEMS / LANES; v++) {
+            const vec out = LOOP(mapped)(load(x + v * LANES), backward ? load(g + v * LANES) : f[v][0], f[v], backward);
+            if (past)
+                store_past(y + v * LANES, out);
+            else
+                store(y + v * LANES, out);
         }
-}
-
-TARGET static void LOOP(grad_apply_first)(const cbn_tile *t)
-{
-    BOTH_STORES(LOOP(grad_apply_first_body), t);
-}
-
-INLINE void LOOP(grad_apply_last_body)(const cbn_tile *t, const int past)
-{
-    real high[COLUMNS], low[COLUMNS], scale[COLUMNS];
-    real gmean[COLUMNS], slope[COLUMNS], rest[COLUMNS];
-    double low_c[COLUMNS], rest_c[COLUMNS];
-    const double *scale_c = t->coef_c + t->pitch, *gmean_c = scale_c + t->pitch;
-    for (ptrdiff_t c = 0; c < t->n_channels; c++) {
-        low_c[c] = LOW_PART(t->coef_c[c], (real)t->coef_c[c]);
-        rest_c[c] = -LOW_PART(gmean_c[c], (real)gmean_c[c]) * scale_c[c];
     }
-    LOOP(spread)(t, t->coef_c, high);
-    LOOP(spread)(t, low_c, low);
-    LOOP(spread)(t, scale_c, scale);
-    LOOP(spread)(t, gmean_c, gmean);
-    LOOP(spread)(t, gmean_c + t->pitch, slope);
-    LOOP(spread)(t, rest_c, rest);
-    const ptrdiff_t columns = columns_of(t);
-    for (ptrdiff_t n = 0; n < t->n_runs; n++) {
-        const elem *x = (const elem *)t->x.data + n * t->x.n;
-        const elem *g = (const elem *)t->g.data + n * t->g.n;
-        elem *dx = (elem *)t->y.data + n * t->y.n;
-        const ptrdiff_t head = past && TO_LINE(dx) < columns ? TO_LINE(dx) : 0;
-        ptrdiff_t c = 0;
-        for (; c < head; c++)
-            dx[c] = (elem)GRAD_APPLY((real)g[c], (real)x[c], high[c], low[c], scale[c], gmean[c], slope[c], rest[c]);
-        for (; c + LANES <= columns; c += LANES) {
-            if (c & LINE_ELEMS) {
-                __builtin_prefetch(x + c + t->ahead, 0, 2);
-                __builtin_prefetch(g + c + t->ahead, 0, 2);
-            }
-            PUT(dx + c, GRAD_APPLY(load(g + c), load(x + c), load_real(high + c), load_real(low + c),
-                                   load_real(scale + c), load_real(gmean + c), load_real(slope + c),
-                                   load_real(rest + c)), past);
-        }
-        for (; c < columns; c++)
-            dx[c] = (elem)GRAD_APPLY((real)g[c], (real)x[c], high[c], low[c], scale[c], gmean[c], slope[c], rest[c]);
-    }
-}
-
-TARGET static void LOOP(grad_apply_last)(const cbn_tile *t)
-{
-    BOTH_STORES(LOOP(grad_apply_last_body), t);
 }
 
 #ifdef SUMS
-/* ---- moments -----------------------------------------------------------------------------------------
- *
- * S(d) and S(d*d) of d = x - shift, from which m2 = S(d*d) - S(d)^2/n. The subtraction costs log2(S(d*d)/m2) =
- * log2(1 + (shift - mean)^2/var) bits. The shift is a value of the channel, so that a constant one gives d = 0 and
- * its mean exactly; where that value lies far out, the pass is done again with the mean as shift (passes.pyx).
- */
-#define ADD_MOMENTS(sum, square, d) \
-    do {                            \
-        __typeof__(sum) d_ = (d);   \
-        (sum) += d_;                \
-        (square) += d_ * d_;        \
-    } while (0)
-
-TARGET static void LOOP(moments_first)(const cbn_tile *t)
+INLINE void LOOP(reduce_line)(const cbn_tile *r, ptrdiff_t n, ptrdiff_t height, ptrdiff_t j, ptrdiff_t ahead_x,
+                              ptrdiff_t ahead_g, const double *shift, double *sum, double *square,
+                              const int backward, const int copying)
 {
-    for (ptrdiff_t c = 0; c < t->n_channels; c++) {
-        const real shift = t->shift_c[c];
-        const vec vshift = splat(shift);
-        const ptrdiff_t length = t->length;
-        vec sum[UNROLL] = {{0}}, square[UNROLL] = {{0}};
-        real tail_sum = 0, tail_square = 0;
-        for (ptrdiff_t n = 0; n < t->n_runs; n++) {
-            const elem *x = (const elem *)t->x.data + n * t->x.n + c * t->x.c;
-            ptrdiff_t i = 0;
-            for (; i + UNROLL * LANES <= length; i += UNROLL * LANES) {
-                FETCH(x + t->ahead, i, UNROLL * LANES, 0);
-                for (int u = 0; u < UNROLL; u++)
-                    ADD_MOMENTS(sum[u], square[u], load(x + i + u * LANES) - vshift);
+    dvec shift_[LINE_ELEMS / DLANES], sum_[LINE_ELEMS / DLANES], square_[LINE_ELEMS / DLANES];
+    for (int v = 0; v < LINE_ELEMS / DLANES; v++) {
+        shift_[v] = load_double(shift + j + v * DLANES);
+        sum_[v] = load_double(sum + j + v * DLANES);
+        square_[v] = load_double(square + j + v * DLANES);
+    }
+    for (ptrdiff_t row = n; row < n + height; row++) {
+        const elem *x = AT(r->x, row, 0) + j, *g = AT(r->g, row, 0) + j;
+        __builtin_prefetch(x + ahead_x, 0, 2);
+        if (backward)
+            __builtin_prefetch(g + ahead_g, 0, 2);
+        if (copying)
+            memcpy(AT(r->x_copy, row, 0) + j, x, LINE);
+        if (copying && backward)
+            memcpy(AT(r->g_copy, row, 0) + j, g, LINE);
+        for (int v = 0; v < LINE_ELEMS / DLANES; v++)
+            LOOP(add)(&sum_[v], &square_[v], load_d(x + v * DLANES) - shift_[v],
+                      backward ? load_d(g + v * DLANES) : shift_[v], backward);
+    }
+    for (int v = 0; v < LINE_ELEMS / DLANES; v++) {
+        store_double(sum + j + v * DLANES, sum_[v]);
+        store_double(square + j + v * DLANES, square_[v]);
+    }
+}
+
+/* Columns begin to end, less than a line; what lies beyond the end in shift, sum and square is room. */
+INLINE void LOOP(reduce_part)(const cbn_tile *r, ptrdiff_t n, ptrdiff_t height, ptrdiff_t begin, ptrdiff_t end,
+                              const double *shift, double *sum, double *square, const int backward,
+                              const int copying)
+{
+    for (ptrdiff_t j = begin; j < end; j += DLANES) {
+        const ptrdiff_t lanes = MIN(end - j, DLANES);
+        dvec sum_ = load_double(sum + j), square_ = load_double(square + j);
+        for (ptrdiff_t row = n; row < n + height; row++) {
+            const elem *x = AT(r->x, row, 0) + j, *g = AT(r->g, row, 0) + j;
+            for (ptrdiff_t i = 0; copying && i < lanes; i++) {
+                (AT(r->x_copy, row, 0) + j)[i] = x[i];
+                if (backward)
+                    (AT(r->g_copy, row, 0) + j)[i] = g[i];
             }
-            for (; i + LANES <= length; i += LANES)
-                ADD_MOMENTS(sum[0], square[0], load(x + i) - vshift);
-            if (i < length && length >= LANES)
-                ADD_MOMENTS(sum[1], square[1], last_lanes(load(x + length - LANES) - vshift, length - i));
-            else
-                for (; i < length; i++)
-                    ADD_MOMENTS(tail_sum, tail_square, (real)x[i] - shift);
+            LOOP(add)(&sum_, &square_, (lanes == DLANES ? load_d(x) : load_first_d(x, lanes)) - load_double(shift + j),
+                      backward ? lanes == DLANES ? load_d(g) : load_first_d(g, lanes) : sum_, backward);
         }
-        t->sum_c[c] = total((sum[0] + sum[1]) + (sum[2] + sum[3])) + tail_sum;
-        t->square_c[c] = total((square[0] + square[1]) + (square[2] + square[3])) + tail_square;
+        store_double(sum + j, sum_);
+        store_double(square + j, square_);
     }
 }
-
-TARGET static void LOOP(moments_last)(const cbn_tile *t)
-{
-    real shift[COLUMNS], sum[COLUMNS], square[COLUMNS];
-    const ptrdiff_t columns = columns_of(t);
-    LOOP(spread)(t, t->shift_c, shift);
-    memset(sum, 0, (size_t)columns * sizeof *sum);
-    memset(square, 0, (size_t)columns * sizeof *square);
-    for (ptrdiff_t n = 0; n < t->n_runs; n += ROWS) {
-        const elem *x = (const elem *)t->x.data + n * t->x.n;
-        const ptrdiff_t height = t->n_runs - n < ROWS ? t->n_runs - n : ROWS;
-        ptrdiff_t c = 0;
-        for (; c + LANES <= columns; c += LANES) {
-            const vec vshift = load_real(shift + c);
-            vec vsum = load_real(sum + c), vsquare = load_real(square + c);
-            if (c % (2 * LINE_ELEMS) == 0)
-                for (ptrdiff_t r = 0; r < height; r++)
-                    __builtin_prefetch(x + r * t->x.n + c + t->ahead, 0, 2);
-            for (ptrdiff_t r = 0; r < height; r++)
-                ADD_MOMENTS(vsum, vsquare, load(x + r * t->x.n + c) - vshift);
-            store_real(sum + c, vsum);
-            store_real(square + c, vsquare);
-        }
-        for (; c < columns; c++)
-            for (ptrdiff_t r = 0; r < height; r++)
-                ADD_MOMENTS(sum[c], square[c], (real)x[r * t->x.n + c] - shift[c]);
-    }
-    LOOP(fold)(t, sum, t->sum_c);
-    LOOP(fold)(t, square, t->square_c);
-}
-
-/* ---- grad_moments ------------------------------------------------------------------------------------ */
-#define ADD_GRAD_MOMENTS(sum, product, g, d) \
-    do {                                     \
-        __typeof__(sum) g_ = (g);            \
-        (sum) += g_;                         \
-        (product) += g_ * (d);               \
-    } while (0)
-
-TARGET static void LOOP(grad_moments_first)(const cbn_tile *t)
-{
-    for (ptrdiff_t c = 0; c < t->n_channels; c++) {
-        const real mean = t->shift_c[c];
-        const vec vmean = splat(mean);
-        const ptrdiff_t length = t->length;
-        vec sum[UNROLL] = {{0}}, product[UNROLL] = {{0}};
-        real tail_sum = 0, tail_product = 0;
-        for (ptrdiff_t n = 0; n < t->n_runs; n++) {
-            const elem *x = (const elem *)t->x.data + n * t->x.n + c * t->x.c;
-            const elem *g = (const elem *)t->g.data + n * t->g.n + c * t->g.c;
-            ptrdiff_t i = 0;
-            for (; i + UNROLL * LANES <= length; i += UNROLL * LANES) {
-                FETCH(x + t->ahead, i, UNROLL * LANES, 0);
-                FETCH(g + t->ahead, i, UNROLL * LANES, 0);
-                for (int u = 0; u < UNROLL; u++)
-                    ADD_GRAD_MOMENTS(sum[u], product[u], load(g + i + u * LANES), load(x + i + u * LANES) - vmean);
-            }
-            for (; i + LANES <= length; i += LANES)
-                ADD_GRAD_MOMENTS(sum[0], product[0], load(g + i), load(x + i) - vmean);
-            if (i < length && length >= LANES) {
-                const ptrdiff_t n_last = length - i, last = length - LANES;
-                ADD_GRAD_MOMENTS(sum[1], product[1], last_lanes(load(g + last), n_last),
-                                 last_lanes(load(x + last) - vmean, n_last));
-            } else
-                for (; i < length; i++)
-                    ADD_GRAD_MOMENTS(tail_sum, tail_product, (real)g[i], (real)x[i] - mean);
-        }
-        t->sum_c[c] = total((sum[0] + sum[1]) + (sum[2] + sum[3])) + tail_sum;
-        t->square_c[c] = total((product[0] + product[1]) + (product[2] + product[3])) + tail_product;
-    }
-}
-
-TARGET static void LOOP(grad_moments_last)(const cbn_tile *t)
-{
-    real mean[COLUMNS], sum[COLUMNS], product[COLUMNS];
-    const ptrdiff_t columns = columns_of(t);
-    LOOP(spread)(t, t->shift_c, mean);
-    memset(sum, 0, (size_t)columns * sizeof *sum);
-    memset(product, 0, (size_t)columns * sizeof *product);
-    for (ptrdiff_t n = 0; n < t->n_runs; n += ROWS) {
-        const elem *x = (const elem *)t->x.data + n * t->x.n;
-        const elem *g = (const elem *)t->g.data + n * t->g.n;
-        const ptrdiff_t height = t->n_runs - n < ROWS ? t->n_runs - n : ROWS;
-        ptrdiff_t c = 0;
-        for (; c + LANES <= columns; c += LANES) {
-            const vec vmean = load_real(mean + c);
-            vec vsum = load_real(sum + c), vproduct = load_real(product + c);
-            if (c % (2 * LINE_ELEMS) == 0)
-                for (ptrdiff_t r = 0; r < height; r++) {
-                    __builtin_prefetch(x + r * t->x.n + c + t->ahead, 0, 2);
-                    __builtin_prefetch(g + r * t->g.n + c + t->ahead, 0, 2);
-                }
-            for (ptrdiff_t r = 0; r < height; r++)
-                ADD_GRAD_MOMENTS(vsum, vproduct, load(g + r * t->g.n + c), load(x + r * t->x.n + c) - vmean);
-            store_real(sum + c, vsum);
-            store_real(product + c, vproduct);
-        }
-        for (; c < columns; c++)
-            for (ptrdiff_t r = 0; r < height; r++)
-                ADD_GRAD_MOMENTS(sum[c], product[c], (real)g[r * t->g.n + c], (real)x[r * t->x.n + c] - mean[c]);
-    }
-    LOOP(fold)(t, sum, t->sum_c);
-    LOOP(fold)(t, product, t->square_c);
-}
-#undef ADD_MOMENTS
-#undef ADD_GRAD_MOMENTS
 #endif
 
-#undef LOW_PART
-#undef APPLY
-#undef GRAD_APPLY
-#undef PUT
-#undef BOTH_STORES
+INLINE void LOOP(last)(const cbn_tile *m, const cbn_tile *r, const int backward, const int mapping,
+                       const int reducing, const int past, const int copying, const ptrdiff_t rows)
+{
+    (void)reducing, (void)copying;
+    real room[FACTORS][ROOM] __attribute__((aligned(LINE)));
+    const ptrdiff_t n_runs = mapping ? m->n_runs : r->n_runs;
+    const ptrdiff_t m_columns = mapping ? m->copies * m->n_channels * m->length : 0;
+    ptrdiff_t head = past ? MIN(TO_LINE(m->y.data), m_columns) : 0;
+    /* Where a line of y begins, a vector of factors is aligned too. */
+    real(*factors)[ROOM] = (void *)(room[0] + (LINE_ELEMS - head) % LINE_ELEMS);
+    ptrdiff_t columns = m_columns;
+    if (mapping)
+        for (int i = 0; i < (backward ? FACTORS : SLOPE); i++)
+            SPREAD(m, LOOP(factor)(m->coef_c + c, m->pitch, i), factors[i]);
+#ifdef SUMS
+    double shift[COLUMNS] __attribute__((aligned(LINE))), sum[COLUMNS] __attribute__((aligned(LINE)));
+    double square[COLUMNS] __attribute__((aligned(LINE)));
+    const ptrdiff_t r_columns = reducing ? r->copies * r->n_channels * r->length : 0;
+    if (reducing) {
+        columns = MAX(columns, r_columns);
+        SPREAD(r, r->shift_c[c], shift);
+        memset(shift + r_columns, 0, (size_t)(-r_columns & (DLANES - 1)) * sizeof *shift);
+        memset(sum, 0, (size_t)(r_columns + DLANES - 1) / DLANES * DLANES * sizeof *sum);
+        memset(square, 0, (size_t)(r_columns + DLANES - 1) / DLANES * DLANES * sizeof *square);
+    }
+#endif
+    for (ptrdiff_t n = 0; n < n_runs; n += rows) {
+        const ptrdiff_t height = MIN(rows, n_runs - n);
+        if (past && rows == 1)
+            head = MIN(TO_LINE(AT(m->y, n, 0)), m_columns);
+        if (past)
+            LOOP(map_part)(m, n, height, 0, head, factors, backward);
+#ifdef SUMS
+        /* Rows to come: of this tile, or the first of the next one. */
+        ptrdiff_t ahead_x = 0, ahead_g = 0;
+        if (reducing && r->prefetch) {
+            const ptrdiff_t down = n + ROWS < n_runs ? ROWS : ROWS - n_runs, right = down == ROWS ? 0 : r_columns;
+            ahead_x = down * r->x.n + right;
+            ahead_g = down * r->g.n + right;
+        }
+#endif
+        for (ptrdiff_t j = 0; j < columns; j += LINE_ELEMS) {
+            if (mapping && head + j + LINE_ELEMS <= m_columns)
+                LOOP(map_line)(m, n, height, head + j, factors, backward, past);
+            else if (mapping && head + j < m_columns)
+                LOOP(map_part)(m, n, height, head + j, m_columns, factors, backward);
+#ifdef SUMS
+            if (reducing && j + LINE_ELEMS <= r_columns)
+                LOOP(reduce_line)(r, n, height, j, ahead_x, ahead_g, shift, sum, square, backward, copying);
+            else if (reducing && j < r_columns)
+                LOOP(reduce_part)(r, n, height, j, r_columns, shift, sum, square, backward, copying);
+#endif
+        }
+    }
+#ifdef SUMS
+    if (reducing) {
+        LOOP(fold)(r, sum, r->sum_c);
+        LOOP(fold)(r, square, r->square_c);
+    }
+#endif
+}
+
+/* ---- entries: the constants of the bodies ------------------------------------------------------------ */
+
+INLINE void LOOP(any_first)(const cbn_tile *m, const cbn_tile *r, const int backward)
+{
+    const int past = m && m->stream;
+#ifdef SUMS
+    if (m && r) {
+        if (past)
+            LOOP(first)(m, r, backward, 1, 1, 1, 1);
+        else
+            LOOP(first)(m, r, backward, 1, 1, 0, 1);
+    } else if (r && r->x_copy.data)
+        LOOP(first)(m, r, backward, 0, 1, 0, 1);
+    else if (r)
+        LOOP(first)(m, r, backward, 0, 1, 0, 0);
+    else
+#endif
+    if (past)
+        LOOP(first)(m, r, backward, 1, 0, 1, 0);
+    else
+        LOOP(first)(m, r, backward, 1, 0, 0, 0);
+    if (past)
+        STORE_FENCE();
+}
+
+INLINE void LOOP(any_last)(const cbn_tile *m, const cbn_tile *r, const int backward)
+{
+    const int past = m && m->stream;
+    const int together = !past || m->y.n * (ptrdiff_t)sizeof(elem) % LINE == 0; /* rows begin alike in their lines */
+#ifdef SUMS
+    if (m && r && together) {
+        if (past)
+            LOOP(last)(m, r, backward, 1, 1, 1, 1, ROWS);
+        else
+            LOOP(last)(m, r, backward, 1, 1, 0, 1, ROWS);
+        if (past)
+            STORE_FENCE();
+        return;
+    }
+#endif
+    if (m) {
+        if (!together)
+            LOOP(last)(m, r, backward, 1, 0, 1, 0, 1);
+        else if (past)
+            LOOP(last)(m, r, backward, 1, 0, 1, 0, ROWS);
+        else
+            LOOP(last)(m, r, backward, 1, 0, 0, 0, ROWS);
+        if (past)
+            STORE_FENCE();
+    }
+#ifdef SUMS
+    if (r && r->x_copy.data)
+        LOOP(last)(m, r, backward, 0, 1, 0, 1, ROWS);
+    else if (r)
+        LOOP(last)(m, r, backward, 0, 1, 0, 0, ROWS);
+#endif
+}
+
+TARGET static void LOOP(forward_first)(const cbn_tile *m, const cbn_tile *r)
+{
+    LOOP(any_first)(m, r, 0);
+}
+
+TARGET static void LOOP(forward_last)(const cbn_tile *m, const cbn_tile *r)
+{
+    LOOP(any_last)(m, r, 0);
+}
+
+TARGET static void LOOP(backward_first)(const cbn_tile *m, const cbn_tile *r)
+{
+    LOOP(any_first)(m, r, 1);
+}
+
+TARGET static void LOOP(backward_last)(const cbn_tile *m, const cbn_tile *r)
+{
+    LOOP(any_last)(m, r, 1);
+}
+
 #undef UNROLL
+#undef PIECE
+#undef AHEAD
+#undef GROUP
 #undef ROWS
 #undef LINE
 #undef LINE_ELEMS
-#undef TO_LINE
-#undef FETCH
 #undef COLUMNS
-#undef columns_of
+#undef ROOM
+#undef TO_LINE
+#undef AT
+#undef MIN
+#undef MAX
+#undef HIGH
+#undef LOW
+#undef SCALE
+#undef TERM
+#undef SLOPE
+#undef REST
+#undef FACTORS
+#undef SPREAD
+#undef elem
+#undef real
+#undef vec
+#undef packed
+#undef unpack
+#undef pack
+#undef load
+#undef load_first
+#undef store
+#undef store_first
+#undef store_past
+#undef load_real
+#undef splat
+#undef LANES
+#undef dvec
+#undef load_d
+#undef load_first_d
+#undef load_double
+#undef store_double
+#undef splat_d
+#undef first_lanes
+#undef total
+#undef DLANES
 #undef ELEM
 #undef REAL
 #undef TYPE
 #undef SUMS
 #undef WIDENS
-#undef elem
-#undef real
-#undef vec
-#undef packed
-#undef load
-#undef load_real
-#undef convert
-#undef store
-#undef store_past
-#undef store_real
-#undef splat
-#undef last_lanes
-#undef total
-#undef LANES
+#undef ELEM_IS_DOUBLE

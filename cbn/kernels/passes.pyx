@@ -22,17 +22,16 @@ cdef extern from "kernels.h" nogil:
     ctypedef struct cbn_tile:
         cbn_view x, g, y
         Py_ssize_t n_runs, n_channels, length, copies
+        const double *coef_c
+        Py_ssize_t pitch
+        bint stream, prefetch
         const double *shift_c
         double *sum_c
         double *square_c
-        const double *coef_c
-        Py_ssize_t pitch
-        Py_ssize_t ahead
-        bint stream
-    ctypedef void (*cbn_loop)(const cbn_tile *tile) noexcept nogil
+        cbn_view x_copy, g_copy
+    ctypedef void (*cbn_loop)(const cbn_tile *map, const cbn_tile *reduction) noexcept nogil
     ctypedef struct cbn_loops:
-        cbn_loop moments_first, moments_last, apply_first, apply_last
-        cbn_loop grad_moments_first, grad_moments_last, grad_apply_first, grad_apply_last
+        cbn_loop forward_first, forward_last, backward_first, backward_last
     ctypedef struct cbn_isa:
         const char *name
         cbn_loops f32, f32_wide, f64
@@ -338,6 +337,7 @@ cdef enum:
     SHORT_RUN_ROWS = 8    # so many of them
     MIN_ROWS = 64         # rows of one item: fewer, and the partial sums are a traffic of their own
     ROW_ITEMS = 256       # items that suffice for any number of threads
+    LONG_RUN = 12500      # elements
     LINE = 64             # bytes
 
 cdef struct Grid:
@@ -450,12 +450,14 @@ cdef struct Job:
     bint backward               # reductions of g and x, not of x alone
     bint batch_statistics       # backward through them
     bint stream                 # the map stores past the caches
-    bint fused                  # reduction and map go through the same items
+    bint fused                  # reduction and map go through the same tiles, as a pipeline
     Py_ssize_t itemsize
     Py_ssize_t n_bytes          # of one array
     Grid reduction, map
     cbn_view x, y, g            # y is dx in backward
-    bint prefetch               # what comes next is brought into the cache
+    int threads                 # of the pipeline,
+    char *copy                  # a copy of a tile for each of them,
+    Py_ssize_t copy_bytes       # of this size
     double eps
     double *weight_c            # C, or NULL: ones
     double *bias_c              # C, or NULL: zeros
@@ -467,7 +469,7 @@ cdef struct Job:
     double *coef_c              # (4, C): see kernels.h
 
 
-ctypedef void (*Work)(Job *job, Py_ssize_t item, bint more) noexcept nogil
+ctypedef void (*Work)(Job *job, Py_ssize_t begin, Py_ssize_t end, int thread) noexcept nogil
 
 
 cdef bint row_follows_row(Layout layout, cbn_view v) noexcept nogil:
@@ -484,7 +486,8 @@ cdef Job make_job(Layout layout, cnp.ndarray x, bint wide):
     job.itemsize = cnp.PyArray_ITEMSIZE(x)
     job.n_bytes = layout.C * layout.N * layout.S * job.itemsize
     job.all_wide = wide or job.itemsize == 8
-    job.backward = job.batch_statistics = job.stream = job.fused = job.prefetch = False
+    job.backward = job.batch_statistics = job.stream = job.fused = False
+    job.copy = NULL
     job.x = job.y = job.g = layout.view(x)
     job.weight_c = job.bias_c = job.shift_c = job.partial = job.sum_c = NULL
     job.square_c = job.invstd_c = job.coef_c = NULL
@@ -515,28 +518,17 @@ cdef void write_to(Job *job, Layout layout, cnp.ndarray y) noexcept:
     job.stream = job.n_bytes >= stream_bytes and job.y.data != job.x.data and job.y.data != job.g.data
 
 
-cdef void run(Work work, Job *job, Py_ssize_t items, Py_ssize_t n_bytes, bint backwards) noexcept nogil:
-    """work(job, item, more) for all items: the one parallel region of the library.
-
-    n_bytes: what the items read and write. Each thread takes neighbouring items, one after the other (`more`: another
-    one follows), so that what one ends with the next can start with.
-    """
-    cdef Py_ssize_t thread
-    cdef int threads = threads_for(n_bytes, items)
+cdef void run(Work work, Job *job, Py_ssize_t items, int threads) noexcept nogil:
+    """work(job, begin, end, thread) for neighbouring items each: the one parallel region of the library."""
+    cdef int thread
     if threads == 1:
-        run_part(work, job, 0, items, backwards)
+        work(job, 0, items, 0)
     else:
         for thread in prange(threads, num_threads=threads, schedule="static", chunksize=1):
-            run_part(work, job, items * thread // threads, items * (thread + 1) // threads, backwards)
+            work(job, items * thread // threads, items * (thread + 1) // threads, thread)
 
 
-cdef void run_part(Work work, Job *job, Py_ssize_t begin, Py_ssize_t end, bint backwards) noexcept nogil:
-    cdef Py_ssize_t i
-    for i in range(begin, end):
-        work(job, begin + end - 1 - i if backwards else i, i + 1 < end)
-
-
-# ---- work on one item ------------------------------------------------------------------------------------------
+# ---- work on some items ----------------------------------------------------------------------------------------
 
 cdef inline cbn_view moved(Job *job, cbn_view v, Rectangle *r) noexcept nogil:
     v.data += (r.c * v.c + r.n * v.n + r.s) * job.itemsize
@@ -544,34 +536,143 @@ cdef inline cbn_view moved(Job *job, cbn_view v, Rectangle *r) noexcept nogil:
     return v
 
 
-cdef cbn_tile tile_of(Job *job, Rectangle *r) noexcept nogil:
+cdef inline cbn_tile tile_of(Job *job, Rectangle *r) noexcept nogil:
     cdef cbn_tile t
-    t.x, t.g, t.y = moved(job, job.x, r), moved(job, job.g, r), moved(job, job.y, r)
     t.n_runs, t.n_channels, t.length, t.copies = r.n_runs // r.copies, r.n_channels, r.length, r.copies
-    t.shift_c, t.coef_c, t.pitch = job.shift_c + r.c, job.coef_c + r.c, job.reduction.C
-    t.sum_c = job.partial + 2 * r.block * t.pitch + r.c
-    t.square_c = t.sum_c + t.pitch
-    t.ahead, t.stream = 0, job.stream
+    t.pitch = job.reduction.C
+    t.x_copy.data = t.g_copy.data = NULL
     return t
 
 
-cdef void reduce_rectangle(Job *job, Rectangle *r, Py_ssize_t ahead) noexcept nogil:
+cdef inline cbn_loop loop_of(Job *job, const cbn_loops *loops, bint last) noexcept nogil:
+    if job.backward:
+        return loops.backward_last if last else loops.backward_first
+    return loops.forward_last if last else loops.forward_first
+
+
+cdef cbn_tile tile_to_reduce(Job *job, Rectangle *r) noexcept nogil:
     """moments or grad_moments of one rectangle, into its own place among the partial sums."""
     cdef cbn_tile t = tile_of(job, r)
-    t.ahead = ahead
-    if job.backward and job.reduction.last:
-        job.wide.grad_moments_last(&t)
-    elif job.backward:
-        job.wide.grad_moments_first(&t)
-    elif job.reduction.last:
-        job.wide.moments_last(&t)
-    else:
-        job.wide.moments_first(&t)
+    t.x, t.g = moved(job, job.x, r), moved(job, job.g, r)
+    t.shift_c = job.shift_c + r.c
+    t.sum_c = job.partial + 2 * r.block * t.pitch + r.c
+    t.square_c = t.sum_c + t.pitch
+    t.prefetch = prefetch and not job.reduction.last
+    return t
 
 
-cdef void reduce_item(Job *job, Py_ssize_t item, bint more) noexcept nogil:
-    cdef Rectangle r = rectangle(&job.reduction, item)
-    reduce_rectangle(job, &r, 0)
+cdef cbn_tile tile_to_map(Job *job, Rectangle *r) noexcept nogil:
+    """apply or grad_apply of one rectangle."""
+    cdef cbn_tile t = tile_of(job, r)
+    t.x, t.g, t.y = moved(job, job.x, r), moved(job, job.g, r), moved(job, job.y, r)
+    t.coef_c = job.coef_c + r.c
+    t.stream = job.stream
+    return t
+
+
+cdef void reduce_items(Job *job, Py_ssize_t begin, Py_ssize_t end, int thread) noexcept nogil:
+    cdef Py_ssize_t item
+    cdef Rectangle r
+    cdef cbn_tile t
+    for item in range(begin, end):
+        r = rectangle(&job.reduction, item)
+        t = tile_to_reduce(job, &r)
+        loop_of(job, job.narrow, job.reduction.last)(NULL, &t)
+
+
+cdef void map_items(Job *job, Py_ssize_t begin, Py_ssize_t end, int thread) noexcept nogil:
+    """Backwards: a map starts with what the reduction before it has left in the cache."""
+    cdef Py_ssize_t item
+    cdef Rectangle r
+    cdef cbn_tile t
+    for item in range(end - 1, begin - 1, -1):
+        r = rectangle(&job.map, item)
+        t = tile_to_map(job, &r)
+        map_tile(job, &t, r.c, job.map.last)
+
+
+cdef void map_tile(Job *job, cbn_tile *t, Py_ssize_t first, bint last) noexcept nogil:
+    """Map a tile whose first channel this is: all of it, or pieces of neighbours that take the same arithmetic."""
+    cdef Py_ssize_t c = first, end = first + t.n_channels, n, width = t.n_channels * t.length
+    cdef bint wide
+    cdef cbn_tile part
+    if job.all_wide or all_fit_float32(job, first, end):
+        loop_of(job, job.wide if job.all_wide else job.narrow, last)(t, NULL)
+        return
+    while c < end:
+        wide = needs_wide(job, c)
+        n = 1
+        while c + n < end and needs_wide(job, c + n) == wide:
+            n += 1
+        part = t[0]
+        part.n_channels = n
+        part.coef_c += c - first
+        part.copies = 1
+        # A row of several copies is as many rows
+        part.n_runs *= t.copies
+        if t.copies > 1:
+            part.x.n = part.g.n = part.y.n = width
+        if last:
+            part.x.c = part.g.c = part.y.c = t.length
+        part.x.data += (c - first) * part.x.c * job.itemsize
+        part.g.data += (c - first) * part.g.c * job.itemsize
+        part.y.data += (c - first) * part.y.c * job.itemsize
+        loop_of(job, job.wide if wide else job.narrow, last)(&part, NULL)
+        c += n
+
+
+cdef void pipeline(Job *job, Py_ssize_t begin, Py_ssize_t end, int thread) noexcept nogil:
+    """Reduce and map some tiles, all channels' values of each at once: memory is read once, not twice.
+
+    While a tile is reduced its elements go into a copy that stays in the cache; from there the map takes them, while
+    the next tile is reduced and takes their place. So reading and writing of memory overlap. The copy is contiguous,
+    which the tile is not: lines that are a large power of two apart share few places of a cache.
+    """
+    cdef Py_ssize_t tile, k, blocks = job.reduction.blocks * job.reduction.pieces
+    cdef Rectangle r, before
+    cdef cbn_tile reduction, map
+    cdef cbn_view x_copy, g_copy
+    cdef bint together, narrow = True
+    cdef cbn_loop loop = loop_of(job, job.narrow, job.reduction.last)
+    x_copy.n, x_copy.c = job.reduction.group * job.reduction.S, job.reduction.S
+    x_copy.data = job.copy + thread * job.copy_bytes
+    g_copy = x_copy
+    g_copy.data += x_copy.n * job.reduction.N * job.itemsize
+    for tile in range(begin, end + 1):
+        together = begin < tile < end and narrow
+        for k in range(blocks):
+            if tile > begin:
+                before = rectangle(&job.reduction, item_of(&job.reduction, tile - 1, k))
+                map = tile_to_map(job, &before)
+                map.x, map.g = copied(job, x_copy, &before), copied(job, g_copy, &before)
+                if not together:
+                    map_tile(job, &map, before.c, job.reduction.last)
+            if tile < end:
+                r = rectangle(&job.reduction, item_of(&job.reduction, tile, k))
+                if k == 0 and not job.backward:
+                    first_values(job, r.c, r.c + r.n_channels)
+                reduction = tile_to_reduce(job, &r)
+                reduction.x_copy, reduction.g_copy = copied(job, x_copy, &r), copied(job, g_copy, &r)
+                reduction.prefetch = prefetch
+                loop(&map if together else NULL, &reduction)
+        if tile == end:
+            return
+        settle(job, r.c, r.c + r.n_channels)
+        if digits_are_lost(job, r.c, r.c + r.n_channels):
+            for k in range(blocks):
+                r = rectangle(&job.reduction, item_of(&job.reduction, tile, k))
+                reduction = tile_to_reduce(job, &r)
+                reduction.x = copied(job, x_copy, &r)
+                loop(NULL, &reduction)
+            settle(job, r.c, r.c + r.n_channels)
+        narrow = job.itemsize == 8 or (not job.all_wide and all_fit_float32(job, r.c, r.c + r.n_channels))
+
+
+cdef inline cbn_view copied(Job *job, cbn_view copy, Rectangle *r) noexcept nogil:
+    """Where a rectangle is in the copy of its tile."""
+    copy.data += (r.n * copy.n + r.s) * job.itemsize
+    copy.n *= r.copies
+    return copy
 
 
 cdef void first_values(Job *job, Py_ssize_t c, Py_ssize_t end) noexcept nogil:
@@ -665,69 +766,13 @@ cdef bint needs_wide(Job *job, Py_ssize_t c) noexcept nogil:
                             term if isfinite(term) else 0, slope if isfinite(slope) else 0)
 
 
-cdef void map_rectangle(Job *job, Rectangle *r, Py_ssize_t ahead) noexcept nogil:
-    """apply or grad_apply of one rectangle, in pieces of neighbouring channels that take the same arithmetic."""
-    cdef Py_ssize_t c, C = job.map.C, end = r.c + r.n_channels
-    cdef bint narrow = True, wide
-    if job.all_wide:
-        map_tile(job, job.wide, r, ahead)
-        return
-    for c in range(r.c, end):
-        narrow &= fits_float32(job.coef_c[c], job.coef_c[C + c], job.coef_c[2 * C + c],
-                               job.coef_c[3 * C + c] if job.backward else 0)
-    if narrow:
-        map_tile(job, job.narrow, r, ahead)
-        return
-    r.copies = 1    # pieces of a row do not join to rows
-    while r.c < end:
-        wide = needs_wide(job, r.c)
-        r.n_channels = 1
-        while r.c + r.n_channels < end and needs_wide(job, r.c + r.n_channels) == wide:
-            r.n_channels += 1
-        map_tile(job, job.wide if wide else job.narrow, r, 0)
-        r.c += r.n_channels
-
-
-cdef void map_tile(Job *job, const cbn_loops *loops, Rectangle *r, Py_ssize_t ahead) noexcept nogil:
-    cdef cbn_tile t = tile_of(job, r)
-    t.ahead = ahead
-    if job.backward and job.map.last:
-        loops.grad_apply_last(&t)
-    elif job.backward:
-        loops.grad_apply_first(&t)
-    elif job.map.last:
-        loops.apply_last(&t)
-    else:
-        loops.apply_first(&t)
-
-
-cdef void map_item(Job *job, Py_ssize_t item, bint more) noexcept nogil:
-    cdef Rectangle r = rectangle(&job.map, item)
-    map_rectangle(job, &r, 0)
-
-
-cdef void reduce_tile(Job *job, Py_ssize_t tile, Py_ssize_t ahead) noexcept nogil:
-    cdef Py_ssize_t k
-    cdef Rectangle r
-    for k in range(job.reduction.blocks * job.reduction.pieces):
-        r = rectangle(&job.reduction, item_of(&job.reduction, tile, k))
-        reduce_rectangle(job, &r, ahead)
-    settle(job, r.c, r.c + r.n_channels)
-
-
-cdef void whole_tile(Job *job, Py_ssize_t tile, bint more) noexcept nogil:
-    """Reduce, settle and map some channels while they stay in the cache: memory is read once, not twice."""
-    cdef Py_ssize_t k
-    cdef Rectangle r = rectangle(&job.reduction, item_of(&job.reduction, tile, 0))
-    cdef Py_ssize_t ahead = job.reduction.group * job.x.c if more and job.prefetch else 0
-    if not job.backward:
-        first_values(job, r.c, r.c + r.n_channels)
-    reduce_tile(job, tile, ahead)
-    if digits_are_lost(job, r.c, r.c + r.n_channels):
-        reduce_tile(job, tile, 0)
-    for k in range(job.reduction.blocks * job.reduction.pieces):
-        r = rectangle(&job.reduction, item_of(&job.reduction, tile, k))
-        map_rectangle(job, &r, ahead)
+cdef bint all_fit_float32(Job *job, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
+    cdef Py_ssize_t c, C = job.reduction.C
+    cdef bint fit = True
+    for c in range(first, end):
+        fit &= fits_float32(job.coef_c[c], job.coef_c[C + c], job.coef_c[2 * C + c],
+                            job.coef_c[3 * C + c] if job.backward else 0)
+    return fit
 
 
 # ---- order of the work: no result depends on it ----------------------------------------------------------------
@@ -741,29 +786,45 @@ cdef bint prefetch = True
 
 cdef void reduce(Job *job) noexcept nogil:
     """Statistics of all channels; those that lost digits once more, with a better shift."""
-    cdef int arrays = 2 if job.backward else 1
+    cdef int threads = threads_for(job.n_bytes * (2 if job.backward else 1), n_items(&job.reduction))
     if not job.backward:
         first_values(job, 0, job.reduction.C)
-    run(reduce_item, job, n_items(&job.reduction), arrays * job.n_bytes, False)
+    run(reduce_items, job, n_items(&job.reduction), threads)
     settle(job, 0, job.reduction.C)
     if digits_are_lost(job, 0, job.reduction.C):
-        run(reduce_item, job, n_items(&job.reduction), arrays * job.n_bytes, False)
+        run(reduce_items, job, n_items(&job.reduction), threads)
         settle(job, 0, job.reduction.C)
 
 
-cdef void reduce_and_map(Job *job) noexcept nogil:
-    """Statistics, then the map that needs them: tile by tile where a tile stays in a cache in between."""
-    cdef Py_ssize_t arrays = 2 if job.backward else 1
-    cdef Py_ssize_t tiles = job.reduction.tiles, n_bytes = arrays * job.n_bytes, tile_bytes = n_bytes // tiles
-    cdef int threads = threads_for(n_bytes, n_items(&job.reduction))
-    if job.fused and tile_bytes <= max(l2_bytes // 2, l3_bytes // 2 // threads) \
-            and ceil_div(tiles, threads) * threads * 3 <= tiles * 4:
-        job.prefetch = prefetch and tile_bytes <= l2_bytes // 2
-        run(whole_tile, job, tiles, n_bytes, False)
+cdef void plan(Job *job) noexcept nogil:
+    """Whether reduction and map go through tiles of whole channels, one after the other, and how large these are.
+
+    They do where two tiles or more are left to each thread, the array does not stay in the cache anyway, and a tile
+    does: in half of a core's L2, or of its share of L3. Runs are joined to longer ones of several channels, for the
+    prefetchers of the hardware, as far as that allows.
+    """
+    cdef Grid *g = &job.reduction
+    cdef Py_ssize_t arrays = 2 if job.backward else 1, n_bytes = arrays * job.n_bytes, channel_bytes = n_bytes // g.C
+    cdef int threads = threads_for(n_bytes, g.tiles)
+    cdef Py_ssize_t cache = max(l2_bytes // 2, l3_bytes // 4 // threads)
+    job.threads = threads
+    job.fused = job.fused and n_bytes > l2_bytes and g.group * channel_bytes <= cache
+    if not job.fused:
         return
-    reduce(job)
-    # Backwards: it starts with what the reduction has left in the cache
-    run(map_item, job, n_items(&job.map), n_bytes + job.n_bytes, True)
+    if not g.last:
+        g.group = min(ceil_div(LONG_RUN, g.S), cache // channel_bytes, max(1, g.C // (8 * threads)))
+        g.tiles = ceil_div(g.C, g.group)
+    job.fused = g.tiles >= 2 * threads
+    job.copy_bytes = ceil_div(g.group * channel_bytes, LINE) * LINE
+
+
+cdef void reduce_and_map(Job *job) noexcept nogil:
+    """Statistics, then the map that needs them."""
+    if job.fused:
+        run(pipeline, job, job.reduction.tiles, job.threads)
+    else:
+        reduce(job)
+        run(map_items, job, n_items(&job.map), threads_for(job.n_bytes * (3 if job.backward else 2), n_items(&job.map)))
 
 
 # ---- entries ---------------------------------------------------------------------------------------------------
@@ -775,6 +836,16 @@ cdef double *doubles(cnp.ndarray a, Py_ssize_t n) except? NULL:
     if a.size != n:
         raise ValueError(f"expected {n} values, not {a.size}: an array of the layer has been resized")
     return <double *>cnp.PyArray_DATA(a)
+
+
+cdef room_for(Job *job):
+    """The memory of the pipeline's copies; whoever calls keeps it until the job is done."""
+    if not job.fused:
+        return None
+    room = np.empty(job.threads * job.copy_bytes + LINE, np.int8)
+    job.copy = cnp.PyArray_BYTES(room)
+    job.copy += -<Py_ssize_t>job.copy & (LINE - 1)
+    return room
 
 
 def moments(Layout layout, cnp.ndarray x, cnp.ndarray y=None, cnp.ndarray weight=None, cnp.ndarray bias=None,
@@ -794,6 +865,8 @@ def moments(Layout layout, cnp.ndarray x, cnp.ndarray y=None, cnp.ndarray weight
     cdef bint forward = y is not None
     if forward:
         write_to(&job, layout, y)
+        plan(&job)
+        room = room_for(&job)
     with nogil:
         if forward:
             reduce_and_map(&job)
@@ -808,7 +881,7 @@ def apply(Layout layout, cnp.ndarray x, cnp.ndarray y, cnp.ndarray coef, bint wi
     job.coef_c = doubles(coef, 3 * layout.C)
     write_to(&job, layout, y)
     with nogil:
-        run(map_item, &job, n_items(&job.map), 2 * job.n_bytes, False)
+        run(map_items, &job, n_items(&job.map), threads_for(2 * job.n_bytes, n_items(&job.map)))
 
 
 def grad_moments(Layout layout, cnp.ndarray g, cnp.ndarray x, cnp.ndarray mean, cnp.ndarray dx=None,
@@ -829,6 +902,8 @@ def grad_moments(Layout layout, cnp.ndarray g, cnp.ndarray x, cnp.ndarray mean, 
     job.g = layout.view(g)
     if dx is not None:
         write_to(&job, layout, dx)
+        plan(&job)
+        room = room_for(&job)
     with nogil:
         if job.batch_statistics:
             reduce_and_map(&job)

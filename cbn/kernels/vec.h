@@ -3,23 +3,24 @@
  * The compiler's vector extension gives + - * on vectors, so that the loops read as their formulas and the
  * order of every sum stands in the source. Loads and stores are memcpy, which takes any address. Intrinsics are
  * there for a load or a store that converts (gcc 12 makes four instructions of the eight-lane
- * __builtin_convertvector where the processor has one) and for a store past the caches.
+ * __builtin_convertvector where the processor has one), for a part of a vector and for a store past the caches.
  *
- * Defines for loops.h: elem, real, vec, LANES, load, load_real, store, store_past, store_real, splat, last_lanes, total.
+ * Defines for loops.h: elem, real, vec, LANES, load, load_first, store, store_first, store_past, load_real, splat;
+ * with SUMS also dvec, DLANES, load_d, load_first_d, load_double, store_double, first_lanes, splat_d, total.
  */
 #define elem LOOP(elem)
 #define real LOOP(real)
 #define vec LOOP(vec)
 #define packed LOOP(packed)
+#define unpack LOOP(unpack)
+#define pack LOOP(pack)
 #define load LOOP(load)
-#define load_real LOOP(load_real)
-#define convert LOOP(convert)
+#define load_first LOOP(load_first)
 #define store LOOP(store)
+#define store_first LOOP(store_first)
 #define store_past LOOP(store_past)
-#define store_real LOOP(store_real)
+#define load_real LOOP(load_real)
 #define splat LOOP(splat)
-#define last_lanes LOOP(last_lanes)
-#define total LOOP(total)
 #define LANES ((ptrdiff_t)(VEC_BYTES / sizeof(REAL)))
 
 typedef ELEM elem;
@@ -27,20 +28,18 @@ typedef REAL real;
 typedef real vec __attribute__((vector_size(VEC_BYTES)));
 typedef elem packed __attribute__((vector_size(VEC_BYTES / sizeof(REAL) * sizeof(ELEM))));
 
-INLINE vec load(const elem *p)
+INLINE vec unpack(packed e)
 {
 #if defined(WIDENS) && VEC_BYTES == 64
-    return (vec)_mm512_cvtps_pd(_mm256_loadu_ps(p));
+    return (vec)_mm512_cvtps_pd((__m256)e);
 #elif defined(WIDENS) && VEC_BYTES == 32
-    return (vec)_mm256_cvtps_pd(_mm_loadu_ps(p));
+    return (vec)_mm256_cvtps_pd((__m128)e);
 #else
-    packed e;
-    memcpy(&e, p, sizeof e);
     return __builtin_convertvector(e, vec);
 #endif
 }
 
-INLINE packed convert(vec v)
+INLINE packed pack(vec v)
 {
 #if defined(WIDENS) && VEC_BYTES == 64
     return (packed)_mm512_cvtpd_ps((__m512d)v);
@@ -51,10 +50,61 @@ INLINE packed convert(vec v)
 #endif
 }
 
+INLINE vec load(const elem *p)
+{
+    packed e;
+    memcpy(&e, p, sizeof e);
+    return unpack(e);
+}
+
 INLINE void store(elem *p, vec v)
 {
-    packed e = convert(v);
+    packed e = pack(v);
     memcpy(p, &e, sizeof e);
+}
+
+/* The first n < LANES elements, and zeros; nothing beyond them is read, or written. */
+INLINE vec load_first(const elem *p, ptrdiff_t n)
+{
+#if VEC_BYTES == 64 && ELEM_IS_DOUBLE
+    return (vec)_mm512_maskz_loadu_pd((__mmask8)((1u << n) - 1), p);
+#elif VEC_BYTES == 64 && defined(WIDENS)
+    return unpack((packed)_mm256_maskz_loadu_ps((__mmask8)((1u << n) - 1), p));
+#elif VEC_BYTES == 64
+    return (vec)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
+#elif VEC_BYTES == 32 && ELEM_IS_DOUBLE
+    return (vec)_mm256_maskload_pd(p, _mm256_loadu_si256((const __m256i *)(first_64 + 8 - n)));
+#elif VEC_BYTES == 32 && defined(WIDENS)
+    return unpack((packed)_mm_maskload_ps(p, _mm_loadu_si128((const __m128i *)(first_32 + 8 - n))));
+#elif VEC_BYTES == 32
+    return (vec)_mm256_maskload_ps(p, _mm256_loadu_si256((const __m256i *)(first_32 + 8 - n)));
+#else
+    packed e = {0};
+    for (ptrdiff_t i = 0; i < n; i++)
+        e[i] = p[i];
+    return unpack(e);
+#endif
+}
+
+INLINE void store_first(elem *p, vec v, ptrdiff_t n)
+{
+#if VEC_BYTES == 64 && ELEM_IS_DOUBLE
+    _mm512_mask_storeu_pd(p, (__mmask8)((1u << n) - 1), (__m512d)v);
+#elif VEC_BYTES == 64 && defined(WIDENS)
+    _mm256_mask_storeu_ps(p, (__mmask8)((1u << n) - 1), (__m256)pack(v));
+#elif VEC_BYTES == 64
+    _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)v);
+#elif VEC_BYTES == 32 && ELEM_IS_DOUBLE
+    _mm256_maskstore_pd(p, _mm256_loadu_si256((const __m256i *)(first_64 + 8 - n)), (__m256d)v);
+#elif VEC_BYTES == 32 && defined(WIDENS)
+    _mm_maskstore_ps(p, _mm_loadu_si128((const __m128i *)(first_32 + 8 - n)), (__m128)pack(v));
+#elif VEC_BYTES == 32
+    _mm256_maskstore_ps(p, _mm256_loadu_si256((const __m256i *)(first_32 + 8 - n)), (__m256)v);
+#else
+    packed e = pack(v);
+    for (ptrdiff_t i = 0; i < n; i++)
+        p[i] = e[i];
+#endif
 }
 
 /* A store that does not read the line from memory first, nor keep it in a cache; p is aligned to its size. */
@@ -63,17 +113,17 @@ INLINE void store_past(elem *p, vec v)
 #if !defined(__x86_64__)
     store(p, v);
 #elif VEC_BYTES == 64 && defined(WIDENS)
-    _mm256_stream_si256((__m256i *)p, (__m256i)convert(v));
+    _mm256_stream_si256((__m256i *)p, (__m256i)pack(v));
 #elif VEC_BYTES == 64
-    _mm512_stream_si512((__m512i *)p, (__m512i)convert(v));
+    _mm512_stream_si512((__m512i *)p, (__m512i)v);
 #elif VEC_BYTES == 32 && defined(WIDENS)
-    _mm_stream_si128((__m128i *)p, (__m128i)convert(v));
+    _mm_stream_si128((__m128i *)p, (__m128i)pack(v));
 #elif VEC_BYTES == 32
-    _mm256_stream_si256((__m256i *)p, (__m256i)convert(v));
+    _mm256_stream_si256((__m256i *)p, (__m256i)v);
 #elif defined(WIDENS)
     store(p, v); /* there is no such store of 8 bytes from a vector */
 #else
-    _mm_stream_si128((__m128i *)p, (__m128i)convert(v));
+    _mm_stream_si128((__m128i *)p, (__m128i)v);
 #endif
 }
 
@@ -90,25 +140,76 @@ INLINE vec splat(real a)
 }
 
 #ifdef SUMS
-INLINE void store_real(real *p, vec v)
+#define dvec LOOP(dvec)
+#define load_d LOOP(load_d)
+#define load_first_d LOOP(load_first_d)
+#define load_double LOOP(load_double)
+#define store_double LOOP(store_double)
+#define splat_d LOOP(splat_d)
+#define first_lanes LOOP(first_lanes)
+#define total LOOP(total)
+#define DLANES ((ptrdiff_t)(VEC_BYTES / sizeof(double)))
+
+typedef double dvec __attribute__((vector_size(VEC_BYTES)));
+
+/* Elements as float64. */
+INLINE dvec load_d(const elem *p)
+{
+#if ELEM_IS_DOUBLE
+    return load(p);
+#elif VEC_BYTES == 64
+    return (dvec)_mm512_cvtps_pd(_mm256_loadu_ps(p));
+#elif VEC_BYTES == 32
+    return (dvec)_mm256_cvtps_pd(_mm_loadu_ps(p));
+#else
+    return (dvec){p[0], p[1]};
+#endif
+}
+
+INLINE dvec load_double(const double *p)
+{
+    dvec v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+INLINE void store_double(double *p, dvec v)
 {
     memcpy(p, &v, sizeof v);
 }
 
-/* v with all but its last n lanes zero, whatever they are. */
-INLINE vec last_lanes(vec v, ptrdiff_t n)
+INLINE dvec splat_d(double a)
 {
-    static const long long mask[] = {0, 0, 0, 0, 0, 0, 0, 0, -1, -1, -1, -1, -1, -1, -1, -1};
+    return a - (dvec){0};
+}
+
+/* v with all but its first n < DLANES lanes zero, whatever they are. */
+INLINE dvec first_lanes(dvec v, ptrdiff_t n)
+{
     typedef long long bits __attribute__((vector_size(VEC_BYTES)));
     bits keep;
-    memcpy(&keep, mask + 8 - LANES + n, sizeof keep);
-    return (vec)((bits)v & keep);
+    memcpy(&keep, first_64 + 8 - n, sizeof keep);
+    return (dvec)((bits)v & keep);
+}
+
+/* The first n < DLANES elements as float64, and zeros. */
+INLINE dvec load_first_d(const elem *p, ptrdiff_t n)
+{
+#if ELEM_IS_DOUBLE
+    return load_first(p, n);
+#elif VEC_BYTES == 64
+    return (dvec)_mm512_cvtps_pd(_mm256_maskz_loadu_ps((__mmask8)((1u << n) - 1), p));
+#elif VEC_BYTES == 32
+    return (dvec)_mm256_cvtps_pd(_mm_maskload_ps(p, _mm_loadu_si128((const __m128i *)(first_32 + 8 - n))));
+#else
+    return (dvec){n > 0 ? p[0] : 0, 0};
+#endif
 }
 
 /* The sum of the lanes, halves first: a fixed order. */
-INLINE real total(vec v)
+INLINE double total(dvec v)
 {
-    for (ptrdiff_t half = LANES / 2; half > 0; half /= 2)
+    for (ptrdiff_t half = DLANES / 2; half > 0; half /= 2)
         for (ptrdiff_t i = 0; i < half; i++)
             v[i] += v[i + half];
     return v[0];
