@@ -29,6 +29,10 @@ static const int32_t first_32[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
 #endif
 static const int64_t first_64[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
 
+/* The factors of a channel in the formulas of loops.h; forward has the first three. */
+enum { HIGH, SCALE, TERM, SLOPE, GHIGH, ALL_FACTORS };
+#define FACTORS(backward) ((backward) ? ALL_FACTORS : SLOPE)
+
 #define ELEM float
 #define REAL float
 #define TYPE f32

@@ -17,11 +17,13 @@
 #define PIECE 128  /* elements of a run that are mapped, then reduced: reads and writes alternate faster than they queue */
 #define AHEAD 1024 /* elements between what is fetched and what is read: runs end where hardware prefetchers give up */
 #define GROUP 32   /* channels whose accumulators wait in L1 */
-#define ROWS 8     /* rows side by side: amortize the trip of coefficients and accumulators to L1 */
+#define ROWS 4     /* rows side by side: amortize the trip of factors and accumulators to L1 */
+#define LONG 256   /* elements from which it pays to store whole lines */
 #define LINE 64    /* bytes that memory and caches exchange */
 #define LINE_ELEMS ((ptrdiff_t)(LINE / sizeof(elem)))
 #define COLUMNS (CBN_ROW_BYTES / sizeof(elem))                          /* most columns of a row */
-#define ROOM (COLUMNS + 2 * LINE_ELEMS)                                 /* and what a vector may read beyond */
+#define ROOM (COLUMNS + 2 * LINE_ELEMS)                                 /* and what a vector may read beyond; not 4 KB, so that
+                                                                           a store to one delays no load of another */
 #define TO_LINE(p) ((ptrdiff_t)(-(uintptr_t)(p) % LINE / sizeof(elem))) /* elements from p to the next line */
 #define AT(v, i, j) ((elem *)(v).data + (i) * (v).n + (j) * (v).c)
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
@@ -33,47 +35,46 @@
  * backward   dx = (g - gmean - (x - mean)*slope)*scale,  slope = S(g*d)*invstd^2/n, gmean = S(g)/n
  *
  * unfolded: x*scale + (offset - mean*scale) would lose all digits of a channel whose mean is large beside its spread.
- * In float32 the mean is carried as two floats, high + low, since one cannot hold it: x - high is exact where x is
- * near the mean (Sterbenz), and then low corrects the remainder. In float64 low is zero; so it is where the mean is
- * infinite, and mean - high would be NaN. gmean has a low part too; it is a constant by the time it has been scaled,
- * so it rides on the last multiplication: rest = -low(gmean)*scale.
+ * float32 cannot hold a mean either, so it is two floats, mean = high + low: x - high is exact where x is near the
+ * mean (Sterbenz), and low, a constant by the time it has been scaled, is part of the term that is added:
+ *
+ * forward    y  = (x - high)*scale + term                               term = offset - low*scale
+ * backward   dx = (g - ghigh)*scale + ((x - high)*slope + term)         slope = -slope*scale,
+ *                                                                       term = low*slope*scale - glow*scale
+ *
+ * These factors of a channel are numbered by an enum in instantiate.h.
  */
-enum { LOOP(HIGH), LOOP(LOW), LOOP(SCALE), LOOP(TERM), LOOP(SLOPE), LOOP(REST), LOOP(FACTORS) };
-#define HIGH LOOP(HIGH)
-#define LOW LOOP(LOW)
-#define SCALE LOOP(SCALE)
-#define TERM LOOP(TERM) /* offset; gmean */
-#define SLOPE LOOP(SLOPE)
-#define REST LOOP(REST)
-#define FACTORS LOOP(FACTORS)
-
+/* mean - high; zero in float64, and where the mean is not finite and the difference would be NaN. */
 INLINE double LOOP(low_part)(double mean)
 {
     const real high = (real)mean;
     return high - high == 0 ? mean - high : 0;
 }
 
-/* Factor i of the formula for a channel, from its coefficients. */
-INLINE real LOOP(factor)(const double *coef_c, ptrdiff_t pitch, int i)
+/* The factors of some channels, from their coefficients; out[i*out_pitch + c] is factor i of channel c. */
+INLINE void LOOP(factors)(const double *coef_c, ptrdiff_t pitch, ptrdiff_t n_channels, real *out, ptrdiff_t out_pitch,
+                          const int backward)
 {
-    switch (i) {
-    case HIGH:
-        return (real)coef_c[0];
-    case LOW:
-        return (real)LOOP(low_part)(coef_c[0]);
-    case REST:
-        return (real)(-LOOP(low_part)(coef_c[2 * pitch]) * coef_c[pitch]);
-    default:
-        return (real)coef_c[(i - SCALE + 1) * pitch];
+    const double *scale_c = coef_c + pitch, *third_c = scale_c + pitch, *slope_c = third_c + pitch;
+    for (ptrdiff_t c = 0; c < n_channels; c++) {
+        const double low = LOOP(low_part)(coef_c[c]), scale = scale_c[c], third = third_c[c];
+        out[HIGH * out_pitch + c] = (real)coef_c[c];
+        out[SCALE * out_pitch + c] = (real)scale;
+        if (backward) {
+            const double slope = slope_c[c] * scale, glow = LOOP(low_part)(third);
+            out[TERM * out_pitch + c] = (real)((low != 0 ? low * slope : 0) - (glow != 0 ? glow * scale : 0));
+            out[SLOPE * out_pitch + c] = (real)-slope;
+            out[GHIGH * out_pitch + c] = (real)third;
+        } else
+            out[TERM * out_pitch + c] = (real)(low != 0 ? third - low * scale : third);
     }
 }
 
 INLINE vec LOOP(mapped)(vec x, vec g, const vec *f, const int backward)
 {
-    const vec d = (x - f[HIGH]) - f[LOW];
     if (backward)
-        return ((g - f[TERM]) - d * f[SLOPE]) * f[SCALE] + f[REST];
-    return d * f[SCALE] + f[TERM];
+        return (g - f[GHIGH]) * f[SCALE] + ((x - f[HIGH]) * f[SLOPE] + f[TERM]);
+    return (x - f[HIGH]) * f[SCALE] + f[TERM];
 }
 
 #ifdef SUMS
@@ -170,13 +171,15 @@ INLINE void LOOP(first)(const cbn_tile *m, const cbn_tile *r, const int backward
                 const int maps = mapping && c < m_channels;
                 const elem *mx = NULL, *mg = NULL;
                 elem *y = NULL;
-                vec f[FACTORS] = {{0}};
+                vec f[FACTORS(1)] = {{0}};
                 ptrdiff_t head = 0;
                 if (maps) {
                     mx = AT(m->x, n, c), mg = AT(m->g, n, c), y = AT(m->y, n, c);
-                    for (int i = 0; i < (backward ? FACTORS : SLOPE); i++)
-                        f[i] = splat(LOOP(factor)(m->coef_c + c, m->pitch, i));
-                    if (past) {
+                    real factors[FACTORS(1)];
+                    LOOP(factors)(m->coef_c + c, m->pitch, 1, factors, 1, backward);
+                    for (int i = 0; i < FACTORS(backward); i++)
+                        f[i] = splat(factors[i]);
+                    if (past || length >= LONG) {
                         head = MIN(TO_LINE(y), length);
                         LOOP(map_piece)(mx, mg, y, 0, head, f, backward, 0);
                     }
@@ -237,14 +240,16 @@ INLINE void LOOP(first)(const cbn_tile *m, const cbn_tile *r, const int backward
 
 /* ---- last: rows of all channels ---------------------------------------------------------------------- */
 
-/* A value of each channel as a value of each column. */
-#define SPREAD(t, value_of_c, column)                             \
-    do {                                                          \
-        ptrdiff_t at_ = 0;                                        \
-        for (ptrdiff_t k_ = 0; k_ < (t)->copies; k_++)            \
-            for (ptrdiff_t c = 0; c < (t)->n_channels; c++)       \
-                for (ptrdiff_t i_ = 0; i_ < (t)->length; i_++)    \
-                    (column)[at_++] = (value_of_c);               \
+/* A value of each channel, made a value of each column in its place. */
+#define SPREAD(t, value)                                                         \
+    do {                                                                         \
+        const ptrdiff_t wide_ = (t)->n_channels * (t)->length;                   \
+        if ((t)->length > 1)                                                     \
+            for (ptrdiff_t c = (t)->n_channels - 1; c >= 0; c--)                 \
+                for (ptrdiff_t i_ = (t)->length - 1; i_ >= 0; i_--)              \
+                    (value)[c * (t)->length + i_] = (value)[c];                  \
+        for (ptrdiff_t k_ = 1; k_ < (t)->copies; k_++)                           \
+            memcpy((value) + k_ * wide_, (value), (size_t)wide_ * sizeof *(value)); \
     } while (0)
 
 #ifdef SUMS
@@ -265,8 +270,8 @@ INLINE void LOOP(map_part)(const cbn_tile *m, ptrdiff_t n, ptrdiff_t height, ptr
 {
     for (ptrdiff_t j = begin; j < end; j += LANES) {
         const ptrdiff_t lanes = MIN(end - j, LANES);
-        vec f[FACTORS] = {{0}};
-        for (int i = 0; i < (backward ? FACTORS : SLOPE); i++)
+        vec f[FACTORS(1)] = {{0}};
+        for (int i = 0; i < FACTORS(backward); i++)
             f[i] = load_real(factors[i] + j);
         for (ptrdiff_t row = n; row < n + height; row++) {
             const elem *x = AT(m->x, row, 0) + j, *g = AT(m->g, row, 0) + j;
@@ -282,23 +287,29 @@ INLINE void LOOP(map_part)(const cbn_tile *m, ptrdiff_t n, ptrdiff_t height, ptr
 
 /* One line of columns of some rows. */
 INLINE void LOOP(map_line)(const cbn_tile *m, ptrdiff_t n, ptrdiff_t height, ptrdiff_t j,
-                           real (*factors)[ROOM], const int backward, const int past)
+                           real (*factors)[ROOM], const int backward, const int past, const int fetching)
 {
-    vec f[LINE_ELEMS / LANES][FACTORS] = {{{0}}};
+    vec f[LINE_ELEMS / LANES][FACTORS(1)] = {{{0}}};
     for (int v = 0; v < LINE_ELEMS / LANES; v++)
-        for (int i = 0; i < (backward ? FACTORS : SLOPE); i++)
+        for (int i = 0; i < FACTORS(backward); i++)
             f[v][i] = load_real(factors[i] + j + v * LANES);
-    for (ptrdiff_t row = n; row < n + height; row++) {
-        const elem *x = AT(m->x, row, 0) + j, *g = AT(m->g, row, 0) + j;
-        elem *y = AT(m->y, row, 0) + j;
+    /* All rows are loaded, then stored: on rows 4 KB apart a load would wait for a store to another row before it. */
+    vec out[ROWS][LINE_ELEMS / LANES];
+    for (ptrdiff_t row = 0; row < height; row++)
         for (int v = 0; v < LINE_ELEMS / LANES; v++) {
-            const vec out = LOOP(mapped)(load(x + v * LANES), backward ? load(g + v * LANES) : f[v][0], f[v], backward);
-            if (past)
-                store_past(y + v * LANES, out);
-            else
-                store(y + v * LANES, out);
+            const elem *x = AT(m->x, n + row, 0) + j + v * LANES, *g = AT(m->g, n + row, 0) + j + v * LANES;
+            if (fetching)
+                __builtin_prefetch(x + ROWS * m->x.n, 0, 2);
+            if (fetching && backward)
+                __builtin_prefetch(g + ROWS * m->g.n, 0, 2);
+            out[row][v] = LOOP(mapped)(load(x), backward ? load(g) : f[v][0], f[v], backward);
         }
-    }
+    for (ptrdiff_t row = 0; row < height; row++)
+        for (int v = 0; v < LINE_ELEMS / LANES; v++)
+            if (past)
+                store_past(AT(m->y, n + row, 0) + j + v * LANES, out[row][v]);
+            else
+                store(AT(m->y, n + row, 0) + j + v * LANES, out[row][v]);
 }
 
 #ifdef SUMS
@@ -359,23 +370,26 @@ INLINE void LOOP(last)(const cbn_tile *m, const cbn_tile *r, const int backward,
                        const int reducing, const int past, const int copying, const ptrdiff_t rows)
 {
     (void)reducing, (void)copying;
-    real room[FACTORS][ROOM] __attribute__((aligned(LINE)));
+    real room[FACTORS(1)][ROOM] __attribute__((aligned(LINE)));
     const ptrdiff_t n_runs = mapping ? m->n_runs : r->n_runs;
     const ptrdiff_t m_columns = mapping ? m->copies * m->n_channels * m->length : 0;
-    ptrdiff_t head = past ? MIN(TO_LINE(m->y.data), m_columns) : 0;
+    ptrdiff_t head = past || m_columns >= LONG ? MIN(TO_LINE(m->y.data), m_columns) : 0;
     /* Where a line of y begins, a vector of factors is aligned too. */
     real(*factors)[ROOM] = (void *)(room[0] + (LINE_ELEMS - head) % LINE_ELEMS);
     ptrdiff_t columns = m_columns;
-    if (mapping)
-        for (int i = 0; i < (backward ? FACTORS : SLOPE); i++)
-            SPREAD(m, LOOP(factor)(m->coef_c + c, m->pitch, i), factors[i]);
+    if (mapping) {
+        LOOP(factors)(m->coef_c, m->pitch, m->n_channels, factors[0], ROOM, backward);
+        for (int i = 0; i < FACTORS(backward); i++)
+            SPREAD(m, factors[i]);
+    }
 #ifdef SUMS
-    double shift[COLUMNS] __attribute__((aligned(LINE))), sum[COLUMNS] __attribute__((aligned(LINE)));
-    double square[COLUMNS] __attribute__((aligned(LINE)));
+    double shift[ROOM] __attribute__((aligned(LINE))), sum[ROOM] __attribute__((aligned(LINE)));
+    double square[ROOM] __attribute__((aligned(LINE)));
     const ptrdiff_t r_columns = reducing ? r->copies * r->n_channels * r->length : 0;
     if (reducing) {
         columns = MAX(columns, r_columns);
-        SPREAD(r, r->shift_c[c], shift);
+        memcpy(shift, r->shift_c, (size_t)r->n_channels * sizeof *shift);
+        SPREAD(r, shift);
         memset(shift + r_columns, 0, (size_t)(-r_columns & (DLANES - 1)) * sizeof *shift);
         memset(sum, 0, (size_t)(r_columns + DLANES - 1) / DLANES * DLANES * sizeof *sum);
         memset(square, 0, (size_t)(r_columns + DLANES - 1) / DLANES * DLANES * sizeof *square);
@@ -385,8 +399,7 @@ INLINE void LOOP(last)(const cbn_tile *m, const cbn_tile *r, const int backward,
         const ptrdiff_t height = MIN(rows, n_runs - n);
         if (past && rows == 1)
             head = MIN(TO_LINE(AT(m->y, n, 0)), m_columns);
-        if (past)
-            LOOP(map_part)(m, n, height, 0, head, factors, backward);
+        LOOP(map_part)(m, n, height, 0, head, factors, backward);
 #ifdef SUMS
         /* Rows to come: of this tile, or the first of the next one. */
         ptrdiff_t ahead_x = 0, ahead_g = 0;
@@ -397,13 +410,22 @@ INLINE void LOOP(last)(const cbn_tile *m, const cbn_tile *r, const int backward,
         }
 #endif
         for (ptrdiff_t j = 0; j < columns; j += LINE_ELEMS) {
-            if (mapping && head + j + LINE_ELEMS <= m_columns)
-                LOOP(map_line)(m, n, height, head + j, factors, backward, past);
+            if (mapping && head + j + LINE_ELEMS <= m_columns) {
+                if (height == rows)
+                    LOOP(map_line)(m, n, rows, head + j, factors, backward, past, !reducing);
+                else
+                    for (ptrdiff_t row = n; row < n + height; row++)
+                        LOOP(map_line)(m, row, 1, head + j, factors, backward, past, 0);
+            }
             else if (mapping && head + j < m_columns)
                 LOOP(map_part)(m, n, height, head + j, m_columns, factors, backward);
 #ifdef SUMS
-            if (reducing && j + LINE_ELEMS <= r_columns)
-                LOOP(reduce_line)(r, n, height, j, ahead_x, ahead_g, shift, sum, square, backward, copying);
+            if (reducing && j + LINE_ELEMS <= r_columns) {
+                if (height == rows)
+                    LOOP(reduce_line)(r, n, rows, j, ahead_x, ahead_g, shift, sum, square, backward, copying);
+                else
+                    LOOP(reduce_line)(r, n, height, j, ahead_x, ahead_g, shift, sum, square, backward, copying);
+            }
             else if (reducing && j < r_columns)
                 LOOP(reduce_part)(r, n, height, j, r_columns, shift, sum, square, backward, copying);
 #endif
@@ -500,6 +522,7 @@ TARGET static void LOOP(backward_last)(const cbn_tile *m, const cbn_tile *r)
 #undef AHEAD
 #undef GROUP
 #undef ROWS
+#undef LONG
 #undef LINE
 #undef LINE_ELEMS
 #undef COLUMNS
@@ -508,13 +531,6 @@ TARGET static void LOOP(backward_last)(const cbn_tile *m, const cbn_tile *r)
 #undef AT
 #undef MIN
 #undef MAX
-#undef HIGH
-#undef LOW
-#undef SCALE
-#undef TERM
-#undef SLOPE
-#undef REST
-#undef FACTORS
 #undef SPREAD
 #undef elem
 #undef real

@@ -335,7 +335,7 @@ cdef enum:
     CHUNK = 1 << 16       # elements of one item
     SHORT_RUN = 256       # elements: below, runs side by side are better read as rows, if there are
     SHORT_RUN_ROWS = 8    # so many of them
-    MIN_ROWS = 64         # rows of one item: fewer, and the partial sums are a traffic of their own
+    MIN_ROWS = 256        # rows of one item: fewer, and the partial sums are a traffic of their own
     ROW_ITEMS = 256       # items that suffice for any number of threads
     LONG_RUN = 12500      # elements
     LINE = 64             # bytes
@@ -634,7 +634,7 @@ cdef void pipeline(Job *job, Py_ssize_t begin, Py_ssize_t end, int thread) noexc
     cdef cbn_view x_copy, g_copy
     cdef bint together, narrow = True
     cdef cbn_loop loop = loop_of(job, job.narrow, job.reduction.last)
-    x_copy.n, x_copy.c = job.reduction.group * job.reduction.S, job.reduction.S
+    x_copy.n, x_copy.c = job.reduction.group * job.reduction.S + 4 * LINE // job.itemsize, job.reduction.S
     x_copy.data = job.copy + thread * job.copy_bytes
     g_copy = x_copy
     g_copy.data += x_copy.n * job.reduction.N * job.itemsize
@@ -761,7 +761,7 @@ cdef bint needs_wide(Job *job, Py_ssize_t c) noexcept nogil:
     """Whether the channel takes float64 arithmetic. Coefficients that are not finite are so in every type."""
     cdef Py_ssize_t C = job.map.C
     cdef double mean = job.coef_c[c], scale = job.coef_c[C + c], term = job.coef_c[2 * C + c]
-    cdef double slope = job.coef_c[3 * C + c] if job.backward else 0
+    cdef double slope = job.coef_c[3 * C + c] * scale if job.backward else 0
     return not fits_float32(mean if isfinite(mean) else 0, scale if isfinite(scale) else 0,
                             term if isfinite(term) else 0, slope if isfinite(slope) else 0)
 
@@ -771,7 +771,7 @@ cdef bint all_fit_float32(Job *job, Py_ssize_t first, Py_ssize_t end) noexcept n
     cdef bint fit = True
     for c in range(first, end):
         fit &= fits_float32(job.coef_c[c], job.coef_c[C + c], job.coef_c[2 * C + c],
-                            job.coef_c[3 * C + c] if job.backward else 0)
+                            job.coef_c[3 * C + c] * job.coef_c[C + c] if job.backward else 0)
     return fit
 
 
@@ -815,7 +815,7 @@ cdef void plan(Job *job) noexcept nogil:
         g.group = min(ceil_div(LONG_RUN, g.S), cache // channel_bytes, max(1, g.C // (8 * threads)))
         g.tiles = ceil_div(g.C, g.group)
     job.fused = g.tiles >= 2 * threads
-    job.copy_bytes = ceil_div(g.group * channel_bytes, LINE) * LINE
+    job.copy_bytes = ceil_div(g.group * channel_bytes + arrays * g.N * 4 * LINE, LINE) * LINE
 
 
 cdef void reduce_and_map(Job *job) noexcept nogil:
