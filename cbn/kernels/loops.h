@@ -91,7 +91,7 @@ INLINE void LOOP(add)(dvec *sum, dvec *square, dvec d, dvec g, const int backwar
 
 /* ---- first: runs of one channel ---------------------------------------------------------------------- */
 
-/* Elements begin to end of a run; `last`: the run ends there. From y + begin on, lines are whole. */
+/* Elements begin to end of a run; with `past` these are whole lines. */
 INLINE void LOOP(map_piece)(const elem *x, const elem *g, elem *y, ptrdiff_t begin, ptrdiff_t end, const vec *f,
                             const int backward, const int past)
 {
@@ -106,12 +106,52 @@ INLINE void LOOP(map_piece)(const elem *x, const elem *g, elem *y, ptrdiff_t beg
             else
                 store(y + i + u * LANES, v[u]);
     }
-    for (; i + LANES <= end; i += LANES)
-        store(y + i, LOOP(mapped)(load(x + i), backward ? load(g + i) : f[0], f, backward));
+    for (; i + LANES <= end; i += LANES) {
+        const vec v = LOOP(mapped)(load(x + i), backward ? load(g + i) : f[0], f, backward);
+        if (past)
+            store_past(y + i, v);
+        else
+            store(y + i, v);
+    }
     if (i < end) {
         const ptrdiff_t n = end - i;
         store_first(y + i, LOOP(mapped)(load_first(x + i, n), backward ? load_first(g + i, n) : f[0], f, backward), n);
     }
+}
+
+/* A line that two runs share waits here for the second one: a store of a part would read it from memory first. */
+typedef struct {
+    elem value[LINE_ELEMS] __attribute__((aligned(LINE)));
+    elem *line;  /* where it belongs; NULL: none waits */
+    ptrdiff_t begin, end; /* what of it is there */
+} LOOP(shared);
+
+INLINE void LOOP(deliver)(LOOP(shared) *s)
+{
+    if (s->line && s->begin == 0 && s->end == LINE_ELEMS)
+        for (ptrdiff_t i = 0; i < LINE_ELEMS; i += LANES)
+            store_past(s->line + i, load(s->value + i));
+    else if (s->line)
+        memcpy(s->line + s->begin, s->value + s->begin, (size_t)(s->end - s->begin) * sizeof(elem));
+    s->line = NULL;
+}
+
+/* Less than a line of a run, elements begin to end. */
+INLINE void LOOP(map_shared)(const elem *x, const elem *g, elem *y, ptrdiff_t begin, ptrdiff_t end, const vec *f,
+                             LOOP(shared) *s, const int backward)
+{
+    const ptrdiff_t at = (ptrdiff_t)((uintptr_t)(y + begin) % LINE / sizeof(elem));
+    if (begin == end)
+        return;
+    if (s->line != y + begin - at || s->end != at) {
+        LOOP(deliver)(s);
+        s->line = y + begin - at;
+        s->begin = at;
+    }
+    LOOP(map_piece)(x + begin, backward ? g + begin : g, s->value + at, 0, end - begin, f, backward, 0);
+    s->end = at + end - begin;
+    if (s->end == LINE_ELEMS)
+        LOOP(deliver)(s);
 }
 
 #ifdef SUMS
@@ -154,8 +194,10 @@ INLINE void LOOP(first)(const cbn_tile *m, const cbn_tile *r, const int backward
 {
     const ptrdiff_t length = mapping ? m->length : r->length, n_runs = mapping ? m->n_runs : r->n_runs;
     const ptrdiff_t m_channels = mapping ? m->n_channels : 0, r_channels = reducing ? r->n_channels : 0;
-    const ptrdiff_t n_channels = MAX(m_channels, r_channels), group = reducing ? GROUP : n_channels;
+    const ptrdiff_t n_channels = MAX(m_channels, r_channels), group = GROUP;
     const ptrdiff_t piece = reducing ? PIECE : length;
+    real factors[ALL_FACTORS][GROUP];
+    LOOP(shared) shared = {.line = NULL};
 #ifdef SUMS
     const ptrdiff_t ahead = reducing && r->prefetch ? AHEAD : 0;
     LOOP(sums) sums[GROUP];
@@ -166,23 +208,26 @@ INLINE void LOOP(first)(const cbn_tile *m, const cbn_tile *r, const int backward
         if (reducing)
             memset(sums, 0, sizeof sums);
 #endif
+        if (mapping)
+            LOOP(factors)(m->coef_c + first, m->pitch, MIN(last, m_channels) - first, factors[0], GROUP, backward);
         for (ptrdiff_t n = 0; n < n_runs; n++)
             for (ptrdiff_t c = first; c < last; c++) {
                 const int maps = mapping && c < m_channels;
                 const elem *mx = NULL, *mg = NULL;
                 elem *y = NULL;
-                vec f[FACTORS(1)] = {{0}};
-                ptrdiff_t head = 0;
+                vec f[ALL_FACTORS] = {{0}};
+                ptrdiff_t head = 0, whole = length; /* whole lines lie between these */
                 if (maps) {
                     mx = AT(m->x, n, c), mg = AT(m->g, n, c), y = AT(m->y, n, c);
-                    real factors[FACTORS(1)];
-                    LOOP(factors)(m->coef_c + c, m->pitch, 1, factors, 1, backward);
                     for (int i = 0; i < FACTORS(backward); i++)
-                        f[i] = splat(factors[i]);
-                    if (past || length >= LONG) {
+                        f[i] = splat(factors[i][c - first]);
+                    if (past || length >= LONG)
                         head = MIN(TO_LINE(y), length);
+                    if (past) {
+                        whole = head + (length - head) / LINE_ELEMS * LINE_ELEMS;
+                        LOOP(map_shared)(mx, mg, y, 0, head, f, &shared, backward);
+                    } else
                         LOOP(map_piece)(mx, mg, y, 0, head, f, backward, 0);
-                    }
                 }
 #ifdef SUMS
                 const int reduces = reducing && c < r_channels;
@@ -203,7 +248,7 @@ INLINE void LOOP(first)(const cbn_tile *m, const cbn_tile *r, const int backward
                 for (ptrdiff_t i = 0; i < length; i += piece) {
                     const ptrdiff_t end = MIN(i + piece, length);
                     if (maps)
-                        LOOP(map_piece)(mx, mg, y, MIN(head + i, length), MIN(head + i + piece, length), f, backward,
+                        LOOP(map_piece)(mx, mg, y, MIN(head + i, whole), MIN(head + i + piece, whole), f, backward,
                                         past);
 #ifdef SUMS
                     if (reduces) {
@@ -223,6 +268,8 @@ INLINE void LOOP(first)(const cbn_tile *m, const cbn_tile *r, const int backward
                     (void)end, (void)copying;
 #endif
                 }
+                if (maps && past)
+                    LOOP(map_shared)(mx, mg, y, whole, length, f, &shared, backward);
 #ifdef SUMS
                 if (reduces)
                     sums[c - first] = s;
@@ -236,6 +283,7 @@ INLINE void LOOP(first)(const cbn_tile *m, const cbn_tile *r, const int backward
         }
 #endif
     }
+    LOOP(deliver)(&shared);
 }
 
 /* ---- last: rows of all channels ---------------------------------------------------------------------- */
@@ -270,7 +318,7 @@ INLINE void LOOP(map_part)(const cbn_tile *m, ptrdiff_t n, ptrdiff_t height, ptr
 {
     for (ptrdiff_t j = begin; j < end; j += LANES) {
         const ptrdiff_t lanes = MIN(end - j, LANES);
-        vec f[FACTORS(1)] = {{0}};
+        vec f[ALL_FACTORS] = {{0}};
         for (int i = 0; i < FACTORS(backward); i++)
             f[i] = load_real(factors[i] + j);
         for (ptrdiff_t row = n; row < n + height; row++) {
@@ -289,7 +337,7 @@ INLINE void LOOP(map_part)(const cbn_tile *m, ptrdiff_t n, ptrdiff_t height, ptr
 INLINE void LOOP(map_line)(const cbn_tile *m, ptrdiff_t n, ptrdiff_t height, ptrdiff_t j,
                            real (*factors)[ROOM], const int backward, const int past, const int fetching)
 {
-    vec f[LINE_ELEMS / LANES][FACTORS(1)] = {{{0}}};
+    vec f[LINE_ELEMS / LANES][ALL_FACTORS] = {{{0}}};
     for (int v = 0; v < LINE_ELEMS / LANES; v++)
         for (int i = 0; i < FACTORS(backward); i++)
             f[v][i] = load_real(factors[i] + j + v * LANES);
@@ -370,7 +418,7 @@ INLINE void LOOP(last)(const cbn_tile *m, const cbn_tile *r, const int backward,
                        const int reducing, const int past, const int copying, const ptrdiff_t rows)
 {
     (void)reducing, (void)copying;
-    real room[FACTORS(1)][ROOM] __attribute__((aligned(LINE)));
+    real room[ALL_FACTORS][ROOM] __attribute__((aligned(LINE)));
     const ptrdiff_t n_runs = mapping ? m->n_runs : r->n_runs;
     const ptrdiff_t m_columns = mapping ? m->copies * m->n_channels * m->length : 0;
     ptrdiff_t head = past || m_columns >= LONG ? MIN(TO_LINE(m->y.data), m_columns) : 0;

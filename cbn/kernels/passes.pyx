@@ -333,7 +333,7 @@ cdef class Layout:
 
 cdef enum:
     CHUNK = 1 << 16       # elements of one item
-    SHORT_RUN = 256       # elements: below, runs side by side are better read as rows, if there are
+    SHORT_RUN = 128       # elements: below, runs side by side are better read as rows, if there are
     SHORT_RUN_ROWS = 8    # so many of them
     MIN_ROWS = 256        # rows of one item: fewer, and the partial sums are a traffic of their own
     ROW_ITEMS = 256       # items that suffice for any number of threads
