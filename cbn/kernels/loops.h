@@ -132,7 +132,10 @@ INLINE void LOOP(deliver)(LOOP(shared) *s)
         for (ptrdiff_t i = 0; i < LINE_ELEMS; i += LANES)
             store_past(s->line + i, load(s->value + i));
     else if (s->line)
-        memcpy(s->line + s->begin, s->value + s->begin, (size_t)(s->end - s->begin) * sizeof(elem));
+        for (ptrdiff_t i = s->begin; i < s->end; i += LANES) {
+            const ptrdiff_t n = MIN(s->end - i, LANES);
+            store_first(s->line + i, load_first(s->value + i, n), n);
+        }
     s->line = NULL;
 }
 
@@ -172,19 +175,21 @@ INLINE void LOOP(reduce_piece)(const elem *x, const elem *g, elem *x_copy, elem 
                 memcpy(g_copy + at, g + at, DLANES * sizeof *g);
             LOOP(add)(&s->sum[u], &s->square[u], load_d(x + at) - shift, backward ? load_d(g + at) : shift, backward);
         }
-    for (; i < end; i += DLANES) {
-        const ptrdiff_t n = MIN(end - i, DLANES);
+    for (; i + DLANES <= end; i += DLANES) {
         if (copying)
-            for (ptrdiff_t j = i; j < i + n; j++)
-                x_copy[j] = x[j];
+            memcpy(x_copy + i, x + i, DLANES * sizeof *x);
         if (copying && backward)
-            for (ptrdiff_t j = i; j < i + n; j++)
-                g_copy[j] = g[j];
-        if (n == DLANES)
-            LOOP(add)(&s->sum[0], &s->square[0], load_d(x + i) - shift, backward ? load_d(g + i) : shift, backward);
-        else
-            LOOP(add)(&s->sum[1], &s->square[1], first_lanes(load_first_d(x + i, n) - shift, n),
-                      backward ? load_first_d(g + i, n) : shift, backward);
+            memcpy(g_copy + i, g + i, DLANES * sizeof *g);
+        LOOP(add)(&s->sum[0], &s->square[0], load_d(x + i) - shift, backward ? load_d(g + i) : shift, backward);
+    }
+    if (i < end) {
+        const ptrdiff_t n = end - i;
+        if (copying)
+            store_first(x_copy + i, load_first(x + i, n), n);
+        if (copying && backward)
+            store_first(g_copy + i, load_first(g + i, n), n);
+        LOOP(add)(&s->sum[1], &s->square[1], first_lanes(load_first_d(x + i, n) - shift, n),
+                  backward ? load_first_d(g + i, n) : shift, backward);
     }
 }
 #endif

@@ -458,6 +458,7 @@ cdef struct Job:
     int threads                 # of the pipeline,
     char *copy                  # a copy of a tile for each of them,
     Py_ssize_t copy_bytes       # of this size
+    Py_ssize_t copy_n, copy_c   # and with these strides
     double eps
     double *weight_c            # C, or NULL: ones
     double *bias_c              # C, or NULL: zeros
@@ -634,7 +635,7 @@ cdef void pipeline(Job *job, Py_ssize_t begin, Py_ssize_t end, int thread) noexc
     cdef cbn_view x_copy, g_copy
     cdef bint together, narrow = True
     cdef cbn_loop loop = loop_of(job, job.narrow, job.reduction.last)
-    x_copy.n, x_copy.c = job.reduction.group * job.reduction.S + 4 * LINE // job.itemsize, job.reduction.S
+    x_copy.n, x_copy.c = job.copy_n, job.copy_c
     x_copy.data = job.copy + thread * job.copy_bytes
     g_copy = x_copy
     g_copy.data += x_copy.n * job.reduction.N * job.itemsize
@@ -812,10 +813,14 @@ cdef void plan(Job *job) noexcept nogil:
     if not job.fused:
         return
     if not g.last:
-        g.group = min(ceil_div(LONG_RUN, g.S), cache // channel_bytes, max(1, g.C // (8 * threads)))
+        g.group = max(1, min(ceil_div(LONG_RUN, g.S), 2 * l2_bytes // channel_bytes, g.C // (8 * threads)))
         g.tiles = ceil_div(g.C, g.group)
     job.fused = g.tiles >= 2 * threads
-    job.copy_bytes = ceil_div(g.group * channel_bytes + arrays * g.N * 4 * LINE, LINE) * LINE
+    # Runs of the copy do not share lines, so that what is stored to one delays no load of the next; nor are rows of it a
+    # power of two apart
+    job.copy_c = g.S if g.last else ceil_div(g.S * job.itemsize, LINE) * LINE // job.itemsize + LINE // job.itemsize
+    job.copy_n = g.group * job.copy_c + 4 * LINE // job.itemsize
+    job.copy_bytes = ceil_div(arrays * g.N * job.copy_n * job.itemsize, LINE) * LINE
 
 
 cdef void reduce_and_map(Job *job) noexcept nogil:

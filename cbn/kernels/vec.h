@@ -63,7 +63,7 @@ INLINE void store(elem *p, vec v)
     memcpy(p, &e, sizeof e);
 }
 
-/* The first n < LANES elements, and zeros; nothing beyond them is read, or written. */
+/* The first n <= LANES elements, and zeros; nothing beyond them is read, or written. */
 INLINE vec load_first(const elem *p, ptrdiff_t n)
 {
 #if VEC_BYTES == 64 && ELEM_IS_DOUBLE
