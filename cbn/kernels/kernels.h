@@ -38,13 +38,13 @@ typedef struct {
      * last: a row is `copies` times its channels, each `length` times in a row: element j is of channel
      * j / length % n_channels. So rows of few channels join, and short runs of many channels are a row too. */
     ptrdiff_t length, copies;
-    const double *coef_c;  /* map: [0, pitch, 2*pitch, 3*pitch]: mean, scale, offset; or mean, scale, gmean, slope */
+    const double *coef_c;      /* map: [0, pitch, 2*pitch, 3*pitch]: mean, scale, offset; or mean, scale, gmean, slope */
     ptrdiff_t pitch;
-    int stream;            /* map: store past the caches */
-    int prefetch;          /* reduction: fetch what comes next */
-    const double *shift_c; /* reduction: shift, or mean */
-    double *sum_c, *square_c;   /* reduction: S(d) and S(d*d), or S(g) and S(g*d) */
-    cbn_view x_copy, g_copy; /* reduction: where to put what it reads; data NULL: nowhere */
+    int stream;                /* map: store past the caches */
+    int prefetch;              /* reduction: fetch what comes next */
+    const double *shift_c;     /* reduction: shift, or mean */
+    double *sum_c, *square_c;  /* reduction: S(d) and S(d*d), or S(g) and S(g*d) */
+    cbn_view x_copy, g_copy;   /* first, reduction: where to put what it reads; data NULL: nowhere, and no map beside it */
 } cbn_tile;
 
 typedef void (*cbn_loop)(const cbn_tile *map, const cbn_tile *reduction); /* either may be NULL */

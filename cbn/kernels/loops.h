@@ -368,7 +368,7 @@ INLINE void LOOP(map_line)(const cbn_tile *m, ptrdiff_t n, ptrdiff_t height, ptr
 #ifdef SUMS
 INLINE void LOOP(reduce_line)(const cbn_tile *r, ptrdiff_t n, ptrdiff_t height, ptrdiff_t j, ptrdiff_t ahead_x,
                               ptrdiff_t ahead_g, const double *shift, double *sum, double *square,
-                              const int backward, const int copying)
+                              const int backward)
 {
     dvec shift_[LINE_ELEMS / DLANES], sum_[LINE_ELEMS / DLANES], square_[LINE_ELEMS / DLANES];
     for (int v = 0; v < LINE_ELEMS / DLANES; v++) {
@@ -381,10 +381,6 @@ INLINE void LOOP(reduce_line)(const cbn_tile *r, ptrdiff_t n, ptrdiff_t height, 
         __builtin_prefetch(x + ahead_x, 0, 2);
         if (backward)
             __builtin_prefetch(g + ahead_g, 0, 2);
-        if (copying)
-            memcpy(AT(r->x_copy, row, 0) + j, x, LINE);
-        if (copying && backward)
-            memcpy(AT(r->g_copy, row, 0) + j, g, LINE);
         for (int v = 0; v < LINE_ELEMS / DLANES; v++)
             LOOP(add)(&sum_[v], &square_[v], load_d(x + v * DLANES) - shift_[v],
                       backward ? load_d(g + v * DLANES) : shift_[v], backward);
@@ -397,19 +393,13 @@ INLINE void LOOP(reduce_line)(const cbn_tile *r, ptrdiff_t n, ptrdiff_t height, 
 
 /* Columns begin to end, less than a line; what lies beyond the end in shift, sum and square is room. */
 INLINE void LOOP(reduce_part)(const cbn_tile *r, ptrdiff_t n, ptrdiff_t height, ptrdiff_t begin, ptrdiff_t end,
-                              const double *shift, double *sum, double *square, const int backward,
-                              const int copying)
+                              const double *shift, double *sum, double *square, const int backward)
 {
     for (ptrdiff_t j = begin; j < end; j += DLANES) {
         const ptrdiff_t lanes = MIN(end - j, DLANES);
         dvec sum_ = load_double(sum + j), square_ = load_double(square + j);
         for (ptrdiff_t row = n; row < n + height; row++) {
             const elem *x = AT(r->x, row, 0) + j, *g = AT(r->g, row, 0) + j;
-            for (ptrdiff_t i = 0; copying && i < lanes; i++) {
-                (AT(r->x_copy, row, 0) + j)[i] = x[i];
-                if (backward)
-                    (AT(r->g_copy, row, 0) + j)[i] = g[i];
-            }
             LOOP(add)(&sum_, &square_, (lanes == DLANES ? load_d(x) : load_first_d(x, lanes)) - load_double(shift + j),
                       backward ? lanes == DLANES ? load_d(g) : load_first_d(g, lanes) : sum_, backward);
         }
@@ -420,9 +410,9 @@ INLINE void LOOP(reduce_part)(const cbn_tile *r, ptrdiff_t n, ptrdiff_t height, 
 #endif
 
 INLINE void LOOP(last)(const cbn_tile *m, const cbn_tile *r, const int backward, const int mapping,
-                       const int reducing, const int past, const int copying, const ptrdiff_t rows)
+                       const int reducing, const int past, const ptrdiff_t rows)
 {
-    (void)reducing, (void)copying;
+    (void)reducing;
     real room[ALL_FACTORS][ROOM] __attribute__((aligned(LINE)));
     const ptrdiff_t n_runs = mapping ? m->n_runs : r->n_runs;
     const ptrdiff_t m_columns = mapping ? m->copies * m->n_channels * m->length : 0;
@@ -475,12 +465,12 @@ INLINE void LOOP(last)(const cbn_tile *m, const cbn_tile *r, const int backward,
 #ifdef SUMS
             if (reducing && j + LINE_ELEMS <= r_columns) {
                 if (height == rows)
-                    LOOP(reduce_line)(r, n, rows, j, ahead_x, ahead_g, shift, sum, square, backward, copying);
+                    LOOP(reduce_line)(r, n, rows, j, ahead_x, ahead_g, shift, sum, square, backward);
                 else
-                    LOOP(reduce_line)(r, n, height, j, ahead_x, ahead_g, shift, sum, square, backward, copying);
+                    LOOP(reduce_line)(r, n, height, j, ahead_x, ahead_g, shift, sum, square, backward);
             }
             else if (reducing && j < r_columns)
-                LOOP(reduce_part)(r, n, height, j, r_columns, shift, sum, square, backward, copying);
+                LOOP(reduce_part)(r, n, height, j, r_columns, shift, sum, square, backward);
 #endif
         }
     }
@@ -524,9 +514,9 @@ INLINE void LOOP(any_last)(const cbn_tile *m, const cbn_tile *r, const int backw
 #ifdef SUMS
     if (m && r && together) {
         if (past)
-            LOOP(last)(m, r, backward, 1, 1, 1, 1, ROWS);
+            LOOP(last)(m, r, backward, 1, 1, 1, ROWS);
         else
-            LOOP(last)(m, r, backward, 1, 1, 0, 1, ROWS);
+            LOOP(last)(m, r, backward, 1, 1, 0, ROWS);
         if (past)
             STORE_FENCE();
         return;
@@ -534,19 +524,17 @@ INLINE void LOOP(any_last)(const cbn_tile *m, const cbn_tile *r, const int backw
 #endif
     if (m) {
         if (!together)
-            LOOP(last)(m, r, backward, 1, 0, 1, 0, 1);
+            LOOP(last)(m, r, backward, 1, 0, 1, 1);
         else if (past)
-            LOOP(last)(m, r, backward, 1, 0, 1, 0, ROWS);
+            LOOP(last)(m, r, backward, 1, 0, 1, ROWS);
         else
-            LOOP(last)(m, r, backward, 1, 0, 0, 0, ROWS);
+            LOOP(last)(m, r, backward, 1, 0, 0, ROWS);
         if (past)
             STORE_FENCE();
     }
 #ifdef SUMS
-    if (r && r->x_copy.data)
-        LOOP(last)(m, r, backward, 0, 1, 0, 1, ROWS);
-    else if (r)
-        LOOP(last)(m, r, backward, 0, 1, 0, 0, ROWS);
+    if (r)
+        LOOP(last)(m, r, backward, 0, 1, 0, ROWS);
 #endif
 }
 

@@ -459,6 +459,7 @@ cdef struct Job:
     char *copy                  # a copy of a tile for each of them,
     Py_ssize_t copy_bytes       # of this size
     Py_ssize_t copy_n, copy_c   # and with these strides
+    bint copying
     double eps
     double *weight_c            # C, or NULL: ones
     double *bias_c              # C, or NULL: zeros
@@ -645,7 +646,8 @@ cdef void pipeline(Job *job, Py_ssize_t begin, Py_ssize_t end, int thread) noexc
             if tile > begin:
                 before = rectangle(&job.reduction, item_of(&job.reduction, tile - 1, k))
                 map = tile_to_map(job, &before)
-                map.x, map.g = copied(job, x_copy, &before), copied(job, g_copy, &before)
+                if job.copying:
+                    map.x, map.g = copied(job, x_copy, &before), copied(job, g_copy, &before)
                 if not together:
                     map_tile(job, &map, before.c, job.reduction.last)
             if tile < end:
@@ -653,7 +655,8 @@ cdef void pipeline(Job *job, Py_ssize_t begin, Py_ssize_t end, int thread) noexc
                 if k == 0 and not job.backward:
                     first_values(job, r.c, r.c + r.n_channels)
                 reduction = tile_to_reduce(job, &r)
-                reduction.x_copy, reduction.g_copy = copied(job, x_copy, &r), copied(job, g_copy, &r)
+                if job.copying:
+                    reduction.x_copy, reduction.g_copy = copied(job, x_copy, &r), copied(job, g_copy, &r)
                 reduction.prefetch = prefetch
                 loop(&map if together else NULL, &reduction)
         if tile == end:
@@ -663,7 +666,8 @@ cdef void pipeline(Job *job, Py_ssize_t begin, Py_ssize_t end, int thread) noexc
             for k in range(blocks):
                 r = rectangle(&job.reduction, item_of(&job.reduction, tile, k))
                 reduction = tile_to_reduce(job, &r)
-                reduction.x = copied(job, x_copy, &r)
+                if job.copying:
+                    reduction.x = copied(job, x_copy, &r)
                 loop(NULL, &reduction)
             settle(job, r.c, r.c + r.n_channels)
         narrow = job.itemsize == 8 or (not job.all_wide and all_fit_float32(job, r.c, r.c + r.n_channels))
@@ -809,6 +813,7 @@ cdef void plan(Job *job) noexcept nogil:
     cdef int threads = threads_for(n_bytes, g.tiles)
     cdef Py_ssize_t cache = max(l2_bytes // 2, l3_bytes // 4 // threads)
     job.threads = threads
+    job.copying = not g.last
     job.fused = job.fused and n_bytes > l2_bytes and g.group * channel_bytes <= cache
     if not job.fused:
         return
