@@ -89,7 +89,7 @@ class BuildPasses(build_ext):
             )
 
 
-sources = ["passes.pyx", "select.c", "baseline.c"]
+sources = ["passes.pyx", "select.c", "pool.c", "baseline.c"]
 if platform.machine().lower() in ("x86_64", "amd64"):
     sources += ["avx2.c", "avx512.c"]
 

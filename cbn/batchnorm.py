@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from . import checks, functional
 from .checks import Array, Doubles
+from .kernels import passes
 
 __all__ = ["BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
 
@@ -24,6 +25,7 @@ Layer = TypeVar("Layer", bound="BatchNorm")
 # so that no child starts with statistics half updated or with a lock that nobody will release. Reentrant: a signal
 # handler may use a layer while the thread that it interrupts holds the lock.
 _update_lock = threading.RLock()
+_changing = passes.Changing(_update_lock)  # the same, for those who change something
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(
         before=_update_lock.acquire, after_in_parent=_update_lock.release, after_in_child=_update_lock.release
@@ -98,7 +100,7 @@ def dtype_words(dtype: Any) -> str:
         return repr(dtype)
 
 
-class BatchNorm:
+class BatchNorm(passes.Planned):
     """Batch normalization over any input of two or more dimensions.
 
     In training: ``y = (x - mean) / sqrt(var + eps) * weight + bias`` per channel, with the mean and the biased variance
@@ -161,6 +163,14 @@ class BatchNorm:
     """
 
     _ranks: tuple[int, ...] | None = None  # numbers of dimensions that the class accepts; None: any from 2
+
+    _plain = True  # whether evaluation is as here, and may be planned; not so where a subclass redefines something
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls._plain = cls._plain and not (vars(cls).keys() & vars(BatchNorm).keys()) - {
+            "__module__", "__doc__", "__init__", "__repr__", "_ranks", "__firstlineno__", "__static_attributes__",
+        }
 
     weight = _ChannelArray()
     bias = _ChannelArray()
@@ -348,9 +358,11 @@ class BatchNorm:
         inp = functional.Input(x, self._channel_axis, ranks=self._ranks)
         inp.meets(self._dtype)
         checks.output(out, inp.x.shape, inp.x.dtype)
+        version = self._version
         with _update_lock:  # a snapshot: mean and variance of the same batch
             mean: Any = self.running_mean
             var: Any = self.running_var
+            sources = mean, var, self.weight, self.bias
             if mean is not None and var is not None:
                 mean, var = mean.copy(), var.copy()
         weight, bias, training = self.weight, self.bias, self.training
@@ -376,19 +388,20 @@ class BatchNorm:
             if tracked:
                 self._update(inp.count, mean, m2)
         else:
-            y = functional.normalize(inp, mean, var, weight, bias, eps, out)
+            values = (mean, var, *(None if a is None else a.copy() for a in sources[2:]))
+            coef = functional.coefficients(*values, eps)
+            y = functional.normalize(inp, coef, out)
             invstd = functional.inverse_std(var, eps)
+            if not training and self._plain and inp.layout is not None and "forward" not in self.__dict__:
+                self._keep(passes.Plan.of(inp.layout, inp.x, sources, values, coef, inp.wide), version)
         if not training:
-            self._saved = AFTER_EVAL
+            if self._saved is not AFTER_EVAL:  # an assignment, which drops the plan
+                self._saved = AFTER_EVAL
         elif out is not None and functional.overlaps(inp.x, out):
             self._saved = OVERWRITTEN
         else:
             self._saved = (inp, weight, mean, invstd, batch_statistics)
         return y
-
-    def __call__(self, x: npt.ArrayLike, **kwargs: Any) -> Array:
-        """`forward`, which a subclass may override."""
-        return self.forward(x, **kwargs)
 
     plan = checks.later("BatchNorm.plan")
 
@@ -415,7 +428,7 @@ class BatchNorm:
 
     def _update(self, count: int, mean: Doubles, m2: Doubles) -> None:
         """Count the batch and move the running statistics, at once for all threads."""
-        with _update_lock:
+        with _changing:
             counter = self.num_batches_tracked
             momentum = self._momentum
             if momentum is None:
@@ -478,7 +491,7 @@ class BatchNorm:
         """Fill arrays that are there with numbers, in place; all or none."""
         arrays = {name: getattr(self, name) for name in values}
         self._check_writable(**arrays)
-        with _update_lock:
+        with _changing:
             for name, a in arrays.items():
                 if a is not None:
                     a.fill(values[name])
@@ -563,7 +576,7 @@ class BatchNorm:
             raise checks.ArgumentError(
                 f"cannot load the state into {type(self).__name__}({self._num_features}): " + "; ".join(problems)
             )
-        with _update_lock:
+        with _changing:
             for name, value in new.items():
                 own[name][...] = value
         return missing, unexpected

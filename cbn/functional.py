@@ -78,9 +78,9 @@ class Input:
     def destination(self, out: Array | None, *read: Array) -> Array:
         """Where a pass may write: `out`, if it lies as x does and no array that is read overlaps it in part."""
         if out is None or self.layout is None or not (out.flags.aligned and self.layout.fits(out)):
-            return np.empty_like(self.x, subok=False)
+            return passes.empty_like(self.x)
         if any(overlaps(a, out) and not same_memory(a, out) for a in read):
-            return np.empty_like(self.x, subok=False)
+            return passes.empty_like(self.x)
         return out
 
 
@@ -122,32 +122,29 @@ def normalize_batch(
 ) -> tuple[Array, Doubles, Doubles]:
     """(y, mean, m2), normalized with the batch's own statistics; arguments are checked."""
     if inp.layout is None:
-        y = np.empty_like(inp.x, subok=False) if out is None else out
+        y = passes.empty_like(inp.x) if out is None else out
         return y, np.zeros(inp.n_channels), np.zeros(inp.n_channels)
     y = inp.destination(out, inp.x)
     mean, m2 = passes.moments(inp.layout, inp.x, y, as_doubles(weight), as_doubles(bias), eps, inp.wide)
     return delivered(y, out), mean, m2
 
 
-def normalize(
-    inp: Input,
-    mean: Array,
-    var: Array,
-    weight: Array | None,
-    bias: Array | None,
-    eps: float,
-    out: Array | None,
-) -> Array:
-    """The array normalized with the statistics given; arguments are checked."""
-    if inp.layout is None:
-        return np.empty_like(inp.x, subok=False) if out is None else out
-    coef = np.empty((3, inp.n_channels))
+def coefficients(mean: Array, var: Array, weight: Array | None, bias: Array | None, eps: float) -> Doubles:
+    """(3, C): mean, scale and offset of the map that normalizes with the statistics given."""
+    coef = np.empty((3, len(mean)))
     coef[0] = mean
     coef[1] = inverse_std(var, eps)
     if weight is not None:
         with np.errstate(all="ignore"):
             coef[1] *= weight
     coef[2] = 0 if bias is None else bias
+    return coef
+
+
+def normalize(inp: Input, coef: Doubles, out: Array | None) -> Array:
+    """The array normalized with the `coefficients` given; arguments are checked."""
+    if inp.layout is None:
+        return passes.empty_like(inp.x) if out is None else out
     y = inp.destination(out, inp.x)
     passes.apply(inp.layout, inp.x, y, coef, inp.wide)
     return delivered(y, out)
@@ -175,7 +172,7 @@ def gradients(
     """
     n_channels = inp.n_channels
     if inp.layout is None:
-        dx = (np.empty_like(inp.x, subok=False) if out is None else out) if want_dx else None
+        dx = (passes.empty_like(inp.x) if out is None else out) if want_dx else None
         return dx, np.zeros(n_channels), np.zeros(n_channels)
     dtype = inp.x.dtype
     if dy.dtype != dtype:
@@ -388,7 +385,8 @@ def native_batch_norm(
     statistics = () if training else (running_mean, running_var)
     inp.meets(*(a.dtype for a in (weight, bias, *statistics) if a is not None))
     if not training:
-        return normalize(inp, running_mean, running_var, weight, bias, eps, out), np.empty(0), np.empty(0)
+        coef = coefficients(running_mean, running_var, weight, bias, eps)
+        return normalize(inp, coef, out), np.empty(0), np.empty(0)
     checks.more_than_one_value(inp.x, inp.n_channels)
     old = None if running_mean is None else (as_doubles(running_mean), as_doubles(running_var))
     y, mean, m2 = normalize_batch(inp, weight, bias, eps, out)

@@ -6,8 +6,11 @@ Every function here trusts its arguments: arrays aligned, native and of a `Layou
 """
 cimport cython
 cimport numpy as cnp
+from cpython.object cimport PyObject_GenericSetAttr
+from cpython.pycapsule cimport PyCapsule_New
 from cython.parallel cimport prange
 from libc.math cimport fabs, isfinite, sqrt
+from libc.string cimport memcmp, memcpy
 
 import os
 
@@ -202,6 +205,68 @@ def tune(**knobs):
     return before
 
 
+# ---- memory ----------------------------------------------------------------------------------------------------
+
+cdef extern from "numpy/arrayobject.h":
+    cnp.ndarray PyArray_NewLikeArray(cnp.ndarray prototype, cnp.NPY_ORDER order, void *descr, int subok)
+
+cdef extern from "pool.h" nogil:
+    enum: CBN_POOL_LEAST
+    void *cbn_pool_malloc(void *ctx, size_t size)
+    void *cbn_pool_calloc(void *ctx, size_t n, size_t size)
+    void *cbn_pool_realloc(void *ctx, void *p, size_t size)
+    void cbn_pool_free(void *ctx, void *p, size_t size)
+    void cbn_pool_limit(size_t n_bytes)
+    size_t cbn_pool_kept()
+
+# numpy asks it for the data of an array, keeps it with the array, and gives the data back to it at the array's end.
+cdef cnp.PyDataMem_Handler pool
+memcpy(pool.name, b"cbn", 4)
+pool.version = 1
+pool.allocator.ctx = NULL
+pool.allocator.malloc, pool.allocator.calloc = cbn_pool_malloc, cbn_pool_calloc
+pool.allocator.realloc, pool.allocator.free = cbn_pool_realloc, cbn_pool_free
+cdef object pool_capsule = PyCapsule_New(&pool, b"mem_handler", NULL)
+cdef size_t pool_limit = 0
+
+
+cpdef cnp.ndarray empty_like(cnp.ndarray x):
+    """A new array of x's shape, dtype and order in memory; a large one in memory that another one has left."""
+    if pool_limit == 0 or cnp.PyArray_NBYTES(x) < CBN_POOL_LEAST:
+        return PyArray_NewLikeArray(x, cnp.NPY_KEEPORDER, NULL, 0)
+    before = cnp.PyDataMem_SetHandler(pool_capsule)
+    try:
+        return PyArray_NewLikeArray(x, cnp.NPY_KEEPORDER, NULL, 0)
+    finally:
+        cnp.PyDataMem_SetHandler(before)
+
+
+def set_cache_limit(size_t n_bytes):
+    """Keep at most so many bytes of outputs that nobody uses any more; returns the limit before."""
+    global pool_limit
+    before = pool_limit
+    pool_limit = n_bytes
+    cbn_pool_limit(n_bytes)
+    return before
+
+
+def cache_state():
+    """(bytes kept now, at most)."""
+    return cbn_pool_kept(), pool_limit
+
+
+def empty_cache():
+    """Give the memory of past outputs that cbn keeps for future ones back to the system.
+
+    Examples
+    --------
+    >>> import cbn
+    >>> cbn.empty_cache()
+    """
+    cbn_pool_limit(0)
+    cbn_pool_limit(pool_limit)
+
+
 # ---- layouts ---------------------------------------------------------------------------------------------------
 
 cdef enum:
@@ -338,6 +403,7 @@ cdef enum:
     MIN_ROWS = 256        # rows of one item: fewer, and the partial sums are a traffic of their own
     ROW_ITEMS = 256       # items that suffice for any number of threads
     LONG_RUN = 12500      # elements
+    SMALL = 1 << 14       # bytes of an array whose map takes no longer than to hand the GIL over
     LINE = 64             # bytes
 
 cdef struct Grid:
@@ -920,3 +986,183 @@ def grad_moments(Layout layout, cnp.ndarray g, cnp.ndarray x, cnp.ndarray mean, 
         else:
             reduce(&job)
     return sums, products
+
+
+# ---- calls that repeat -----------------------------------------------------------------------------------------
+
+cdef int changing = 0    # threads that are in the middle of changing a layer's arrays; under the GIL
+
+
+@cython.final
+cdef class Changing:
+    """Lock for changes of a layer's arrays. What changes in several steps is never used in between."""
+    cdef object lock
+
+    def __init__(self, lock):
+        self.lock = lock
+
+    def __enter__(self):
+        global changing
+        self.lock.acquire()
+        changing += 1
+
+    def __exit__(self, *_):
+        global changing
+        changing -= 1
+        self.lock.release()
+
+
+cdef bint usable(cnp.ndarray a, Py_ssize_t C, int type_num) noexcept:
+    """Whether `a` is a contiguous (C,) array of this type."""
+    return cnp.PyArray_NDIM(a) == 1 and cnp.PyArray_DIM(a, 0) == C and cnp.PyArray_TYPE(a) == type_num \
+        and cnp.PyArray_ISCARRAY_RO(a)
+
+
+@cython.final
+cdef class Plan:
+    """An evaluation of inputs of one type, shape and strides, with all prepared that does not depend on their values.
+
+    The coefficients are those of arrays that others may write to at any time, so at each call the bytes of the arrays
+    are compared with the bytes that the coefficients were made from: a fraction of what making them costs, and no
+    change can be missed.
+    """
+    cdef Job job
+    cdef int n_axes, type_num
+    cdef Py_ssize_t shape[MAXDIMS]
+    cdef Py_ssize_t strides[MAXDIMS]
+    cdef Py_ssize_t n_bytes, extent
+    cdef const cbn_isa *isa
+    cdef list sources               # running mean and variance, weight, bias, as far as there are
+    cdef cnp.ndarray seen           # their bytes
+    cdef cnp.ndarray coef
+    cdef Layout layout
+
+    @staticmethod
+    def of(Layout layout, cnp.ndarray x, sources, values, cnp.ndarray coef, bint wide):
+        """The plan for arrays like x, or None if there cannot be one.
+
+        sources: running mean and variance, weight, bias, or None for those that are not there; values: copies of them;
+        coef: (3, C), made from the copies.
+        """
+        cdef Plan self
+        cdef int axis, type_num
+        cdef Py_ssize_t size
+        cdef cnp.ndarray a, value
+        if cnp.PyArray_NDIM(x) > 8 or not cnp.PyArray_ISNOTSWAPPED(x):
+            return None
+        self = Plan()
+        self.layout, self.coef, self.sources = layout, coef, []
+        self.n_axes, self.type_num = cnp.PyArray_NDIM(x), cnp.PyArray_TYPE(x)
+        self.extent = cnp.PyArray_ITEMSIZE(x)
+        for axis in range(self.n_axes):
+            self.shape[axis], self.strides[axis] = x.shape[axis], x.strides[axis]
+            if x.strides[axis] < 0:
+                return None
+            self.extent += (x.shape[axis] - 1) * x.strides[axis]
+        parts = []
+        for a, value in zip(sources, values):
+            if a is None:
+                continue
+            type_num = cnp.PyArray_TYPE(a)
+            if not usable(a, layout.C, type_num) or not usable(value, layout.C, type_num):
+                return None
+            self.sources.append(a)
+            parts.append(value.view(np.uint8))
+        self.seen = np.concatenate(parts)
+        self.job = make_job(layout, x, wide)
+        self.job.coef_c = <double *>cnp.PyArray_DATA(coef)
+        write_to(&self.job, layout, x)
+        self.n_bytes = self.job.n_bytes
+        self.isa = active
+        return self
+
+    cdef bint is_current(self) noexcept:
+        """Whether the arrays hold what they held."""
+        cdef int i
+        cdef Py_ssize_t C = self.layout.C
+        cdef char *seen = cnp.PyArray_BYTES(self.seen)
+        cdef cnp.ndarray a
+        if changing:
+            return False
+        for i in range(len(self.sources)):
+            a = <cnp.ndarray>self.sources[i]
+            if not usable(a, C, cnp.PyArray_TYPE(a)) \
+                    or memcmp(cnp.PyArray_DATA(a), seen, C * cnp.PyArray_ITEMSIZE(a)):
+                return False
+            seen += C * cnp.PyArray_ITEMSIZE(a)
+        return seen - cnp.PyArray_BYTES(self.seen) == cnp.PyArray_SIZE(self.seen)
+
+    cdef bint fits(self, cnp.ndarray a) noexcept:
+        cdef int axis
+        if cnp.PyArray_NDIM(a) != self.n_axes or cnp.PyArray_TYPE(a) != self.type_num \
+                or not cnp.PyArray_ISALIGNED(a) or not cnp.PyArray_ISNOTSWAPPED(a):
+            return False
+        for axis in range(self.n_axes):
+            if cnp.PyArray_DIM(a, axis) != self.shape[axis] or cnp.PyArray_STRIDE(a, axis) != self.strides[axis]:
+                return False
+        return True
+
+    cdef cnp.ndarray run(self, object x, object out):
+        """y, or None if this plan is not for this call."""
+        cdef Job job
+        cdef cnp.ndarray y
+        cdef char *source
+        cdef char *target
+        cdef int threads
+        if self.isa != active or type(x) is not cnp.ndarray or not self.fits(x) or not self.is_current():
+            return None
+        source = cnp.PyArray_BYTES(x)
+        if out is None:
+            y = empty_like(x)
+        elif type(out) is cnp.ndarray:
+            y = out
+        else:
+            return None
+        target = cnp.PyArray_BYTES(y)
+        if not self.fits(y) or not cnp.PyArray_ISWRITEABLE(y) \
+                or (target != source and target < source + self.extent and source < target + self.extent):
+            return None
+        job = self.job
+        job.x.data = job.g.data = source
+        job.y.data = target
+        job.stream = job.n_bytes >= stream_bytes and target != source
+        if self.n_bytes < SMALL:
+            map_items(&job, 0, n_items(&job.map), 0)
+            return y
+        threads = threads_for(2 * job.n_bytes, n_items(&job.map))
+        with nogil:
+            run(map_items, &job, n_items(&job.map), threads)
+        return y
+
+
+@cython.auto_pickle(False)
+cdef class Planned:
+    """Base of the layers: a call that repeats goes through its plan, every other one through `forward`."""
+    cdef Plan plan
+    cdef readonly Py_ssize_t _version    # how often something has been assigned
+
+    def __call__(self, *args, **kwargs):
+        """`forward`, which a subclass may override."""
+        cdef object y
+        cdef Plan plan = self.plan
+        if plan is not None and len(args) == 1:
+            if not kwargs:
+                y = plan.run(args[0], None)
+            elif len(kwargs) == 1 and "out" in kwargs:
+                y = plan.run(args[0], kwargs["out"])
+            else:
+                y = None
+            if y is not None:
+                return y
+        return self.forward(*args, **kwargs)
+
+    def __setattr__(self, name, value):
+        """Whatever is assigned to a layer may change what it computes, so its plan is dropped."""
+        self.plan = None
+        self._version += 1
+        PyObject_GenericSetAttr(self, name, value)
+
+    def _keep(self, Plan plan, Py_ssize_t version):
+        """Use this plan for calls like the last one, if nothing has been assigned since that version of the layer."""
+        if version == self._version:
+            self.plan = plan
