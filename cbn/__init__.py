@@ -6,6 +6,7 @@
 `cbn.moments`             count, mean and sum of squared distances; exact merge
 `cbn.storage`             layers in files
 `cbn.threads`             how many threads
+`cbn.memory`              sizes of the caches, memory kept for large outputs
 `cbn.config`              show_config and the self-check
 `cbn.checks`              checks of arguments, and the words of every refusal
 `cbn.reference`           the specification, in float64 numpy
@@ -18,6 +19,7 @@ Imports run one way: layers → functional → kernels; `reference` and `kernels
 from . import checks, functional, reference
 from .batchnorm import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from .config import __version__, show_config
+from .memory import empty_cache
 from .moments import Moments, moments
 from .storage import load
 from .threads import get_num_threads, num_threads, set_num_threads
@@ -39,6 +41,7 @@ __all__ = [
     "BatchNorm3d",
     "Moments",
     "__version__",
+    "empty_cache",
     "functional",
     "get_num_threads",
     "load",

@@ -1,4 +1,4 @@
-"""show_config: versions, compiler, OpenMP runtime, instruction sets, threads; and the self-check."""
+"""show_config: versions, compiler, OpenMP runtime, instruction sets, threads, memory; and the self-check."""
 
 import os
 import platform
@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from . import reference, threads
+from . import memory, reference, threads
 from .functional import native_batch_norm, native_batch_norm_backward
 from .kernels import passes
 
@@ -35,6 +35,7 @@ def config() -> dict[str, str]:
         openmp = f"{info['openmp']}, {', '.join(runtimes) or 'runtime not found'}"
         if len(runtimes) > 1:
             openmp += " (more than one: parallel calls of different libraries will slow each other down)"
+    knobs = passes.tune()
     why = "CBN_ISA" if os.environ.get("CBN_ISA") else "the highest available"
     return {
         "cbn": __version__,
@@ -46,11 +47,13 @@ def config() -> dict[str, str]:
         "instruction sets": f"built {', '.join(passes.built())}; available {', '.join(passes.available())}",
         "in use": f"{passes.isa()} ({why})",
         "threads": f"{threads.get_num_threads()} ({threads.explain()})",
+        "caches": f"L2 {knobs['l2_bytes'] >> 10} KB a core, L3 {knobs['l3_bytes'] >> 20} MB",
+        "output memory": memory.explain(),
     }
 
 
 def show_config() -> None:
-    """Print versions, compiler, OpenMP runtime, instruction sets and threads, with the reason for each choice.
+    """Print versions, compiler, OpenMP runtime, instruction sets, threads and memory, with the reason for each choice.
 
     Examples
     --------

@@ -1,0 +1,75 @@
+"""Memory: how large the processor's caches are, and how much of it cbn keeps for large outputs.
+
+A new array of 100 MB costs more in page faults than the pass that fills it. So the memory of an output of a megabyte or
+more is kept when the array dies, for the next one of about its size, up to CBN_CACHE_BYTES in all (an eighth of the
+memory by default, 0: none). The array owns it like any other array, and may outlive the layer.
+"""
+
+import contextlib
+import os
+from pathlib import Path
+
+from .kernels import passes
+from .kernels.passes import empty_cache
+
+__all__ = ["empty_cache"]
+
+L2_BYTES, L3_BYTES = 1 << 20, 1 << 23  # where the system does not say: small for what is built today
+SHARE = 8  # of the memory: one part of so many is kept for outputs
+
+
+def parsed_size(text: str) -> int:
+    """Bytes of "48K", "1024K", "32M"."""
+    text = text.strip()
+    return int(text[:-1]) << {"K": 10, "M": 20, "G": 30}[text[-1]] if text[-1] in "KMG" else int(text)
+
+
+def cpu_count(cpu_list: str) -> int:
+    """Number of processors in "0-3,8"."""
+    ranges = [part.split("-") for part in cpu_list.strip().split(",")]
+    return sum(int(r[-1]) - int(r[0]) + 1 for r in ranges)
+
+
+def cache_sizes(root: str | Path = "/sys/devices/system/cpu/cpu0/cache") -> tuple[int, int]:
+    """(L2 of one core, L3 of all) in bytes, as the system says; defaults for what it does not."""
+    sizes = {2: L2_BYTES, 3: L3_BYTES}
+    for index in sorted(Path(root).glob("index*")):
+        with contextlib.suppress(OSError, ValueError, KeyError, IndexError):
+            level = int((index / "level").read_text())
+            size, cpus = parsed_size((index / "size").read_text()), cpu_count((index / "shared_cpu_list").read_text())
+            if level in sizes and (index / "type").read_text().strip() != "Instruction" and size > 0:
+                copies = -(-(os.cpu_count() or 1) // cpus) if level == 3 else 1
+                sizes[level] = size * copies if level == 3 else size // cpus if cpus > 2 else size
+    return sizes[2], sizes[3]
+
+
+def memory_bytes(cgroup: str | Path = "/sys/fs/cgroup") -> int:
+    """Memory that the process may use: the machine's, or what its control group allows."""
+    limits = [1 << 33]
+    with contextlib.suppress(OSError, ValueError):
+        limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # "max" is no number
+            limits.append(int(Path(cgroup, name).read_text()))
+    return min(limits)
+
+
+def explain() -> str:
+    """What show_config says of the cache of outputs."""
+    kept, limit = passes.cache_state()
+    why = "CBN_CACHE_BYTES" if os.environ.get("CBN_CACHE_BYTES") else f"1/{SHARE} of the memory"
+    return f"{kept / 1e6:.0f} MB kept, at most {limit / 1e6:.0f} MB ({why})"
+
+
+def _at_import() -> None:
+    l2, l3 = cache_sizes()
+    passes.tune(l2_bytes=l2, l3_bytes=l3)
+    limit = memory_bytes() // SHARE
+    if asked := os.environ.get("CBN_CACHE_BYTES"):
+        if not asked.isascii() or not asked.isdigit():
+            raise ValueError(f"CBN_CACHE_BYTES must be a number of bytes, 0 or more, not {asked!r}")
+        limit = min(int(asked), 1 << 62)
+    passes.set_cache_limit(limit)
+
+
+_at_import()
