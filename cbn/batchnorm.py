@@ -168,9 +168,8 @@ class BatchNorm(passes.Planned):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls._plain = cls._plain and not (vars(cls).keys() & vars(BatchNorm).keys()) - {
-            "__module__", "__doc__", "__init__", "__repr__", "_ranks", "__firstlineno__", "__static_attributes__",
-        }
+        own = {name for name in vars(BatchNorm) if not name.startswith("__")} - {"_ranks"}
+        cls._plain = cls._plain and not own & vars(cls).keys()
 
     weight = _ChannelArray()
     bias = _ChannelArray()

@@ -84,8 +84,10 @@ def test_borders_of_vectors(isa, rng, dtype, shape):
     [
         ((1, 2, 65535), 1), ((1, 2, 65536), 1), ((2, 2, 65537), 1), ((2, 1, 200001), 1),  # chunks of one run
         ((700, 2, 199), 1), ((66000, 2, 2), 1), ((1, 1, 300000), 1),  # chunks of many runs
-        ((63, 5), 1), ((64, 5), 1), ((65, 5), 1), ((70000, 3), 1), ((2, 1, 1000, 5), 3),  # row blocks
-        ((3, 511), 1), ((3, 512), 1), ((130, 513), 1), ((70, 1500), 1), ((2, 40000), 1),  # column tiles
+        ((255, 5), 1), ((257, 5), 1), ((70000, 3), 1), ((2, 1, 1000, 5), 3), ((1000003, 3), 1),  # joined rows
+        ((3, 511), 1), ((3, 513), 1), ((3, 1024), 1), ((300, 1025), 1), ((300, 2500), 1), ((2, 40000), 1),  # column tiles
+        ((8, 40, 127), 1), ((8, 40, 128), 1), ((7, 40, 127), 1), ((9, 33, 49), 1), ((300, 5, 4), 1),  # short runs
+        ((3, 33, 129), 1), ((1, 70, 100), 1), ((1, 3000, 100), 1),  # groups of channels
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -105,6 +107,86 @@ def test_borders_of_the_partition(parallel, rng, dtype, shape, axis):
     assert error(y, exact_y) <= LIMIT[x.dtype]
     for gradient, exact_gradient in zip(gradients, exact, strict=True):
         assert error(gradient, exact_gradient) <= GRADIENT_LIMIT[x.dtype]
+
+
+PIPELINE = {"l2_bytes": 1 << 12, "l3_bytes": 1 << 24}
+KNOBS = {
+    "two passes": {"l2_bytes": 0, "l3_bytes": 0},
+    "two passes, past the caches": {"l2_bytes": 0, "l3_bytes": 0, "stream_bytes": 0},
+    "pipeline": PIPELINE,
+    "pipeline, past the caches": PIPELINE | {"stream_bytes": 0},
+    "pipeline, nothing fetched": PIPELINE | {"stream_bytes": 0, "prefetch": False},
+    "pipeline of small tiles": {"l2_bytes": 1 << 15, "l3_bytes": 0, "stream_bytes": 0},
+}
+PATH_SHAPES = {
+    "runs": (3, 40, 300),
+    "runs of whole lines": (3, 40, 256),
+    "long runs": (2, 33, 1500),
+    "runs of several blocks": (70, 9, 1100),
+    "runs, each two pieces": (2, 9, 70001),
+    "short runs": (3, 77, 13),
+    "rows of short runs": (9, 77, 49),
+    "rows of very short runs": (300, 77, 4),
+    "rows": (300, 40),
+    "rows, tiles of columns": (70, 9001),
+    "rows not of whole lines": (70, 9016),
+}
+
+
+@pytest.mark.parametrize("shape", PATH_SHAPES.values(), ids=PATH_SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_path_gives_the_same_bits(isa, parallel, rng, dtype, shape):
+    """Order of the work, kind of store, fetching, threads, alignment: knobs that no result depends on.
+
+    Some channels begin with a value far out, so they are reduced twice; some need float64 arithmetic, some are not
+    finite.
+    """
+    x = rng.standard_normal(shape).astype(dtype)
+    x[0, ::5].flat[0] = 1e4
+    x[:, 3] *= 1e36
+    x[0, 4].flat[0] = np.inf
+    dy = rng.standard_normal(shape).astype(dtype)
+    weight, bias, mean = rng.standard_normal((3, shape[1]))
+    var = rng.uniform(1, 2, shape[1])
+
+    def results(offset):
+        memory = np.empty(2 * x.size + 128, dtype)
+        y, dx = (memory[i : i + x.size].reshape(shape) for i in (offset, x.size + 64 + offset))
+        with np.errstate(all="ignore"):
+            _, *saved = native_batch_norm(x, weight, bias, None, None, True, 0.1, 1e-5, out=y)
+            _, *sums = native_batch_norm_backward(dy, x, weight, None, None, *saved, True, 1e-5, out=dx)
+            evaluated = cbn.functional.batch_norm(x, mean, var, weight, bias)
+        # A NaN is a NaN: which of two operands' payloads it has is the compiler's choice
+        return [np.where(np.isnan(a), np.nan, a).tobytes() for a in (y, dx, evaluated, *saved, *sums)]
+
+    passes.tune(bytes_per_thread=1 << 40, **KNOBS["two passes"])
+    expected = results(0)
+    for name, knobs in KNOBS.items():
+        passes.tune(bytes_per_thread=1, **{"stream_bytes": 1 << 40, "prefetch": True} | knobs)
+        for n_threads, offset in ((1, 0), (2, 3), (3, 1)):
+            with cbn.num_threads(n_threads):
+                assert results(offset) == expected, (name, n_threads)
+
+
+def test_the_paths_agree_with_the_reference(isa, parallel, rng):
+    """What all paths agree on is right: the pipeline, against float64."""
+    passes.tune(**KNOBS["pipeline, past the caches"])
+    for shape in PATH_SHAPES.values():
+        x = (rng.standard_normal(shape) + 100).astype(np.float32)
+        dy = rng.standard_normal(shape).astype(np.float32)
+        n, mean, m2 = reference.moments(x)
+        y, *saved = native_batch_norm(x, None, None, None, None, True, 0.1, 1e-5)
+        assert error(y, reference.normalize(x, mean, m2 / n)) <= LIMIT[x.dtype]
+        gradients = native_batch_norm_backward(dy, x, None, None, None, *saved, True, 1e-5)
+        for gradient, exact in zip(gradients, reference.backward(dy, x, mean, m2 / n), strict=True):
+            assert error(gradient, exact) <= GRADIENT_LIMIT[x.dtype]
+
+
+def test_unknown_knobs_are_refused():
+    before = passes.tune()
+    with pytest.raises(TypeError, match="no knob 'blocking'; there are bytes_per_thread, stream_bytes"):
+        passes.tune(blocking=1, prefetch=False)
+    assert passes.tune() == before
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -130,7 +212,7 @@ def test_bits_do_not_depend_on_addresses_or_out(isa, rng, dtype, last):
 
 
 def test_an_element_has_the_same_bits_in_a_vector_and_in_a_tail(isa, rng):
-    """Every position of a run, so the vector's and the scalar's formula round alike."""
+    """Every position of a run: whole vectors and parts of one round alike."""
     mean, var = rng.standard_normal(1), rng.uniform(1, 2, 1)
     for dtype in DTYPES:
         value = dtype(rng.standard_normal())

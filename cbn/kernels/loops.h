@@ -255,6 +255,8 @@ INLINE void LOOP(first)(const cbn_tile *m, const cbn_tile *r, const int backward
                     if (maps)
                         LOOP(map_piece)(mx, mg, y, MIN(head + i, whole), MIN(head + i + piece, whole), f, backward,
                                         past);
+                    if (maps && past && end == length) /* before the reduction's copy takes its place */
+                        LOOP(map_shared)(mx, mg, y, whole, length, f, &shared, backward);
 #ifdef SUMS
                     if (reduces) {
                         if (ahead) {
@@ -270,11 +272,9 @@ INLINE void LOOP(first)(const cbn_tile *m, const cbn_tile *r, const int backward
                         LOOP(reduce_piece)(x, g, x_copy, g_copy, i, end, shift, &s, backward, copying);
                     }
 #else
-                    (void)end, (void)copying;
+                    (void)copying;
 #endif
                 }
-                if (maps && past)
-                    LOOP(map_shared)(mx, mg, y, whole, length, f, &shared, backward);
 #ifdef SUMS
                 if (reduces)
                     sums[c - first] = s;

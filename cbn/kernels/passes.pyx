@@ -199,6 +199,9 @@ def tune(**knobs):
     global bytes_per_thread, stream_bytes, l2_bytes, l3_bytes, prefetch
     before = {"bytes_per_thread": bytes_per_thread, "stream_bytes": stream_bytes, "l2_bytes": l2_bytes,
               "l3_bytes": l3_bytes, "prefetch": prefetch}
+    for name in knobs:
+        if name not in before:
+            raise TypeError(f"no knob {name!r}; there are {', '.join(before)}")
     new = before | knobs
     bytes_per_thread, stream_bytes = new["bytes_per_thread"], new["stream_bytes"]
     l2_bytes, l3_bytes, prefetch = new["l2_bytes"], new["l3_bytes"], new["prefetch"]
