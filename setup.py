@@ -15,6 +15,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy
@@ -68,6 +69,15 @@ class BuildPasses(build_ext):
         for extension in self.extensions:
             extension.extra_compile_args = flags
             extension.extra_link_args = link_flags
+        # One source at a time is most of a minute: as many as there are processors
+        compile_sources = self.compiler.compile
+
+        def compile_at_once(sources, **options):
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                files = pool.map(lambda source: compile_sources([source], **options), sources)
+                return [file for of_source in files for file in of_source]
+
+        self.compiler.compile = compile_at_once
         super().build_extensions()
 
     def check_openmp(self, command):

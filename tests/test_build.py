@@ -39,11 +39,12 @@ def test_imports_run_one_way():
         "checks": set(),
         "reference": set(),
         "threads": {"checks", "kernels"},
+        "memory": {"kernels"},
         "functional": {"checks", "kernels"},
         "moments": {"functional", "kernels"},
-        "batchnorm": {"checks", "functional", "storage"},
+        "batchnorm": {"checks", "functional", "kernels", "storage"},
         "storage": {"batchnorm"},
-        "config": {"functional", "kernels", "reference", "threads"},
+        "config": {"functional", "kernels", "memory", "reference", "threads"},
     }
     for path in (ROOT / "cbn").glob("*.py"):
         if path.stem.startswith("__"):

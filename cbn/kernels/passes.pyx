@@ -763,13 +763,13 @@ cdef void first_values(Job *job, Py_ssize_t c, Py_ssize_t end) noexcept nogil:
 
 cdef void settle(Job *job, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
     """Merge some channels' partial sums, in the order of their blocks, and make their coefficients from them."""
-    cdef Py_ssize_t c, k, C = job.reduction.C
+    cdef Py_ssize_t c, _k, C = job.reduction.C
     cdef double n = <double>(job.reduction.N * job.reduction.S)
     cdef double s, invstd, w
     cdef double *sums = job.partial
     for c in range(first, end):
         job.sum_c[c], job.square_c[c] = 0, 0
-    for k in range(job.reduction.blocks * job.reduction.pieces):
+    for _k in range(job.reduction.blocks * job.reduction.pieces):
         for c in range(first, end):
             job.sum_c[c] += sums[c]
             job.square_c[c] += sums[C + c]
@@ -890,8 +890,8 @@ cdef void plan(Job *job) noexcept nogil:
         g.group = max(1, min(ceil_div(LONG_RUN, g.S), 2 * l2_bytes // channel_bytes, g.C // (8 * threads)))
         g.tiles = ceil_div(g.C, g.group)
     job.fused = g.tiles >= 2 * threads
-    # Runs of the copy do not share lines, so that what is stored to one delays no load of the next; nor are rows of it a
-    # power of two apart
+    # Runs of the copy share no line, so that what is stored to one delays no load of the next; nor are its rows a power
+    # of two apart
     job.copy_c = g.S if g.last else ceil_div(g.S * job.itemsize, LINE) * LINE // job.itemsize + LINE // job.itemsize
     job.copy_n = g.group * job.copy_c + 4 * LINE // job.itemsize
     job.copy_bytes = ceil_div(arrays * g.N * job.copy_n * job.itemsize, LINE) * LINE
@@ -945,7 +945,7 @@ def moments(Layout layout, cnp.ndarray x, cnp.ndarray y=None, cnp.ndarray weight
     if forward:
         write_to(&job, layout, y)
         plan(&job)
-        room = room_for(&job)
+        _room = room_for(&job)
     with nogil:
         if forward:
             reduce_and_map(&job)
@@ -982,7 +982,7 @@ def grad_moments(Layout layout, cnp.ndarray g, cnp.ndarray x, cnp.ndarray mean, 
     if dx is not None:
         write_to(&job, layout, dx)
         plan(&job)
-        room = room_for(&job)
+        _room = room_for(&job)
     with nogil:
         if job.batch_statistics:
             reduce_and_map(&job)
@@ -1049,7 +1049,6 @@ cdef class Plan:
         """
         cdef Plan self
         cdef int axis, type_num
-        cdef Py_ssize_t size
         cdef cnp.ndarray a, value
         if cnp.PyArray_NDIM(x) > 8 or not cnp.PyArray_ISNOTSWAPPED(x):
             return None

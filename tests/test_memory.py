@@ -1,0 +1,220 @@
+"""Memory of large outputs that is used again, and the sizes of caches and memory that the system tells."""
+
+import gc
+import subprocess
+import sys
+import threading
+import tracemalloc
+
+import numpy as np
+import pytest
+
+import cbn
+from cbn import memory
+from cbn.kernels import passes
+
+LARGE = (16, 8, 64, 64)  # 2 MB of float32
+
+
+@pytest.fixture(autouse=True)
+def _cache():
+    before = passes.set_cache_limit(1 << 26)
+    cbn.empty_cache()
+    yield
+    passes.set_cache_limit(before)
+
+
+def address(a):
+    return a.__array_interface__["data"][0]
+
+
+def test_a_dead_output_is_the_next_one():
+    bn = cbn.BatchNorm2d(8)
+    x = np.ones(LARGE, np.float32)
+    for layer in (bn, bn.eval()):
+        y = layer(x)
+        where = address(y)
+        assert address(layer(x)) != where, "y is alive"
+        del y
+        assert passes.cache_state()[0] >= x.nbytes
+        again = layer(x)
+        assert address(again) == where
+        cbn.empty_cache()
+    assert again.flags.owndata
+    assert again.base is None
+    assert again.flags.aligned
+    assert address(again) % 64 == 0
+
+
+def test_an_output_outlives_its_layer():
+    x = np.random.default_rng(0).standard_normal(LARGE).astype(np.float32)
+    bn = cbn.BatchNorm2d(8).eval()
+    y = bn(x)
+    expected = y.copy()
+    view = y[3:5]
+    del bn, y
+    gc.collect()
+    other = cbn.BatchNorm2d(8).eval()
+    for _ in range(5):
+        other(x + 1)
+    assert np.array_equal(view, expected[3:5])
+
+
+def test_the_limit_holds_and_the_oldest_go_first():
+    passes.set_cache_limit(5 << 20)
+    arrays = [passes.empty_like(np.empty(1 << 21, np.int8)) for _ in range(4)]
+    last = address(arrays[-1])
+    while arrays:
+        arrays.pop(0)
+        assert passes.cache_state()[0] <= 5 << 20
+    assert passes.cache_state()[0] >= 1 << 22
+    assert address(passes.empty_like(np.empty(1 << 21, np.int8))) == last
+    passes.set_cache_limit(0)
+    assert passes.cache_state() == (0, 0)
+    del arrays
+    a = passes.empty_like(np.empty(1 << 21, np.int8))
+    del a
+    assert passes.cache_state() == (0, 0)
+
+
+def test_what_is_much_too_large_is_left():
+    passes.set_cache_limit(1 << 30)
+    large = passes.empty_like(np.empty(64 << 20, np.int8))
+    del large
+    kept = passes.cache_state()[0]
+    small = passes.empty_like(np.empty(1 << 20, np.int8))
+    assert passes.cache_state()[0] == kept
+    del small
+
+
+def test_many_small_limits():
+    """More blocks than the list has places."""
+    passes.set_cache_limit(1 << 30)
+    arrays = [passes.empty_like(np.empty((1 << 20) + 4096 * i, np.int8)) for i in range(100)]
+    for i, a in enumerate(arrays):
+        a.fill(i)
+    del a
+    arrays.clear()
+    assert 0 < passes.cache_state()[0] <= 1 << 30
+    cbn.empty_cache()
+    assert passes.cache_state() == (0, 1 << 30)
+
+
+def test_order_in_memory_and_resize():
+    x = np.asfortranarray(np.empty((1000, 700), np.float32))
+    y = passes.empty_like(x)
+    assert y.flags.f_contiguous
+    assert y.dtype == np.float32
+    y.fill(3)
+    z = passes.empty_like(np.empty(1 << 20, np.int8))
+    z.fill(5)
+    z.resize(3 << 20, refcheck=False)  # numpy asks our realloc, and fills the rest with zeros
+    assert z[: 1 << 20].min() == 5
+    assert z[1 << 20 :].max() == 0
+    z.resize(100, refcheck=False)
+    assert z.min() == 5
+    assert np.all(y == 3)
+
+
+def test_tracemalloc_counts_the_living():
+    x = np.empty(1 << 22, np.int8)
+    passes.empty_like(x)
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        y = passes.empty_like(x)
+        assert tracemalloc.get_traced_memory()[0] - before >= x.nbytes
+        del y
+        assert tracemalloc.get_traced_memory()[0] - before < x.nbytes
+    finally:
+        tracemalloc.stop()
+
+
+def test_threads_share_it():
+    wrong = []
+
+    def work(seed):
+        rng = np.random.default_rng(seed)
+        alive = []
+        for i in range(200):
+            a = passes.empty_like(np.empty(int(rng.integers(1 << 20, 1 << 21)), np.uint8))
+            a[:: 1 << 12] = seed
+            a[-1] = seed
+            alive.append(a)
+            if len(alive) > 3:
+                alive.pop(int(rng.integers(4)))
+            wrong.extend(i for b in alive if b[0] != seed or b[-1] != seed)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not wrong
+
+
+def test_the_handler_of_other_arrays_stays():
+    name = np._core.multiarray.get_handler_name
+    before = name(np.empty(10))
+    y = passes.empty_like(np.empty(1 << 21, np.int8))
+    assert name(y) == "cbn"
+    assert name(np.empty(10)) == before
+
+
+def run(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={"PATH": "/usr/bin", **environment},
+        timeout=60,
+    )
+
+
+def test_environment():
+    code = "import cbn; from cbn.kernels import passes; print(passes.cache_state()[1])"
+    assert run(code, CBN_CACHE_BYTES="0").stdout == "0\n"
+    assert run(code, CBN_CACHE_BYTES="123456").stdout == "123456\n"
+    assert int(run(code).stdout) == memory.memory_bytes() // memory.SHARE
+    for bad in ("-1", "1GB", "²"):
+        done = run(code, CBN_CACHE_BYTES=bad)
+        assert f"CBN_CACHE_BYTES must be a number of bytes, 0 or more, not {bad!r}" in done.stderr
+
+
+def test_show_config_names_it(capsys):
+    cbn.show_config()
+    text = capsys.readouterr().out
+    assert "MB kept, at most 67 MB" in text
+    assert "L2 " in text
+
+
+def write_cache(root, index, level, size, cpus, kind="Unified"):
+    folder = root / f"index{index}"
+    folder.mkdir(parents=True)
+    for name, text in (("level", level), ("size", size), ("shared_cpu_list", cpus), ("type", kind)):
+        (folder / name).write_text(f"{text}\n")
+
+
+def test_cache_sizes(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory.os, "cpu_count", lambda: 16)
+    assert memory.cache_sizes(tmp_path) == (memory.L2_BYTES, memory.L3_BYTES)
+    write_cache(tmp_path, 0, 1, "48K", "0", "Data")
+    write_cache(tmp_path, 2, 2, "2048K", "0-1")
+    write_cache(tmp_path, 3, 3, "32M", "0-7")
+    assert memory.cache_sizes(tmp_path) == (2 << 20, 64 << 20), "two threads of one core; two L3"
+    for folder in tmp_path.iterdir():
+        (folder / "size").write_text("what?")
+    assert memory.cache_sizes(tmp_path) == (memory.L2_BYTES, memory.L3_BYTES)
+
+
+def test_an_l2_that_many_cores_share(tmp_path):
+    write_cache(tmp_path, 2, 2, "4M", "0-3")
+    assert memory.cache_sizes(tmp_path)[0] == 1 << 20
+
+
+def test_memory_of_a_control_group(tmp_path):
+    everything = memory.memory_bytes(tmp_path)
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.memory_bytes(tmp_path) == everything
+    (tmp_path / "memory.max").write_text("1000000\n")
+    assert memory.memory_bytes(tmp_path) == 1000000

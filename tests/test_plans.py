@@ -1,0 +1,232 @@
+"""Evaluation that repeats: what is prepared once must be what the layer would compute now, whatever has changed."""
+
+import copy
+import pickle
+import threading
+
+import numpy as np
+import pytest
+
+import cbn
+from cbn.kernels import passes
+
+from .conftest import DTYPES, LAYOUTS, in_memory_order
+
+
+def trained(rng, n_channels, dtype=np.float32, axis=1):
+    bn = cbn.BatchNorm(n_channels, dtype=dtype, channel_axis=axis).eval()
+    bn.weight[...], bn.bias[...], bn.running_mean[...] = rng.standard_normal((3, n_channels))
+    bn.running_var[...] = rng.uniform(0.5, 2, n_channels)
+    return bn
+
+
+def fresh(bn, x):
+    """What a layer without a past computes."""
+    return cbn.functional.batch_norm(
+        x, bn.running_mean, bn.running_var, bn.weight, bn.bias, eps=bn.eps, channel_axis=bn.channel_axis
+    )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layer_dtype", DTYPES)
+def test_the_second_call_has_the_bits_of_the_first(isa, parallel, rng, layout, dtype, layer_dtype):
+    shape, axis, order = LAYOUTS[layout]
+    bn = trained(rng, shape[axis], layer_dtype, axis)
+    x = in_memory_order(rng.standard_normal(shape).astype(dtype), order)
+    first = bn(x)
+    out = np.empty_like(x)
+    for y in (bn(x), bn(x, out=out), bn(x)):
+        assert y.tobytes() == first.tobytes() == fresh(bn, x).tobytes()
+        assert y.strides == x.strides
+        assert y.dtype == dtype
+    assert bn(x, out=out) is out
+    other = x + 1
+    assert bn(other).tobytes() == fresh(bn, other).tobytes()
+    assert bn(other, out=other) is other, "in place"
+    assert other.tobytes() == fresh(bn, x + 1).tobytes()
+
+
+def change_one_value(bn):
+    bn.weight[-1] = 7
+
+
+def change_through_a_view(bn):
+    bn.running_mean[1:3] += 1
+
+
+def change_by_a_bit(bn):
+    bn.running_var.view(np.int32)[0] ^= 1
+
+
+def change_the_sign_of_a_zero(bn):
+    bn.bias[0] = -bn.bias[0]
+
+
+CHANGES = {
+    "one value": change_one_value,
+    "through a view": change_through_a_view,
+    "one bit": change_by_a_bit,
+    "the sign of a zero": change_the_sign_of_a_zero,
+    "eps": lambda bn: setattr(bn, "eps", 0.5),
+    "another array": lambda bn: setattr(bn, "bias", np.arange(5, dtype=np.float32)),
+    "no weight": lambda bn: setattr(bn, "weight", None),
+    "a loaded state": lambda bn: bn.load_state_dict(trained(np.random.default_rng(9), 5).state_dict()),
+    "reset": lambda bn: bn.reset_running_stats(),
+    "training": lambda bn: (bn.train()(np.ones((4, 5), np.float32)), bn.eval()),
+    "NaN": lambda bn: bn.running_mean.fill(np.nan),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_every_change_is_noticed(rng, change):
+    bn = trained(rng, 5)
+    bn.bias[0] = 0.0
+    x = rng.standard_normal((3, 5)).astype(np.float32)
+    x[0, 0] = bn.running_mean[0]  # y is the bias there: shows the sign of a zero
+    for _ in range(3):
+        before = bn(x)
+    change(bn)
+    for _ in range(3):
+        y = bn(x)
+        assert y.tobytes() == fresh(bn, x).tobytes()
+        assert y.tobytes() != before.tobytes()
+
+
+def test_a_training_forward_is_no_evaluation(rng):
+    bn = trained(rng, 5)
+    x = rng.standard_normal((30, 5)).astype(np.float32)
+    for _ in range(3):
+        evaluated = bn(x)
+    bn.train()
+    assert not np.array_equal(bn(x), evaluated)
+    bn.backward(x)
+    bn.eval()
+    for _ in range(3):
+        bn(x)
+        with pytest.raises(RuntimeError, match="evaluation mode"):
+            bn.backward(x)
+    bn.train().freeze()
+    bn(x)
+    assert bn.backward(x).shape == x.shape
+
+
+@pytest.mark.parametrize(
+    ("bad", "error", "words"),
+    [
+        (lambda x: {"x": x[:, :4]}, ValueError, "running_mean should contain 4 elements not 5"),
+        (lambda x: {"x": x.astype(np.int32)}, TypeError, "dtype int32"),
+        (lambda x: {"x": np.ma.masked_array(x)}, TypeError, "masked"),
+        (lambda x: {"x": x[0]}, ValueError, "1D input"),
+        (lambda x: {"x": x, "out": np.empty_like(x[:2])}, ValueError, "out has shape"),
+        (lambda x: {"x": x, "out": np.empty(x.shape)}, TypeError, "out has dtype"),
+        (lambda x: {"x": x, "out": np.broadcast_to(np.float32(0), x.shape)}, ValueError, "read-only"),
+        (lambda x: {"x": x, "out": [1]}, TypeError, "numpy array, not list"),
+        (lambda x: {"x": x, "mask": x}, NotImplementedError, "mask"),
+        (lambda x: {"x": x, "nothing": x}, TypeError, "nothing"),
+    ],
+)
+def test_bad_arguments_after_good_ones(rng, bad, error, words):
+    bn = trained(rng, 5)
+    x = rng.standard_normal((3, 5)).astype(np.float32)
+    bn(x), bn(x)
+    arguments = bad(x)
+    with pytest.raises(error, match=words):
+        bn(arguments.pop("x"), **arguments)
+    assert bn(x).tobytes() == fresh(bn, x).tobytes()
+
+
+def test_other_inputs_after_a_plan(rng):
+    """Another order in memory, byte order, alignment, overlap, a subclass, a list: each by its own way."""
+    bn = trained(rng, 5)
+    x = rng.standard_normal((4, 5)).astype(np.float32)
+    expected = fresh(bn, x)
+    bn(x), bn(x)
+    unaligned = np.frombuffer(b"x" + x.tobytes(), np.float32, offset=1).reshape(x.shape)
+    for other in (np.asfortranarray(x), x.astype(">f4"), unaligned, x[::-1][::-1], x.tolist()):
+        np.testing.assert_allclose(bn(other), expected, rtol=1e-5, atol=1e-6)
+
+    class Sub(np.ndarray):
+        pass
+
+    assert type(bn(x.view(Sub))) is np.ndarray
+    memory = np.zeros(25, np.float32)
+    memory[:20] = x.ravel()
+    bn(memory[:20].reshape(4, 5), out=memory[1:21].reshape(4, 5))
+    assert memory[1:21].tobytes() == expected.tobytes(), "as if the input had been copied first"
+
+
+def test_what_a_subclass_redefines_is_asked_each_time(rng):
+    class Doubled(cbn.BatchNorm):
+        def forward(self, x, **kwargs):
+            return 2 * super().forward(x, **kwargs)
+
+    class Moving(cbn.BatchNorm):
+        calls = 0
+
+        @property
+        def weight(self):
+            self.calls += 1
+            return np.full(5, self.calls, np.float32)
+
+        @weight.setter
+        def weight(self, value):
+            pass
+
+    x = rng.standard_normal((3, 5)).astype(np.float32)
+    doubled, moving, plain = Doubled(5).eval(), Moving(5).eval(), cbn.BatchNorm(5).eval()
+    for _ in range(3):
+        assert np.array_equal(doubled(x), 2 * plain(x))
+        assert not np.array_equal(moving(x), moving(x))
+    plain.forward = lambda x: "mine"
+    assert plain(x) == "mine"
+
+
+def test_copies_have_plans_of_their_own(rng):
+    bn = trained(rng, 5)
+    x = rng.standard_normal((3, 5)).astype(np.float32)
+    before = bn(x)
+    bn(x)
+    others = [copy.copy(bn), copy.deepcopy(bn), pickle.loads(pickle.dumps(bn))]
+    bn.bias = bn.bias + 1
+    for other in others:
+        assert other(x).tobytes() == before.tobytes()
+        assert other(x).tobytes() == before.tobytes()
+    assert bn(x).tobytes() != before.tobytes()
+
+
+def test_an_instruction_set_chosen_later_is_used(rng):
+    bn = trained(rng, 5)
+    x = rng.standard_normal((3, 5)).astype(np.float32)
+    for isa in passes.available():
+        passes.use_isa(isa)
+        assert bn(x).tobytes() == fresh(bn, x).tobytes()
+        assert bn(x).tobytes() == fresh(bn, x).tobytes()
+
+
+def test_many_threads_while_one_writes(rng):
+    """Each result is one of the states that the layer was in."""
+    n_channels = 300
+    bn = trained(rng, n_channels)
+    states = [trained(np.random.default_rng(i), n_channels).state_dict() for i in range(2)]
+    x = rng.standard_normal((2, n_channels)).astype(np.float32)
+    expected = set()
+    for state in states:
+        bn.load_state_dict(state)
+        expected.add(fresh(bn, x).tobytes())
+    stop, wrong = threading.Event(), []
+
+    def read():
+        while not stop.is_set():
+            if bn(x).tobytes() not in expected:
+                wrong.append(1)
+
+    readers = [threading.Thread(target=read) for _ in range(3)]
+    for reader in readers:
+        reader.start()
+    for i in range(300):
+        bn.load_state_dict(states[i % 2])
+    stop.set()
+    for reader in readers:
+        reader.join()
+    assert not wrong
