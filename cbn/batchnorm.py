@@ -361,10 +361,11 @@ class BatchNorm(passes.Planned):
         with _update_lock:  # a snapshot: mean and variance of the same batch
             mean: Any = self.running_mean
             var: Any = self.running_var
-            sources = mean, var, self.weight, self.bias
+            weight, bias = self.weight, self.bias
+            sources = mean, var, weight, bias
             if mean is not None and var is not None:
                 mean, var = mean.copy(), var.copy()
-        weight, bias, training = self.weight, self.bias, self.training
+        training = self.training
         batch_statistics = not self._frozen and (training or (mean is None and var is None))
         tracked = training and self.track_running_stats and not self._frozen
         if not batch_statistics:
@@ -387,7 +388,8 @@ class BatchNorm(passes.Planned):
             if tracked:
                 self._update(inp.count, mean, m2)
         else:
-            values = (mean, var, *(None if a is None else a.copy() for a in sources[2:]))
+            weight, bias = (None if a is None else a.copy() for a in (weight, bias))
+            values = mean, var, weight, bias
             coef = functional.coefficients(*values, eps)
             y = functional.normalize(inp, coef, out)
             invstd = functional.inverse_std(var, eps)

@@ -63,7 +63,7 @@ def explain() -> str:
 
 def _at_import() -> None:
     l2, l3 = cache_sizes()
-    passes.tune(l2_bytes=l2, l3_bytes=l3)
+    passes.tune(l2_bytes=l2, l3_bytes=l3, stream_bytes=l3)
     limit = memory_bytes() // SHARE
     if asked := os.environ.get("CBN_CACHE_BYTES"):
         if not asked.isascii() or not asked.isdigit():

@@ -191,7 +191,7 @@ def tune(**knobs):
     No result depends on any of them.
 
     bytes_per_thread   memory from which another thread is worth its start; 1: for any two items
-    stream_bytes       size of an output from which it is stored past the caches; 0: always
+    stream_bytes       size of all arrays of a call from which it stores past the caches; 0: always
     l2_bytes           cache of one core; 0 and l3_bytes=0: two passes always, never channel by channel
     l3_bytes           cache of all cores
     prefetch           whether the next channels are fetched while the present ones are computed
@@ -574,6 +574,12 @@ cdef Job make_job(Layout layout, cnp.ndarray x, bint wide):
     return job
 
 
+cdef bint stores_past(Job *job) noexcept nogil:
+    """Whether the output goes past the caches: where it would not stay there with what the call reads."""
+    return (3 if job.backward else 2) * job.n_bytes >= stream_bytes \
+        and job.y.data != job.x.data and job.y.data != job.g.data
+
+
 cdef void write_to(Job *job, Layout layout, cnp.ndarray y) noexcept:
     """The map's output, and a partition for the map, which decides no bit: an element depends on nothing but itself."""
     cdef bint joins
@@ -586,7 +592,7 @@ cdef void write_to(Job *job, Layout layout, cnp.ndarray y) noexcept:
         job.map = rows_grid(layout, job.itemsize, False)
     else:
         job.map = runs_grid(layout, False)
-    job.stream = job.n_bytes >= stream_bytes and job.y.data != job.x.data and job.y.data != job.g.data
+    job.stream = stores_past(job)
 
 
 cdef void run(Work work, Job *job, Py_ssize_t items, int threads) noexcept nogil:
@@ -628,7 +634,7 @@ cdef cbn_tile tile_to_reduce(Job *job, Rectangle *r) noexcept nogil:
     t.shift_c = job.shift_c + r.c
     t.sum_c = job.partial + 2 * r.block * t.pitch + r.c
     t.square_c = t.sum_c + t.pitch
-    t.prefetch = prefetch and not job.reduction.last
+    t.prefetch = prefetch
     return t
 
 
@@ -854,7 +860,7 @@ cdef bint all_fit_float32(Job *job, Py_ssize_t first, Py_ssize_t end) noexcept n
 # Sizes of the caches, for one core and for all; set from the system's at import (config.py).
 cdef Py_ssize_t l2_bytes = 1 << 20
 cdef Py_ssize_t l3_bytes = 1 << 23
-cdef Py_ssize_t stream_bytes = 1 << 23    # outputs from this size on are stored past the caches
+cdef Py_ssize_t stream_bytes = 1 << 23    # a call that goes through so much memory stores past the caches
 cdef bint prefetch = True
 
 
@@ -1127,7 +1133,7 @@ cdef class Plan:
         job = self.job
         job.x.data = job.g.data = source
         job.y.data = target
-        job.stream = job.n_bytes >= stream_bytes and target != source
+        job.stream = stores_past(&job)
         if self.n_bytes < SMALL:
             map_items(&job, 0, n_items(&job.map), 0)
             return y
