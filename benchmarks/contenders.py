@@ -60,6 +60,8 @@ class Contender:
 
 
 class Cbn(Contender):
+    """The layer in evaluation, the functions in training and backward."""
+
     name = "cbn"
 
     @classmethod
@@ -79,7 +81,11 @@ class Cbn(Contender):
         d = data
         out = d.array() if case.memory == "out" else None
         if case.op == "eval":
-            self.run = lambda: f.batch_norm(d.x, d.mean, d.var, d.weight, d.bias, eps=EPS, out=out)
+            import cbn
+
+            bn = cbn.BatchNorm(case.shape[1], eps=EPS, dtype=case.dtype).eval()
+            bn.load_state_dict({"weight": d.weight, "bias": d.bias, "running_mean": d.mean, "running_var": d.var})
+            self.run = lambda: bn(d.x, out=out)
         elif case.op == "train":
             self.run = lambda: f.native_batch_norm(d.x, d.weight, d.bias, d.mean, d.var, True, 0.1, EPS, out=out)[0]
         else:
@@ -91,27 +97,6 @@ class Cbn(Contender):
     def results(self):
         found = self.run()
         return dict(zip(("dx", "dweight", "dbias"), found, strict=True)) if self.case.op == "backward" else {"y": found}
-
-
-class CbnLayer(Cbn):
-    """The layer as called, for small calls."""
-
-    name = "cbn layer"
-
-    @classmethod
-    def supports(cls, case):
-        return case.op == "eval"
-
-    def __init__(self, case, data):
-        Contender.__init__(self, case, data)
-        import cbn
-
-        bn = cbn.BatchNorm(case.shape[1], eps=EPS, dtype=case.dtype).eval()
-        bn.load_state_dict(
-            {"weight": data.weight, "bias": data.bias, "running_mean": data.mean, "running_var": data.var}
-        )
-        x, out = data.x, data.array() if case.memory == "out" else None
-        self.run = lambda: bn(x, out=out)
 
 
 class Numpy(Contender):
@@ -529,4 +514,4 @@ class LimitInPlace(Limit):
 
 PEERS = (Numpy, Torch, OneDnnPlain, OneDnnLast, OneDnnBlocked8, OneDnnBlocked16, OnnxRuntime, OpenVino, Jax)
 LIMITS = (LimitRead, LimitScale, LimitStream, LimitInPlace)
-ALL = {c.name: c for c in (Cbn, CbnLayer, *PEERS, *LIMITS)}
+ALL = {c.name: c for c in (Cbn, *PEERS, *LIMITS)}

@@ -401,7 +401,7 @@ def method(data):
 def version_words(data):
     """numpy 2.4.6, oneDNN 2.6.3, ...: oneDNN once."""
     versions = {n.split()[0] if n.startswith("oneDNN") else n: v for n, v in data.suite["versions"].items()}
-    return ", ".join(f"{n} {v}" for n, v in versions.items() if v and n != "cbn layer")
+    return ", ".join(f"{n} {v}" for n, v in versions.items() if v)
 
 
 CSS = """

@@ -25,14 +25,14 @@ import numpy as np
 from cbn import reference
 
 from . import contenders
-from .cases import GROWTH, SMALL, Case
+from .cases import GROWTH, Case
 
 ROOT = Path(__file__).parent.parent
 OURS = "cbn"
 TURNS = 7
 SLICE = 0.03  # seconds of a turn
 LATENCY_CASES = (Case("eval", (1, 64), "last"), Case("eval", (8, 64, 28, 28), "first"))
-LATENCY_PEERS = ("cbn layer", "numpy", "PyTorch", "ONNX Runtime")
+LATENCY_PEERS = ("cbn", "numpy", "PyTorch", "ONNX Runtime")
 
 
 def cores():
@@ -228,7 +228,7 @@ class Suite:
     def present(self, peers, limits):
         """(names that take part, their versions, {absent name: reason}); None stands for all peers, all limits."""
         versions, absent = {}, {}
-        names = [OURS, contenders.CbnLayer.name]
+        names = [OURS]
         names += [c.name for c in contenders.PEERS if peers is None or c.name in peers]
         names += [c.name for c in contenders.LIMITS if limits is None or c.name in limits]
         for name in names:
@@ -296,8 +296,7 @@ class Suite:
 
     def measure(self, case):
         """Time one case: all contenders that can do it, and the limits, turn by turn."""
-        layer = contenders.CbnLayer.name
-        names = [n for n in self.peers if contenders.ALL[n].supports(case) and (n != layer or case.shape in SMALL)]
+        names = [n for n in self.peers if contenders.ALL[n].supports(case)]
         with self.prepared(case, names) as ready:
             turns = {name: [] for name in ready}
             for turn in range(self.turns):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from .cases import NC, RESNET, SMALL, Case, layouts_of
-from .contenders import Cbn, CbnLayer, Data, Numpy
+from .contenders import Cbn, Data, Numpy
 from .suite import cores
 
 pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed")
@@ -33,7 +33,7 @@ def test_operation(benchmark, case, contender):
     assert all(np.isfinite(a).all() for a in held.results().values())
 
 
-@pytest.mark.parametrize("contender", [CbnLayer, Numpy], ids=lambda c: c.name)
+@pytest.mark.parametrize("contender", [Cbn, Numpy], ids=lambda c: c.name)
 @pytest.mark.parametrize("case", SMALL_CASES, ids=lambda c: c.name)
 def test_small_call(benchmark, case, contender):
     benchmark.group = case.name

@@ -74,7 +74,7 @@ def results(shapes=SHAPES, threads=(1, 2), peers=PEERS, limits=LIMITS, latency=T
     calls = []
     for case in (Case("eval", (1, 64), "last"), Case("eval", (8, 64, 28, 28))) if latency else ():
         for load in ("idle", "busy"):
-            for name in ("cbn layer", *peers[:2]):
+            for name in ("cbn", *peers[:2]):
                 p50, p95, p99 = np.sort(rng.uniform(1e-6, 1e-4, 3))
                 calls.append({"case": case.name, **asdict(case), "contender": name, "load": load, "p50": p50,
                               "p95": p95, "p99": p99, "calls": 1000})  # fmt: skip
