@@ -38,6 +38,7 @@ typedef struct {
      * last: a row is `copies` times its channels, each `length` times in a row: element j is of channel
      * j / length % n_channels. So rows of few channels join, and short runs of many channels are a row too. */
     ptrdiff_t length, copies;
+    ptrdiff_t skip, drop;      /* last, map: columns of the first and of the last channel that are not of this tile */
     const double *coef_c;      /* map: [0, pitch, 2*pitch, 3*pitch]: mean, scale, offset; or mean, scale, gmean, slope */
     ptrdiff_t pitch;
     int stream;                /* map: store past the caches */

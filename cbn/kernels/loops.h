@@ -14,7 +14,7 @@
 #include "vec.h"
 
 #define UNROLL 4   /* independent accumulators: an addition takes 3 to 4 cycles, and one can start each cycle */
-#define PIECE 128  /* elements of a run that are mapped, then reduced: reads and writes alternate faster than they queue */
+#define PIECE 64   /* elements of a run that are mapped, then reduced: reads and writes alternate faster than they queue */
 #define AHEAD 1024 /* elements between what is fetched and what is read: runs end where hardware prefetchers give up */
 #define GROUP 32   /* channels whose accumulators wait in L1 */
 #define ROWS 4     /* rows side by side: amortize the trip of factors and accumulators to L1 */
@@ -251,11 +251,11 @@ INLINE void LOOP(first)(const cbn_tile *m, const cbn_tile *r, const int backward
                 }
 #endif
                 for (ptrdiff_t i = 0; i < length; i += piece) {
-                    const ptrdiff_t end = MIN(i + piece, length);
                     if (maps)
                         LOOP(map_piece)(mx, mg, y, MIN(head + i, whole), MIN(head + i + piece, whole), f, backward,
                                         past);
-                    if (maps && past && end == length) /* before the reduction's copy takes its place */
+                    /* What is left, once, before the copy of what is reduced takes its place. */
+                    if (maps && past && head + i + piece >= whole && (i == 0 || head + i < whole))
                         LOOP(map_shared)(mx, mg, y, whole, length, f, &shared, backward);
 #ifdef SUMS
                     if (reduces) {
@@ -269,7 +269,8 @@ INLINE void LOOP(first)(const cbn_tile *m, const cbn_tile *r, const int backward
                                     __builtin_prefetch(ga + l, 0, 2);
                             }
                         }
-                        LOOP(reduce_piece)(x, g, x_copy, g_copy, i, end, shift, &s, backward, copying);
+                        LOOP(reduce_piece)(x, g, x_copy, g_copy, i, MIN(i + piece, length), shift, &s, backward,
+                                           copying);
                     }
 #else
                     (void)copying;
@@ -415,10 +416,13 @@ INLINE void LOOP(last)(const cbn_tile *m, const cbn_tile *r, const int backward,
     (void)reducing;
     real room[ALL_FACTORS][ROOM] __attribute__((aligned(LINE)));
     const ptrdiff_t n_runs = mapping ? m->n_runs : r->n_runs;
-    const ptrdiff_t m_columns = mapping ? m->copies * m->n_channels * m->length : 0;
-    ptrdiff_t head = past || m_columns >= LONG ? MIN(TO_LINE(m->y.data), m_columns) : 0;
+    const ptrdiff_t m_columns = mapping ? m->copies * m->n_channels * m->length - m->drop : 0;
+    const ptrdiff_t skip = mapping ? m->skip : 0;
+    ptrdiff_t head = skip;
+    if (past || (mapping && m_columns >= LONG))
+        head = MIN(skip + TO_LINE((elem *)m->y.data + skip), m_columns);
     /* Where a line of y begins, a vector of factors is aligned too. */
-    real(*factors)[ROOM] = (void *)(room[0] + (LINE_ELEMS - head) % LINE_ELEMS);
+    real(*factors)[ROOM] = (void *)(room[0] + (-head & (LINE_ELEMS - 1)));
     ptrdiff_t columns = m_columns;
     if (mapping) {
         LOOP(factors)(m->coef_c, m->pitch, m->n_channels, factors[0], ROOM, backward);
@@ -442,7 +446,7 @@ INLINE void LOOP(last)(const cbn_tile *m, const cbn_tile *r, const int backward,
         const ptrdiff_t height = MIN(rows, n_runs - n);
         if (past && rows == 1)
             head = MIN(TO_LINE(AT(m->y, n, 0)), m_columns);
-        LOOP(map_part)(m, n, height, 0, head, factors, backward);
+        LOOP(map_part)(m, n, height, skip, head, factors, backward);
 #ifdef SUMS
         /* Rows to come: of this tile, or the first of the next one. */
         ptrdiff_t ahead_x = 0, ahead_g = 0;

@@ -24,7 +24,7 @@ cdef extern from "kernels.h" nogil:
         Py_ssize_t n, c
     ctypedef struct cbn_tile:
         cbn_view x, g, y
-        Py_ssize_t n_runs, n_channels, length, copies
+        Py_ssize_t n_runs, n_channels, length, copies, skip, drop
         const double *coef_c
         Py_ssize_t pitch
         bint stream, prefetch
@@ -449,7 +449,7 @@ cdef Grid rows_grid(Layout layout, Py_ssize_t size, bint joined):
     cdef Py_ssize_t row = layout.C * layout.S, columns = CBN_ROW_BYTES // size
     g.last, g.channels_outer = True, False
     g.C, g.N, g.S = layout.C, layout.N, layout.S
-    g.group = layout.C if row <= columns else filling_lines(columns // g.S, g.S * size)
+    g.group = layout.C if row <= columns else filling_lines((columns - g.S) // g.S, g.S * size)
     g.tiles = ceil_div(g.C, g.group)
     g.copies = filling_lines(min(columns // row, g.N), row * size) if joined and row <= columns // 2 else 1
     g.step = max(MIN_ROWS, ceil_div(g.N // g.copies, max(1, ROW_ITEMS // g.tiles))) * g.copies
@@ -617,6 +617,7 @@ cdef inline cbn_tile tile_of(Job *job, Rectangle *r) noexcept nogil:
     cdef cbn_tile t
     t.n_runs, t.n_channels, t.length, t.copies = r.n_runs // r.copies, r.n_channels, r.length, r.copies
     t.pitch = job.reduction.C
+    t.skip = t.drop = 0
     t.x_copy.data = t.g_copy.data = NULL
     return t
 
@@ -647,6 +648,26 @@ cdef cbn_tile tile_to_map(Job *job, Rectangle *r) noexcept nogil:
     return t
 
 
+cdef void to_whole_lines(Job *job, cbn_tile *t, bint first, bint last) noexcept nogil:
+    """Let a tile of columns begin and end where lines of y do.
+
+    The line that it shares with the tile before is its own, unless it is the `first` one, and that which it shares with
+    the next is not, unless it is the `last` one: so no line is stored in parts.
+    """
+    cdef Py_ssize_t width = t.n_channels * t.length * job.itemsize, lead, channels
+    if not t.stream or t.copies > 1 or t.y.n * job.itemsize % LINE:
+        return
+    lead = 0 if first else <Py_ssize_t>t.y.data % LINE // job.itemsize
+    channels = ceil_div(lead, t.length)
+    t.drop = 0 if last else <Py_ssize_t>(t.y.data + width) % LINE // job.itemsize
+    t.skip = channels * t.length - lead
+    t.n_channels += channels
+    t.coef_c -= channels
+    t.x.data -= channels * t.length * job.itemsize
+    t.g.data -= channels * t.length * job.itemsize
+    t.y.data -= channels * t.length * job.itemsize
+
+
 cdef void reduce_items(Job *job, Py_ssize_t begin, Py_ssize_t end, int thread) noexcept nogil:
     cdef Py_ssize_t item
     cdef Rectangle r
@@ -665,12 +686,15 @@ cdef void map_items(Job *job, Py_ssize_t begin, Py_ssize_t end, int thread) noex
     for item in range(end - 1, begin - 1, -1):
         r = rectangle(&job.map, item)
         t = tile_to_map(job, &r)
-        map_tile(job, &t, r.c, job.map.last)
+        if job.map.last:
+            to_whole_lines(job, &t, r.c == 0, r.c + r.n_channels == job.map.C)
+        map_tile(job, &t, job.map.last)
 
 
-cdef void map_tile(Job *job, cbn_tile *t, Py_ssize_t first, bint last) noexcept nogil:
-    """Map a tile whose first channel this is: all of it, or pieces of neighbours that take the same arithmetic."""
-    cdef Py_ssize_t c = first, end = first + t.n_channels, n, width = t.n_channels * t.length
+cdef void map_tile(Job *job, cbn_tile *t, bint last) noexcept nogil:
+    """Map a tile: all of it, or pieces of neighbouring channels that take the same arithmetic."""
+    cdef Py_ssize_t first = t.coef_c - job.coef_c, c = first, end = first + t.n_channels, n
+    cdef Py_ssize_t width = t.n_channels * t.length
     cdef bint wide
     cdef cbn_tile part
     if job.all_wide or all_fit_float32(job, first, end):
@@ -682,6 +706,7 @@ cdef void map_tile(Job *job, cbn_tile *t, Py_ssize_t first, bint last) noexcept 
         while c + n < end and needs_wide(job, c + n) == wide:
             n += 1
         part = t[0]
+        part.skip = part.drop = 0    # what is mapped twice gets the same bits
         part.n_channels = n
         part.coef_c += c - first
         part.copies = 1
@@ -709,22 +734,27 @@ cdef void pipeline(Job *job, Py_ssize_t begin, Py_ssize_t end, int thread) noexc
     cdef Rectangle r, before
     cdef cbn_tile reduction, map
     cdef cbn_view x_copy, g_copy
-    cdef bint together, narrow = True
+    cdef bint together, narrow = True, narrow_before    # whether the last tile's channels all fit float32
     cdef cbn_loop loop = loop_of(job, job.narrow, job.reduction.last)
+    narrow_before = True
     x_copy.n, x_copy.c = job.copy_n, job.copy_c
     x_copy.data = job.copy + thread * job.copy_bytes
     g_copy = x_copy
     g_copy.data += x_copy.n * job.reduction.N * job.itemsize
     for tile in range(begin, end + 1):
-        together = begin < tile < end and narrow
+        # A map begins with what it shares with the tile before
+        together = begin < tile < end and narrow and (narrow_before or job.copying)
+        narrow_before = narrow
         for k in range(blocks):
             if tile > begin:
                 before = rectangle(&job.reduction, item_of(&job.reduction, tile - 1, k))
                 map = tile_to_map(job, &before)
                 if job.copying:
                     map.x, map.g = copied(job, x_copy, &before), copied(job, g_copy, &before)
+                else:
+                    to_whole_lines(job, &map, tile - 1 == begin, tile == end)
                 if not together:
-                    map_tile(job, &map, before.c, job.reduction.last)
+                    map_tile(job, &map, job.reduction.last)
             if tile < end:
                 r = rectangle(&job.reduction, item_of(&job.reduction, tile, k))
                 if k == 0 and not job.backward:
