@@ -528,7 +528,7 @@ cdef struct Job:
     char *copy                  # a copy of a tile for each of them,
     Py_ssize_t copy_bytes       # of this size
     Py_ssize_t copy_n, copy_c   # and with these strides
-    bint copying
+    bint copying                # runs; rows stay in the cache where they are
     double eps
     double *weight_c            # C, or NULL: ones
     double *bias_c              # C, or NULL: zeros
@@ -544,10 +544,12 @@ ctypedef void (*Work)(Job *job, Py_ssize_t begin, Py_ssize_t end, int thread) no
 
 
 cdef bint row_follows_row(Layout layout, cbn_view v) noexcept nogil:
+    """Whether rows, or images, lie one behind the other, without a gap."""
     return layout.N == 1 or v.n == layout.C * layout.S
 
 
 cdef bint run_follows_run(Layout layout, cbn_view v) noexcept nogil:
+    """Whether the channels of an image do."""
     return layout.last or layout.C == 1 or v.c == layout.S
 
 
@@ -629,7 +631,7 @@ cdef inline cbn_loop loop_of(Job *job, const cbn_loops *loops, bint last) noexce
 
 
 cdef cbn_tile tile_to_reduce(Job *job, Rectangle *r) noexcept nogil:
-    """moments or grad_moments of one rectangle, into its own place among the partial sums."""
+    """A rectangle for a reduction, which has its own place among the partial sums."""
     cdef cbn_tile t = tile_of(job, r)
     t.x, t.g = moved(job, job.x, r), moved(job, job.g, r)
     t.shift_c = job.shift_c + r.c
@@ -640,7 +642,7 @@ cdef cbn_tile tile_to_reduce(Job *job, Rectangle *r) noexcept nogil:
 
 
 cdef cbn_tile tile_to_map(Job *job, Rectangle *r) noexcept nogil:
-    """apply or grad_apply of one rectangle."""
+    """A rectangle for a map."""
     cdef cbn_tile t = tile_of(job, r)
     t.x, t.g, t.y = moved(job, job.x, r), moved(job, job.g, r), moved(job, job.y, r)
     t.coef_c = job.coef_c + r.c
@@ -906,7 +908,7 @@ cdef void reduce(Job *job) noexcept nogil:
         settle(job, 0, job.reduction.C)
 
 
-cdef void plan(Job *job) noexcept nogil:
+cdef void choose_tiles(Job *job) noexcept nogil:
     """Whether reduction and map go through tiles of whole channels, one after the other, and how large these are.
 
     They do where two tiles or more are left to each thread, the array does not stay in the cache anyway, and a tile
@@ -980,7 +982,7 @@ def moments(Layout layout, cnp.ndarray x, cnp.ndarray y=None, cnp.ndarray weight
     cdef bint forward = y is not None
     if forward:
         write_to(&job, layout, y)
-        plan(&job)
+        choose_tiles(&job)
         _room = room_for(&job)
     with nogil:
         if forward:
@@ -1017,7 +1019,7 @@ def grad_moments(Layout layout, cnp.ndarray g, cnp.ndarray x, cnp.ndarray mean, 
     job.g = layout.view(g)
     if dx is not None:
         write_to(&job, layout, dx)
-        plan(&job)
+        choose_tiles(&job)
         _room = room_for(&job)
     with nogil:
         if job.batch_statistics:
