@@ -10,7 +10,7 @@
 `cbn.config`              show_config and the self-check
 `cbn.checks`              checks of arguments, and the words of every refusal
 `cbn.reference`           the specification, in float64 numpy
-`cbn.kernels`             four passes over two layouts, compiled for every instruction set
+`cbn.kernels`             maps and reductions over two layouts, compiled for every instruction set
 ========================  ============================================================================
 
 Imports run one way: layers → functional → kernels; `reference` and `kernels` know nobody.

@@ -1,5 +1,5 @@
-# The four passes over both layouts: how an array lies, which range goes to which thread, what stays in the cache
-# between two passes, and the order of every merge. The arithmetic of an element is in loops.h.
+# Maps and reductions over both layouts: how an array lies, which range goes to which thread, what stays in the cache
+# in between, and the order of every merge. The arithmetic of an element is in loops.h.
 """Compiled passes of cbn: numpy arrays in, threads and loops below. Internal; `cbn.functional` is the way in.
 
 Every function here trusts its arguments: arrays aligned, native and of a `Layout` that fits them.
@@ -736,9 +736,8 @@ cdef void pipeline(Job *job, Py_ssize_t begin, Py_ssize_t end, int thread) noexc
     cdef Rectangle r, before
     cdef cbn_tile reduction, map
     cdef cbn_view x_copy, g_copy
-    cdef bint together, narrow = True, narrow_before    # whether the last tile's channels all fit float32
+    cdef bint together, narrow = True, narrow_before = True    # whether the last tiles' channels all fit float32
     cdef cbn_loop loop = loop_of(job, job.narrow, job.reduction.last)
-    narrow_before = True
     x_copy.n, x_copy.c = job.copy_n, job.copy_c
     x_copy.data = job.copy + thread * job.copy_bytes
     g_copy = x_copy
@@ -764,7 +763,6 @@ cdef void pipeline(Job *job, Py_ssize_t begin, Py_ssize_t end, int thread) noexc
                 reduction = tile_to_reduce(job, &r)
                 if job.copying:
                     reduction.x_copy, reduction.g_copy = copied(job, x_copy, &r), copied(job, g_copy, &r)
-                reduction.prefetch = prefetch
                 loop(&map if together else NULL, &reduction)
         if tile == end:
             return
@@ -1071,7 +1069,7 @@ cdef class Plan:
     cdef int n_axes, type_num
     cdef Py_ssize_t shape[MAXDIMS]
     cdef Py_ssize_t strides[MAXDIMS]
-    cdef Py_ssize_t n_bytes, extent
+    cdef Py_ssize_t extent         # bytes from the first to the end of the last
     cdef const cbn_isa *isa
     cdef list sources               # running mean and variance, weight, bias, as far as there are
     cdef cnp.ndarray seen           # their bytes
@@ -1088,8 +1086,6 @@ cdef class Plan:
         cdef Plan self
         cdef int axis, type_num
         cdef cnp.ndarray a, value
-        if cnp.PyArray_NDIM(x) > 8 or not cnp.PyArray_ISNOTSWAPPED(x):
-            return None
         self = Plan()
         self.layout, self.coef, self.sources = layout, coef, []
         self.n_axes, self.type_num = cnp.PyArray_NDIM(x), cnp.PyArray_TYPE(x)
@@ -1112,7 +1108,6 @@ cdef class Plan:
         self.job = make_job(layout, x, wide)
         self.job.coef_c = <double *>cnp.PyArray_DATA(coef)
         write_to(&self.job, layout, x)
-        self.n_bytes = self.job.n_bytes
         self.isa = active
         return self
 
@@ -1166,7 +1161,7 @@ cdef class Plan:
         job.x.data = job.g.data = source
         job.y.data = target
         job.stream = stores_past(&job)
-        if self.n_bytes < SMALL:
+        if job.n_bytes < SMALL:
             map_items(&job, 0, n_items(&job.map), 0)
             return y
         threads = threads_for(2 * job.n_bytes, n_items(&job.map))
