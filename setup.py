@@ -53,7 +53,7 @@ class BuildPasses(build_ext):
                 f"cbn: the C compiler {' '.join(command)!r} is neither gcc nor clang. The kernels are written in "
                 "their vector extension and need one of the two: set the environment variable CC, as in CC=gcc."
             )
-        flags, link_flags = ["-O3", "-std=gnu11", "-fvisibility=hidden", "-Wall", "-Wextra"], []
+        flags, link_flags = ["-O3", "-std=gnu11", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wextra"], []
         if asked("CBN_DEBUG"):
             flags += ["-O0", "-g"]
         if asked("CBN_WERROR"):

@@ -383,8 +383,7 @@ class BatchNorm(passes.Planned):
                     running_var=self.running_var,
                     num_batches_tracked=self.num_batches_tracked,
                 )
-            y, mean, m2 = functional.normalize_batch(inp, weight, bias, eps, out)
-            invstd = functional.inverse_std(m2, eps, inp.count)
+            y, mean, m2, invstd = functional.normalize_batch(inp, weight, bias, eps, out)
             if tracked:
                 self._update(inp.count, mean, m2)
         else:

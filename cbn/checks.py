@@ -126,6 +126,8 @@ def per_channel(a: npt.ArrayLike | None, name: str, n_channels: int, *, written:
     """Refuse a parameter or statistic that is not a float array (C,); None passes. Returns it as an array."""
     if a is None:
         return None
+    if type(a) is np.ndarray and a.shape == (n_channels,) and a.dtype in FLOATS and (not written or a.flags.writeable):
+        return a  # as almost always
     unmasked(a, name)
     if written and not isinstance(a, np.ndarray):
         raise TypeError(f"{name} is updated in place and must be a numpy array, not {type(a).__name__}")

@@ -111,22 +111,22 @@ def as_doubles(a: Array | None) -> Doubles | Any:
     return None if a is None else np.array(a, dtype=np.float64, order="C")
 
 
-def inverse_std(m2: Array, eps: float, count: int = 1) -> Doubles:
-    """1/sqrt(m2/count + eps) in float64; m2 is a variance where count is 1. inf and NaN without a warning."""
+def inverse_std(var: Array, eps: float) -> Doubles:
+    """1/sqrt(var + eps) in float64; inf and NaN without a warning."""
     with np.errstate(all="ignore"):
-        return 1 / np.sqrt(np.asarray(m2, dtype=np.float64) / max(count, 1) + eps)
+        return 1 / np.sqrt(np.asarray(var, dtype=np.float64) + eps)
 
 
 def normalize_batch(
     inp: Input, weight: Array | None, bias: Array | None, eps: float, out: Array | None
-) -> tuple[Array, Doubles, Doubles]:
-    """(y, mean, m2), normalized with the batch's own statistics; arguments are checked."""
+) -> tuple[Array, Doubles, Doubles, Doubles]:
+    """(y, mean, m2, invstd), normalized with the batch's own statistics; arguments are checked."""
     if inp.layout is None:
         y = passes.empty_like(inp.x) if out is None else out
-        return y, np.zeros(inp.n_channels), np.zeros(inp.n_channels)
+        return y, np.zeros(inp.n_channels), np.zeros(inp.n_channels), np.zeros(inp.n_channels)
     y = inp.destination(out, inp.x)
-    mean, m2 = passes.moments(inp.layout, inp.x, y, as_doubles(weight), as_doubles(bias), eps, inp.wide)
-    return delivered(y, out), mean, m2
+    mean, m2, invstd = passes.moments(inp.layout, inp.x, y, as_doubles(weight), as_doubles(bias), eps, inp.wide)
+    return delivered(y, out), mean, m2, invstd
 
 
 def coefficients(mean: Array, var: Array, weight: Array | None, bias: Array | None, eps: float) -> Doubles:
@@ -218,10 +218,9 @@ def update_running(
     `old` are the statistics before, as float64, where an output may have been written over them.
     """
     old_mean, old_var = old or (as_doubles(running_mean), as_doubles(running_var))
-    with np.errstate(all="ignore"):
-        var = m2 / (count - 1 if unbiased else count)
-        new_mean = (1 - momentum) * old_mean + momentum * mean
-        new_var = (1 - momentum) * old_var + momentum * var
+    new_mean = passes.moving_average(old_mean, mean, 1, momentum)
+    new_var = passes.moving_average(old_var, m2, count - 1 if unbiased else count, momentum)
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         running_mean[...], running_var[...] = new_mean, new_var
 
 
@@ -389,12 +388,10 @@ def native_batch_norm(
         return normalize(inp, coef, out), np.empty(0), np.empty(0)
     checks.more_than_one_value(inp.x, inp.n_channels)
     old = None if running_mean is None else (as_doubles(running_mean), as_doubles(running_var))
-    y, mean, m2 = normalize_batch(inp, weight, bias, eps, out)
-    if inp.layout is None:
-        return y, np.zeros(inp.n_channels), np.zeros(inp.n_channels)
-    if old is not None:
+    y, mean, m2, invstd = normalize_batch(inp, weight, bias, eps, out)
+    if old is not None and inp.layout is not None:
         update_running(running_mean, running_var, inp.count, mean, m2, momentum, old=old)
-    return y, mean, inverse_std(m2, eps, inp.count)
+    return y, mean, invstd
 
 
 def native_batch_norm_backward(

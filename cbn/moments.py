@@ -141,4 +141,4 @@ def moments(x: npt.ArrayLike, *, channel_axis: int = 1) -> Moments:
     inp = Input(x, channel_axis)
     if inp.layout is None:
         return Moments(0, np.zeros(inp.n_channels), np.zeros(inp.n_channels))
-    return Moments(inp.count, *passes.moments(inp.layout, inp.x))
+    return Moments(inp.count, *passes.moments(inp.layout, inp.x)[:2])

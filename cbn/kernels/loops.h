@@ -313,6 +313,10 @@ INLINE void LOOP(fold)(const cbn_tile *t, const double *column, double *sum_c)
     memset(sum_c, 0, (size_t)t->n_channels * sizeof *sum_c);
     for (ptrdiff_t k = 0; k < t->copies; k++)
         for (ptrdiff_t c = 0; c < t->n_channels; c++, column += t->length) {
+            if (t->length == 1) {
+                sum_c[c] += *column;
+                continue;
+            }
             dvec sum = {0};
             ptrdiff_t i = 0;
             for (; i + DLANES <= t->length; i += DLANES)

@@ -536,7 +536,7 @@ cdef struct Job:
     double *partial             # (blocks*pieces, 2, C)
     double *sum_c
     double *square_c            # S(d*d), or S(g*d)
-    double *invstd_c            # backward
+    double *invstd_c            # forward: made, with coef_c; backward: given
     double *coef_c              # (4, C): see kernels.h
 
 
@@ -830,8 +830,9 @@ cdef void settle(Job *job, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
             job.square_c[c] = 0
         if job.coef_c != NULL:
             w = 1 if job.weight_c == NULL else job.weight_c[c]
+            job.invstd_c[c] = 1 / sqrt(job.square_c[c] / n + job.eps)
             job.coef_c[c] = job.sum_c[c]
-            job.coef_c[C + c] = w / sqrt(job.square_c[c] / n + job.eps)
+            job.coef_c[C + c] = job.invstd_c[c] * w
             job.coef_c[2 * C + c] = 0 if job.bias_c == NULL else job.bias_c[c]
 
 
@@ -965,7 +966,7 @@ cdef room_for(Job *job):
 
 def moments(Layout layout, cnp.ndarray x, cnp.ndarray y=None, cnp.ndarray weight=None, cnp.ndarray bias=None,
             double eps=0, bint wide=False):
-    """(mean, m2) of every channel; with y, also y = (x - mean)/sqrt(m2/n + eps)*weight + bias.
+    """(mean, m2, None) of every channel; with y, (mean, m2, invstd), and y = (x - mean)*invstd*weight + bias.
 
     weight and bias are contiguous float64 (C,) or None. No array may be empty.
     """
@@ -975,7 +976,8 @@ def moments(Layout layout, cnp.ndarray x, cnp.ndarray y=None, cnp.ndarray weight
     partial = np.empty(2 * job.reduction.blocks * job.reduction.pieces * C)
     coef = None if y is None else np.empty((3, C))
     job.shift_c, job.partial, job.coef_c = doubles(shift, C), doubles(partial, partial.size), doubles(coef, 3 * C)
-    job.sum_c, job.square_c = doubles(mean, C), doubles(m2, C)
+    invstd = None if y is None else np.empty(C)
+    job.sum_c, job.square_c, job.invstd_c = doubles(mean, C), doubles(m2, C), doubles(invstd, C)
     job.weight_c, job.bias_c, job.eps = doubles(weight, C), doubles(bias, C), eps
     cdef bint forward = y is not None
     if forward:
@@ -987,7 +989,19 @@ def moments(Layout layout, cnp.ndarray x, cnp.ndarray y=None, cnp.ndarray weight
             reduce_and_map(&job)
         else:
             reduce(&job)
-    return mean, m2
+    return mean, m2, invstd
+
+
+def moving_average(cnp.ndarray old, cnp.ndarray batch, double divisor, double momentum):
+    """(1 - momentum)*old + momentum*batch/divisor; contiguous float64 (C,)."""
+    cdef Py_ssize_t c, C = old.size
+    new = np.empty(C)
+    cdef double *of_old = doubles(old, C)
+    cdef double *of_batch = doubles(batch, C)
+    cdef double *of_new = doubles(new, C)
+    for c in range(C):
+        of_new[c] = (1 - momentum) * of_old[c] + momentum * (of_batch[c] / divisor)
+    return new
 
 
 def apply(Layout layout, cnp.ndarray x, cnp.ndarray y, cnp.ndarray coef, bint wide=False):
