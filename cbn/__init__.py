@@ -5,6 +5,8 @@
 `cbn.functional`          the same without state: check, allocate, call the kernels
 `cbn.moments`             count, mean and sum of squared distances; exact merge
 `cbn.storage`             layers in files
+`cbn.convert`             layers of PyTorch, Keras, ONNX, Flax
+`cbn.fuse`                layers folded into linear layers and convolutions
 `cbn.threads`             how many threads
 `cbn.memory`              sizes of the caches, memory kept for large outputs
 `cbn.config`              show_config and the self-check
@@ -19,19 +21,13 @@ Imports run one way: layers → functional → kernels; `reference` and `kernels
 from . import checks, functional, reference
 from .batchnorm import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from .config import __version__, show_config
+from .convert import from_flax, from_keras, from_onnx, from_torch, to_torch_state
+from .fuse import fuse_bn_linear, fuse_conv_bn, fuse_linear_bn
 from .memory import empty_cache
 from .moments import Moments, moments
 from .storage import load
 from .threads import get_num_threads, num_threads, set_num_threads
 
-fuse_linear_bn = checks.later("cbn.fuse_linear_bn")
-fuse_conv_bn = checks.later("cbn.fuse_conv_bn")
-fuse_bn_linear = checks.later("cbn.fuse_bn_linear")
-from_torch = checks.later("cbn.from_torch")
-from_keras = checks.later("cbn.from_keras")
-from_flax = checks.later("cbn.from_flax")
-from_onnx = checks.later("cbn.from_onnx")
-to_torch_state = checks.later("cbn.to_torch_state")
 recalibrate = checks.later("cbn.recalibrate")
 
 __all__ = [
@@ -42,7 +38,14 @@ __all__ = [
     "Moments",
     "__version__",
     "empty_cache",
+    "from_flax",
+    "from_keras",
+    "from_onnx",
+    "from_torch",
     "functional",
+    "fuse_bn_linear",
+    "fuse_conv_bn",
+    "fuse_linear_bn",
     "get_num_threads",
     "load",
     "moments",
@@ -50,4 +53,5 @@ __all__ = [
     "reference",
     "set_num_threads",
     "show_config",
+    "to_torch_state",
 ]

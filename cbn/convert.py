@@ -1,0 +1,401 @@
+"""Layers from other systems: their parameters, and what each means by eps, momentum and running variance.
+
+No system is imported here before it is asked for, and most not even then: what is read are attributes and arrays.
+
+=================  =======  ========================  ================  ====================
+system             eps      momentum                  running variance  mode of the layer
+=================  =======  ========================  ================  ====================
+PyTorch            its own  the same                  unbiased          the module's
+Keras 3            its own  1 - momentum              biased            evaluation
+ONNX               its own  1 - momentum              biased            training_mode's
+Flax               given    1 - momentum              biased            evaluation
+=================  =======  ========================  ================  ====================
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from . import batchnorm
+from .batchnorm import BatchNorm
+from .checks import Array
+
+__all__ = ["from_flax", "from_keras", "from_onnx", "from_torch", "to_torch_state"]
+
+# PyTorch's classes and those of cbn that accept the same ranks.
+TORCH_CLASSES = {
+    "BatchNorm1d": batchnorm.BatchNorm1d,
+    "BatchNorm2d": batchnorm.BatchNorm2d,
+    "BatchNorm3d": batchnorm.BatchNorm3d,
+    "SyncBatchNorm": BatchNorm,
+}
+
+
+def from_torch(module: Any) -> BatchNorm:
+    """A layer like a PyTorch one: arguments, parameters, statistics, mode.
+
+    Parameters
+    ----------
+    module : torch.nn.BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm, or a subclass
+        On any device, of any floating dtype; float16 and bfloat16 parameters become float32.
+
+    Returns
+    -------
+    BatchNorm1d, BatchNorm2d, BatchNorm3d, or for SyncBatchNorm BatchNorm
+        With copies of the module's arrays, in the module's mode.
+
+    Raises
+    ------
+    TypeError
+        For another kind of object.
+    ValueError
+        For a lazy module that has seen no input yet.
+
+    Examples
+    --------
+    >>> import cbn
+    >>> import torch  # doctest: +SKIP
+    >>> cbn.from_torch(torch.nn.BatchNorm2d(3).eval())  # doctest: +SKIP
+    BatchNorm2d(3, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True)
+    """
+    names = [c.__name__ for c in type(module).__mro__ if c.__module__.startswith("torch.nn.modules.batchnorm")]
+    cls = next((TORCH_CLASSES[name] for name in names if name in TORCH_CLASSES), None)
+    if cls is None and any(name.startswith("LazyBatchNorm") for name in names):
+        raise ValueError(f"{type(module).__name__} has no parameters before its first input")
+    if cls is None:
+        raise TypeError(f"expected a batch norm of torch.nn, not {type(module).__module__}.{type(module).__qualname__}")
+    arrays = {name: _from_tensor(getattr(module, name)) for name in ("weight", "bias", "running_mean", "running_var")}
+    return _layer(
+        cls,
+        module.num_features,
+        arrays,
+        eps=module.eps,
+        momentum=module.momentum,
+        training=module.training,
+        counter=_from_tensor(module.num_batches_tracked),
+    )
+
+
+def to_torch_state(bn: BatchNorm) -> dict[str, Any]:
+    """A layer's `state_dict` as PyTorch's tensors, for its `load_state_dict`.
+
+    Parameters
+    ----------
+    bn : BatchNorm
+
+    Returns
+    -------
+    dict of str to torch.Tensor
+        Copies, without those that are None.
+
+    Raises
+    ------
+    ImportError
+        Without PyTorch.
+
+    Examples
+    --------
+    >>> import cbn
+    >>> import torch  # doctest: +SKIP
+    >>> torch.nn.BatchNorm2d(3).load_state_dict(cbn.to_torch_state(cbn.BatchNorm2d(3)))  # doctest: +SKIP
+    <All keys matched successfully>
+    """
+    import torch
+
+    return {name: torch.from_numpy(a) for name, a in bn.state_dict().items()}
+
+
+def from_keras(layer: Any) -> BatchNorm:
+    """A layer like a Keras BatchNormalization, in evaluation mode.
+
+    Parameters
+    ----------
+    layer : keras.layers.BatchNormalization
+        Built, so that it has its variables; with any backend.
+
+    Returns
+    -------
+    BatchNorm
+        For inputs of any rank, with Keras' axis as `channel_axis`, 1 - momentum, and the biased variance that Keras
+        tracks.
+
+    Raises
+    ------
+    TypeError
+        For another kind of object.
+    ValueError
+        For a layer that is not built, and for one that normalizes over several axes.
+
+    Examples
+    --------
+    >>> import cbn
+    >>> import keras  # doctest: +SKIP
+    >>> layer = keras.layers.BatchNormalization()  # doctest: +SKIP
+    >>> layer.build((None, 8, 8, 3))  # doctest: +SKIP
+    >>> cbn.from_keras(layer)  # doctest: +SKIP
+    BatchNorm(3, eps=0.001, momentum=0.01, affine=True, bias=True, track_running_stats=True)
+    """
+    if not any(c.__name__ in ("BatchNormalization", "SyncBatchNormalization") for c in type(layer).__mro__):
+        found = f"{type(layer).__module__}.{type(layer).__qualname__}"
+        raise TypeError(f"expected keras.layers.BatchNormalization, not {found}")
+    if not layer.built:
+        raise ValueError("the Keras layer has no variables before it is built: call it once, or its build()")
+    axes = np.atleast_1d(layer.axis)  # Keras 2 keeps a list
+    if axes.size != 1:
+        raise ValueError(f"the Keras layer normalizes over the axes {axes.tolist()}; expected one")
+    arrays = {
+        "weight": layer.gamma.numpy() if layer.scale else None,
+        "bias": layer.beta.numpy() if layer.center else None,
+        "running_mean": layer.moving_mean.numpy(),
+        "running_var": layer.moving_variance.numpy(),
+    }
+    return _layer(
+        BatchNorm,
+        layer.moving_mean.shape[0],
+        arrays,
+        eps=layer.epsilon,
+        momentum=_of_the_new(layer.momentum),
+        channel_axis=int(axes[0]),
+        biased=True,
+    )
+
+
+def from_flax(
+    variables: Mapping[str, Any],
+    *,
+    name: str | None = None,
+    momentum: float = 0.99,
+    epsilon: float = 1e-5,
+    axis: int = -1,
+) -> BatchNorm:
+    """A layer from the variables of a Flax model, in evaluation mode.
+
+    Parameters
+    ----------
+    variables : mapping
+        What `init` gives: "batch_stats" with mean and var, "params" with scale and bias, of a BatchNorm or of a model
+        that has some.
+    name : str, optional
+        Which one, as a path with slashes: "Block_0/BatchNorm_1". It can be left out where there is only one.
+    momentum, epsilon, axis
+        The arguments of that module, which its variables do not have; Flax's defaults. momentum is Flax's, the weight
+        of the old statistics.
+
+    Returns
+    -------
+    BatchNorm
+        For inputs of any rank, with the biased variance that Flax tracks.
+
+    Raises
+    ------
+    ValueError
+        For a name that is not there, and without one where there are several; it lists those that there are.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cbn
+    >>> variables = {"params": {"scale": np.ones(3), "bias": np.zeros(3)},
+    ...              "batch_stats": {"mean": np.zeros(3), "var": np.ones(3)}}
+    >>> cbn.from_flax(variables)
+    BatchNorm(3, eps=1e-05, momentum=0.01, affine=True, bias=True, track_running_stats=True)
+    """
+    if not isinstance(variables, Mapping) or not isinstance(variables.get("batch_stats"), Mapping):
+        raise ValueError('variables must be a mapping with an entry "batch_stats", as init of a Flax model gives')
+    found = dict(_flax_statistics(variables["batch_stats"]))
+    if name is None and len(found) == 1:
+        name = next(iter(found))
+    if name not in found:
+        there = ", ".join(repr(path) for path in sorted(found)) or "none"
+        raise ValueError(f"there is no batch norm {name!r}; there are {there}" if name else f"name one of {there}")
+    parameters = variables.get("params", {})
+    for part in filter(None, name.split("/")):
+        parameters = parameters.get(part, {})
+    arrays = {
+        "weight": parameters.get("scale"),
+        "bias": parameters.get("bias"),
+        "running_mean": found[name]["mean"],
+        "running_var": found[name]["var"],
+    }
+    arrays = {key: None if a is None else np.asarray(a) for key, a in arrays.items()}
+    n = arrays["running_mean"].size
+    return _layer(BatchNorm, n, arrays, eps=epsilon, momentum=_of_the_new(momentum), channel_axis=axis, biased=True)
+
+
+def from_onnx(model: Any) -> dict[str, BatchNorm]:
+    """The batch norms of an ONNX model.
+
+    Parameters
+    ----------
+    model : onnx.ModelProto, path or bytes
+        A model, its file, or the file's content.
+
+    Returns
+    -------
+    dict of str to BatchNorm
+        By the name of the node, or of its output where it has none, in the model's order, those of subgraphs
+        included. The layers take inputs of any rank with channels in axis 1, have 1 - momentum and the biased
+        variance of ONNX, and are in evaluation mode, or in training mode for a node with `training_mode`.
+
+    Raises
+    ------
+    ImportError
+        Without the onnx package.
+    ValueError
+        Where a node's parameters are not stored in the model, or are per element (`spatial=0` of old models).
+
+    Examples
+    --------
+    >>> import cbn
+    >>> cbn.from_onnx("resnet50.onnx")["bn_conv1"]  # doctest: +SKIP
+    BatchNorm(64, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True)
+    """
+    import onnx
+
+    if isinstance(model, (str, os.PathLike)):
+        model = onnx.load(model)
+    elif isinstance(model, bytes):
+        model = onnx.load_from_string(model)
+    elif not isinstance(model, onnx.ModelProto):
+        raise TypeError(f"model must be an onnx.ModelProto, a path or bytes, not {type(model).__name__}")
+    layers: dict[str, BatchNorm] = {}
+    for node, constants in _onnx_nodes(model.graph):
+        name = node.output[0] if not node.name or node.name in layers else node.name
+        layers[name] = _from_node(node, name, constants)
+    return layers
+
+
+# ---- steps -----------------------------------------------------------------------------------------------------------
+
+
+def _layer(
+    cls: type[BatchNorm],
+    n: int,
+    arrays: Mapping[str, Array | None],
+    *,
+    eps: float,
+    momentum: float | None,
+    channel_axis: int = 1,
+    biased: bool = False,
+    training: bool = False,
+    counter: Array | None = None,
+) -> BatchNorm:
+    """A layer with copies of these arrays; None for those that it has not. float64 if one of them is."""
+    there = {name: a for name, a in arrays.items() if a is not None}
+    for name, a in there.items():
+        if a.shape != (n,):
+            raise ValueError(f"{name} has shape {a.shape}; expected ({n},)")
+    wide = any(a.dtype == np.float64 for a in there.values())
+    layer = cls(
+        n,
+        eps,
+        momentum,
+        affine="weight" in there or "bias" in there,
+        track_running_stats="running_mean" in there,
+        bias="bias" in there,
+        dtype=np.float64 if wide else np.float32,
+        channel_axis=channel_axis,
+        running_var="biased" if biased else "unbiased",
+    )
+    if "weight" not in there:
+        layer.weight = layer.weight_grad = None
+    for name, a in there.items():
+        getattr(layer, name)[...] = a
+    if counter is not None and layer.num_batches_tracked is not None:
+        layer.num_batches_tracked[...] = counter
+    return layer.train(training)
+
+
+def _of_the_new(momentum: float) -> float:
+    """The weight of the new batch, from that of the old statistics, without the last digits that 1 - 0.99 leaves."""
+    return round(1 - momentum, 12)
+
+
+def _from_tensor(tensor: Any) -> Array | None:
+    """A tensor's values; float32 for those of types that numpy has not."""
+    if tensor is None:
+        return None
+    tensor = tensor.detach().cpu()
+    return (tensor.float() if tensor.element_size() == 2 else tensor).numpy().copy()  # type: ignore[no-any-return]
+
+
+def _flax_statistics(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(path, {mean, var}) of every batch norm below."""
+    if "mean" in tree and "var" in tree and not isinstance(tree["mean"], Mapping):
+        yield path, tree
+        return
+    for name, below in tree.items():
+        if isinstance(below, Mapping):
+            yield from _flax_statistics(below, f"{path}/{name}" if path else name)
+
+
+class _Constants:
+    """What a graph computes from its stored tensors alone, by name: initializers, and nodes on nothing but these."""
+
+    def __init__(self, graph: Any, outer: _Constants | None = None) -> None:
+        self.outer = outer
+        self.tensors = {tensor.name: tensor for tensor in graph.initializer}
+        self.nodes = {name: node for node in graph.node for name in node.output}
+
+    def __call__(self, name: str) -> Array | None:
+        """The value, or None if it depends on an input of the model."""
+        from onnx import numpy_helper
+        from onnx.reference import ReferenceEvaluator
+
+        if name in self.tensors:
+            return numpy_helper.to_array(self.tensors[name])
+        node = self.nodes.get(name)
+        if node is None:
+            return self.outer(name) if self.outer else None
+        values = {key: self(key) for key in node.input}
+        if any(value is None for value in values.values()):
+            return None
+        results: Any = ReferenceEvaluator(node).run(None, values)
+        return np.asarray(results[list(node.output).index(name)])
+
+
+def _onnx_nodes(graph: Any, outer: _Constants | None = None) -> Iterator[tuple[Any, _Constants]]:
+    """(node, constants) of every BatchNormalization of a graph and its subgraphs."""
+    constants = _Constants(graph, outer)
+    for node in graph.node:
+        if node.op_type == "BatchNormalization" and node.domain in ("", "ai.onnx"):
+            yield node, constants
+        for attribute in node.attribute:
+            for subgraph in (attribute.g, *attribute.graphs):
+                yield from _onnx_nodes(subgraph, constants)
+
+
+def _from_node(node: Any, name: str, constants: _Constants) -> BatchNorm:
+    """The layer of a BatchNormalization node."""
+    import onnx
+
+    values = [constants(tensor) for tensor in node.input[1:5]]
+    absent = [tensor for tensor, value in zip(node.input[1:5], values, strict=True) if value is None]
+    if absent or len(values) < 4:
+        raise ValueError(f"the parameters {absent} of the node {name!r} are not stored in the model")
+    attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    if attributes.get("spatial", 1) != 1:
+        raise ValueError(f"the node {name!r} has spatial=0, statistics for each element, which cbn does not do")
+    arrays = {
+        key: a if a.dtype == np.float64 else a.astype(np.float32)  # float16 and bfloat16 go with float32 parameters
+        for key, a in zip(("weight", "bias", "running_mean", "running_var"), values, strict=True)
+        if a is not None
+    }
+    return _layer(
+        BatchNorm,
+        arrays["running_mean"].size,
+        arrays,
+        eps=_decimal(attributes.get("epsilon", 1e-5)),
+        momentum=_of_the_new(_decimal(attributes.get("momentum", 0.9))),
+        biased=True,
+        training=bool(attributes.get("training_mode", 0)),
+    )
+
+
+def _decimal(attribute: float) -> float:
+    """The number that was written: ONNX keeps attributes in float32, 1e-5 as 9.999999747378752e-06."""
+    return float(str(np.float32(attribute)))
