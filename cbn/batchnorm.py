@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar, overload
 
 import numpy as np
@@ -403,7 +403,40 @@ class BatchNorm(passes.Planned):
             self._saved = (inp, weight, mean, invstd, batch_statistics)
         return y
 
-    plan = checks.later("BatchNorm.plan")
+    def plan(self, shape: Sequence[int], dtype: npt.DTypeLike = np.float32) -> EvalPlan:
+        """Prepare the evaluation of inputs of one shape and dtype, for the lowest latency.
+
+        Parameters
+        ----------
+        shape : sequence of int
+            Of the inputs, batch included.
+        dtype : float32 or float64
+            Of the inputs.
+
+        Returns
+        -------
+        EvalPlan
+            Called as ``plan(x, out=y)`` it returns what the layer in evaluation mode would return now, bit for bit. It
+            is a snapshot: later changes of the layer do not reach it. Any number of threads may call it at once.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As a call with such an input in evaluation mode; and for a layer without running statistics, which
+            evaluates by those of the batch.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import cbn
+        >>> plan = cbn.BatchNorm1d(3, eps=0).plan((2, 3), np.float64)
+        >>> plan(np.ones((2, 3)))
+        array([[1., 1., 1.],
+               [1., 1., 1.]])
+        >>> plan
+        <EvalPlan of BatchNorm1d(3) for float64 of shape (2, 3)>
+        """
+        return EvalPlan(self, shape, dtype)
 
     def _check_channels(self, inp: functional.Input, mean: Array | None, untracked: bool) -> None:
         """Refuse an input with another number of channels, in PyTorch's words for what is compared with it first."""
@@ -587,7 +620,8 @@ class BatchNorm(passes.Planned):
         Parameters
         ----------
         path : str or path-like
-            The file, numpy's ``.npz`` format. It is replaced as a whole, or not at all.
+            The file: numpy's ``.npz``, or safetensors where the name ends so, for which the package of that name is
+            needed. It is replaced as a whole, or not at all.
         allow_nonfinite : bool
             Whether NaN and infinities may be written.
 
@@ -605,6 +639,14 @@ class BatchNorm(passes.Planned):
         with _update_lock:
             return {name: getattr(self, name).copy() for name in names if getattr(self, name) is not None}
 
+    def _coefficients(self) -> Doubles:
+        """(3, C): mean, scale and offset of evaluation now."""
+        arrays = self._snapshot(("running_mean", "running_var", "weight", "bias"))
+        mean: Any = arrays.get("running_mean")
+        var: Any = arrays.get("running_var")
+        checks.buffers_for_eval(mean, var)
+        return functional.coefficients(mean, var, arrays.get("weight"), arrays.get("bias"), self._eps)
+
     def __copy__(self: Layer) -> Layer:
         other = type(self).__new__(type(self))
         other.__dict__.update(self.__dict__, _saved=NO_FORWARD)
@@ -621,6 +663,77 @@ class BatchNorm(passes.Planned):
             f"{type(self).__name__}({self._num_features}, eps={self._eps}, momentum={self._momentum}, "
             f"affine={self.affine}, bias={self.bias is not None}, track_running_stats={self.track_running_stats})"
         )
+
+
+class EvalPlan(passes.Planned):
+    """A layer's evaluation, prepared for inputs of one shape and dtype; `BatchNorm.plan` makes it.
+
+    Parameters
+    ----------
+    layer : BatchNorm
+    shape : sequence of int
+    dtype : float32 or float64
+
+    Attributes
+    ----------
+    shape : tuple of int
+    dtype : numpy.dtype
+    """
+
+    def __init__(self, layer: BatchNorm, shape: Sequence[int], dtype: npt.DTypeLike) -> None:
+        try:
+            found = None if dtype is None else checks.native_float(np.dtype(dtype))
+        except TypeError:
+            found = None
+        if found is None:
+            raise TypeError(f"dtype must be float32 or float64, not {dtype_words(dtype)}")
+        inp = functional.Input(np.empty(shape, found), layer.channel_axis, ranks=layer._ranks)
+        inp.meets(layer.dtype)
+        layer._check_channels(inp, layer.running_mean, False)
+        self._coef = layer._coefficients()
+        self.shape, self.dtype = inp.x.shape, found
+        self._name = f"{type(layer).__name__}({layer.num_features})"
+        self._axis, self._wide = inp.axis, inp.wide
+        self._prepare(inp)
+
+    def _prepare(self, inp: functional.Input) -> None:
+        """Plan for inputs that lie in memory as this one does."""
+        if inp.layout is not None:
+            self._keep(passes.Plan.of(inp.layout, inp.x, (), (), self._coef, self._wide), self._version)
+
+    def forward(self, x: npt.ArrayLike, *, out: Array | None = None) -> Array:
+        """Normalize x; what a call does.
+
+        Parameters
+        ----------
+        x : array_like
+            Of the plan's shape and dtype. Any strides; those of the last call, or C order at first, are fastest.
+        out : ndarray, optional
+            Of the same shape and dtype; receives y. ``out=x`` works in place.
+
+        Returns
+        -------
+        ndarray
+            y, in x's order in memory.
+
+        Raises
+        ------
+        TypeError, ValueError
+            For an x or an `out` of another dtype or shape.
+        """
+        inp = functional.Input(x, self._axis)
+        if inp.x.dtype != self.dtype:
+            raise TypeError(f"input has dtype {inp.x.dtype}; this plan is for {self.dtype}")
+        if inp.x.shape != self.shape:
+            raise ValueError(f"input has shape {inp.x.shape}; this plan is for {self.shape}")
+        inp.wide = self._wide
+        checks.output(out, self.shape, self.dtype)
+        y = functional.normalize(inp, self._coef, out)
+        self._prepare(inp)
+        return y
+
+    def __repr__(self) -> str:
+        return f"<EvalPlan of {self._name} for {self.dtype} of shape {self.shape}>"
 
 
 def _state_entry(name: str, value: npt.ArrayLike, target: Array, allow_nonfinite: bool) -> Array:

@@ -347,7 +347,7 @@ class _Constants:
         from onnx.reference import ReferenceEvaluator
 
         if name in self.tensors:
-            return numpy_helper.to_array(self.tensors[name])
+            return np.asarray(numpy_helper.to_array(self.tensors[name]))
         node = self.nodes.get(name)
         if node is None:
             return self.outer(name) if self.outer else None

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from . import checks, functional
+from . import checks
 from .batchnorm import BatchNorm
 from .checks import Array, Doubles
 
@@ -241,10 +241,7 @@ def _coefficients(bn: BatchNorm, n_channels: int, name: str) -> Doubles:
         raise ValueError(f"bn has {bn.num_features} channels, and there are {n_channels} {name}")
     if bn.training and not bn.frozen:
         raise ValueError("bn is in training mode, where its statistics are the batch's: call eval() or freeze() first")
-    arrays = bn._snapshot(("running_mean", "running_var", "weight", "bias"))
-    mean, var = arrays.get("running_mean"), arrays.get("running_var")
-    checks.buffers_for_eval(mean, var)
-    coef = functional.coefficients(mean, var, arrays.get("weight"), arrays.get("bias"), bn.eps)  # type: ignore[arg-type]
+    coef = bn._coefficients()
     bad = np.flatnonzero(~np.isfinite(coef).all(axis=0))
     if bad.size:
         raise ValueError(f"bn has no finite scale and offset in channel {bad[0]}")

@@ -1,4 +1,4 @@
-"""Layers in files: numpy's .npz with a JSON header, and nothing that could run code on loading."""
+"""Layers in files: numpy's .npz or safetensors, with a JSON header, and nothing that could run code on loading."""
 
 import json
 import os
@@ -19,15 +19,24 @@ CLASSES: dict[str, type[batchnorm.BatchNorm]] = {name: getattr(batchnorm, name) 
 ARRAYS = (*batchnorm.BatchNorm._state_names, "weight_grad", "bias_grad")
 
 
-def refuse_safetensors(path: Path) -> None:
-    if path.suffix.lower() == ".safetensors":
-        raise NotImplementedError("the safetensors format is not supported yet; use .npz")
+def is_safetensors(path: Path) -> bool:
+    """Whether the file's name asks for that format."""
+    return path.suffix.lower() == ".safetensors"
+
+
+def safetensors_package() -> Any:
+    """The package, which is optional."""
+    try:
+        import safetensors.numpy
+    except ImportError as error:
+        raise ImportError("files named .safetensors need the safetensors package: pip install safetensors") from error
+    return safetensors
 
 
 def save(layer: batchnorm.BatchNorm, path: str | os.PathLike[str], *, allow_nonfinite: bool = False) -> None:
     """Write a layer to a file; see `BatchNorm.save`."""
     path = Path(os.path.realpath(path))  # through a link, to the file that it names
-    refuse_safetensors(path)
+    safetensors = safetensors_package() if is_safetensors(path) else None
     arrays = layer._snapshot(ARRAYS)
     bad = [name for name, a in arrays.items() if not np.all(np.isfinite(a))]
     if bad and not allow_nonfinite:
@@ -53,11 +62,15 @@ def save(layer: batchnorm.BatchNorm, path: str | os.PathLike[str], *, allow_nonf
         "arrays": sorted(arrays),
     }
     _build(header, arrays, allow_nonfinite)  # what cannot be loaded is not written
-    entries: dict[str, Any] = {HEADER: np.array(json.dumps(header)), **arrays}
     temporary = path.with_name(f".cbn-{secrets.token_hex(8)}.tmp")
     try:
         with open(temporary, "xb") as file:
-            np.savez(file, **entries)
+            if safetensors:
+                contiguous = {name: np.array(a, order="C") for name, a in arrays.items()}
+                file.write(safetensors.numpy.save(contiguous, metadata={HEADER: json.dumps(header)}))
+            else:
+                entries: dict[str, Any] = {HEADER: np.array(json.dumps(header)), **arrays}
+                np.savez(file, **entries)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -84,6 +97,8 @@ def load(path: str | os.PathLike[str], *, allow_nonfinite: bool = False) -> batc
         For anything but such a file: foreign, truncated, pickled, of wrong shapes or values. Nothing is unpickled.
     OSError
         If the file cannot be read.
+    ImportError
+        For a name that ends with .safetensors, without the package of that name.
 
     Examples
     --------
@@ -95,10 +110,10 @@ def load(path: str | os.PathLike[str], *, allow_nonfinite: bool = False) -> batc
     BatchNorm2d(3, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True)
     """
     path = Path(path)
-    refuse_safetensors(path)
+    safetensors = safetensors_package() if is_safetensors(path) else None
     with open(path, "rb") as file:
         try:
-            return _build(*_read(file), allow_nonfinite)
+            return _build(*(_read_safetensors(safetensors, path) if safetensors else _read(file)), allow_nonfinite)
         except Exception as error:  # whatever a foreign file makes a parser raise
             raise ValueError(f"{os.fspath(path)!r} is not a layer that cbn has saved: {error}") from error
 
@@ -115,6 +130,17 @@ def _read(file: BinaryIO) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
         if sorted(archive.files) != sorted([HEADER, *header["arrays"]]):
             raise ValueError(f"it holds {sorted(archive.files)} and should hold {header['arrays']}")
         return header, {name: archive[name] for name in header["arrays"]}
+
+
+def _read_safetensors(safetensors: Any, path: Path) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
+    with safetensors.safe_open(path, framework="numpy") as archive:
+        metadata = archive.metadata() or {}
+        if HEADER not in metadata:
+            raise ValueError("it has no cbn header")
+        header = json.loads(metadata[HEADER])
+        if sorted(archive.keys()) != sorted(header["arrays"]):
+            raise ValueError(f"it holds {sorted(archive.keys())} and should hold {header['arrays']}")
+        return header, {name: archive.get_tensor(name) for name in header["arrays"]}
 
 
 def _build(header: dict[str, Any], arrays: dict[str, npt.NDArray[Any]], allow_nonfinite: bool) -> batchnorm.BatchNorm:
@@ -137,7 +163,10 @@ def _build(header: dict[str, Any], arrays: dict[str, npt.NDArray[Any]], allow_no
         shape = () if name == "num_batches_tracked" else (layer.num_features,)
         if a.shape != shape:
             raise ValueError(f"{name} has shape {a.shape}; expected {shape}")
-        setattr(layer, name, np.zeros(shape, np.int64 if name == "num_batches_tracked" else layer.dtype))
+        dtype = np.dtype(np.int64) if name == "num_batches_tracked" else layer.dtype
+        if a.dtype != dtype:
+            raise ValueError(f"{name} has dtype {a.dtype}; expected {dtype}")
+        setattr(layer, name, np.zeros(shape, dtype))
     layer._load(arrays, True, allow_nonfinite, optional=(), names=ARRAYS)
     layer.train(header["training"])
     if header["frozen"]:

@@ -446,9 +446,7 @@ def test_what_is_not_supported_cannot_be_assigned():
     assert (layer.activation, layer.nonfinite) == (None, "propagate")
 
 
-NAMES = ("fuse_linear_bn", "fuse_conv_bn", "fuse_bn_linear", "from_torch", "from_keras", "from_flax", "from_onnx")
-LATER = [getattr(cbn, name) for name in (*NAMES, "to_torch_state", "recalibrate")]
-LATER += [cbn.functional.native_batch_norm_double_backward, cbn.functional.batch_norm_jvp, cbn.BatchNorm1d(3).plan]
+LATER = [cbn.recalibrate, cbn.functional.native_batch_norm_double_backward, cbn.functional.batch_norm_jvp]
 
 
 @pytest.mark.parametrize("function", LATER, ids=lambda f: f.__name__)

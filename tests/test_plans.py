@@ -230,3 +230,88 @@ def test_many_threads_while_one_writes(rng):
     for reader in readers:
         reader.join()
     assert not wrong
+
+
+# ---- plans that are asked for --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layer_dtype", DTYPES)
+def test_a_plan_has_the_bits_of_the_layer(isa, parallel, rng, layout, dtype, layer_dtype):
+    shape, axis, order = LAYOUTS[layout]
+    bn = trained(rng, shape[axis], layer_dtype, axis)
+    x = in_memory_order(rng.standard_normal(shape).astype(dtype), order)
+    plan = bn.plan(shape, dtype)
+    out, other = np.empty_like(x), 1 if axis == 0 else 0
+    reversed_y = np.flip(plan(np.flip(x, other)), other)
+    for y in (plan(x), plan(x), plan(x, out=out), plan(np.ascontiguousarray(x)), reversed_y):
+        assert y.tobytes() == bn(x).tobytes()
+    assert plan(x, out=out) is out
+    assert plan(x).strides == x.strides
+    assert plan(x, out=x) is x
+
+
+def test_a_plan_is_a_snapshot(rng):
+    bn = trained(rng, 5)
+    x = rng.standard_normal((4, 5)).astype(np.float32)
+    plan, before = bn.plan(x.shape), bn(x)
+    bn.weight += 1
+    bn.running_mean = None
+    bn.train()
+    assert np.array_equal(plan(x), before)
+
+
+def test_a_plan_survives_another_instruction_set(rng):
+    bn = trained(rng, 70)
+    x = rng.standard_normal((40, 70)).astype(np.float32)
+    plan = bn.plan(x.shape)
+    plan(x)
+    for isa in passes.available():
+        before = passes.use_isa(isa)
+        try:
+            assert plan(x).tobytes() == fresh(bn, x).tobytes()
+        finally:
+            passes.use_isa(before)
+
+
+def test_one_plan_from_many_threads(rng):
+    bn = trained(rng, 16)
+    inputs = [rng.standard_normal((8, 16, 30, 30)).astype(np.float32) for _ in range(8)]
+    expected = [bn(x) for x in inputs]
+    plan, wrong = bn.plan(inputs[0].shape), []
+
+    def serve(x, y):
+        out = np.empty_like(x)
+        wrong.extend(1 for _ in range(50) if not np.array_equal(plan(x, out=out), y))
+
+    threads = [threading.Thread(target=serve, args=pair) for pair in zip(inputs, expected, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_an_empty_batch_has_a_plan():
+    assert cbn.BatchNorm1d(3).plan((0, 3))(np.empty((0, 3), np.float32)).shape == (0, 3)
+
+
+def test_what_a_plan_refuses():
+    bn = cbn.BatchNorm2d(3)
+    with pytest.raises(ValueError, match=r"expected 4D input \(got 2D input\)"):
+        bn.plan((2, 3))
+    with pytest.raises(ValueError, match="running_mean should contain 4 elements not 3"):
+        bn.plan((2, 4, 5, 5))
+    with pytest.raises(TypeError, match="dtype must be float32 or float64, not int64"):
+        bn.plan((2, 3, 5, 5), np.int64)
+    with pytest.raises(ValueError, match="running_mean must be defined in evaluation mode"):
+        cbn.BatchNorm2d(3, track_running_stats=False).plan((2, 3, 5, 5))
+    plan = bn.plan((2, 3, 5, 5))
+    x = np.zeros((2, 3, 5, 5), np.float32)
+    with pytest.raises(TypeError, match="input has dtype float64; this plan is for float32"):
+        plan(x.astype(float))
+    with pytest.raises(ValueError, match=r"input has shape \(1, 3, 5, 5\); this plan is for \(2, 3, 5, 5\)"):
+        plan(x[:1])
+    with pytest.raises(ValueError, match=r"out has shape \(2, 3, 5\)"):
+        plan(x, out=x[..., 0])

@@ -3,10 +3,12 @@
 import json
 import os
 import pickle
+import sys
 import zipfile
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
 import cbn
 from cbn.storage import ARRAYS, HEADER
@@ -25,12 +27,13 @@ def layer(rng, **kwargs):
     [{}, {"momentum": None}, {"affine": False}, {"bias": False}, {"track_running_stats": False}, {"dtype": np.float64}],
 )
 @pytest.mark.parametrize("frozen", [False, True])
-def test_round_trip(tmp_path, rng, kwargs, frozen):
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+def test_round_trip(tmp_path, rng, kwargs, frozen, suffix):
     bn = layer(rng, **kwargs).eval()
     if frozen and bn.running_mean is not None:
         bn.freeze()
-    bn.save(tmp_path / "bn.npz")
-    other = cbn.load(str(tmp_path / "bn.npz"))
+    bn.save(tmp_path / f"bn{suffix}")
+    other = cbn.load(str(tmp_path / f"bn{suffix}"))
     assert type(other) is cbn.BatchNorm2d
     assert other.__dict__.keys() == bn.__dict__.keys()
     for name, value in vars(bn).items():
@@ -95,11 +98,67 @@ def test_permissions_are_those_of_any_file(tmp_path):
     assert (tmp_path / "bn").stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
-def test_safetensors_is_not_supported_yet(tmp_path):
-    with pytest.raises(NotImplementedError, match="safetensors"):
-        cbn.BatchNorm1d(3).save(tmp_path / "bn.safetensors")
-    with pytest.raises(NotImplementedError, match="safetensors"):
-        cbn.load(tmp_path / "bn.safetensors")
+def test_others_read_the_safetensors_file(tmp_path, rng):
+    bn = layer(rng)
+    bn.save(tmp_path / "bn.safetensors")
+    tensors = safetensors.numpy.load_file(tmp_path / "bn.safetensors")
+    assert sorted(tensors) == sorted(ARRAYS)
+    for name, value in bn.state_dict().items():
+        np.testing.assert_array_equal(tensors[name], value)
+        assert tensors[name].dtype == value.dtype
+
+
+def safetensors_file(path):
+    """(tensors, metadata) of a good file, to be changed and written again."""
+    with safetensors.safe_open(path, framework="numpy") as archive:
+        return {name: archive.get_tensor(name) for name in archive.keys()}, archive.metadata()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t, m: m.clear(), "it has no cbn header"),
+        (lambda t, m: t.pop("weight"), "it holds .* and should hold"),
+        (lambda t, m: t.update(extra=np.zeros(3)), "it holds .* and should hold"),
+        (lambda t, m: t.update(weight=np.zeros(4, np.float32)), r"weight has shape \(4,\); expected \(3,\)"),
+        (lambda t, m: t.update(weight=np.zeros(3, np.int32)), "weight has dtype int32; expected float32"),
+        (lambda t, m: t.update(bias=np.zeros(3)), "bias has dtype float64; expected float32"),
+        (lambda t, m: t.update(running_var=-np.ones(3, np.float32)), "running_var is negative"),
+        (lambda t, m: t.update(weight=np.full(3, np.nan, np.float32)), "weight is not finite"),
+        (lambda t, m: m.update({HEADER: m[HEADER].replace("BatchNorm2d", "object")}), "unknown class 'object'"),
+        (lambda t, m: m.update({HEADER: "{"}), "is not a layer that cbn has saved"),
+    ],
+)
+def test_foreign_safetensors(tmp_path, rng, change, words):
+    path = tmp_path / "bn.safetensors"
+    layer(rng).save(path)
+    tensors, metadata = safetensors_file(path)
+    change(tensors, metadata)
+    path.write_bytes(safetensors.numpy.save(tensors, metadata or None))
+    with pytest.raises(ValueError, match=words):
+        cbn.load(path)
+
+
+def test_truncated_and_other_files_named_safetensors(tmp_path, rng):
+    path = tmp_path / "bn.safetensors"
+    layer(rng).save(path)
+    content = path.read_bytes()
+    cbn.BatchNorm1d(3).save(tmp_path / "bn.npz")
+    truncated = [content[:length] for length in [0, 1, 7, 8, 9, *range(20, len(content), 31), len(content) - 1]]
+    for other in [*truncated, (tmp_path / "bn.npz").read_bytes(), pickle.dumps(3), b"\xff" * 100]:
+        path.write_bytes(other)
+        with pytest.raises(ValueError, match="is not a layer that cbn has saved"):
+            cbn.load(path)
+
+
+def test_without_the_safetensors_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
+    path = tmp_path / "bn.safetensors"
+    with pytest.raises(ImportError, match="need the safetensors package: pip install safetensors"):
+        cbn.BatchNorm1d(3).save(path)
+    assert not path.exists()
+    with pytest.raises(ImportError, match="need the safetensors package"):
+        cbn.load(path)
 
 
 class Bomb:

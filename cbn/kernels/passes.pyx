@@ -1095,7 +1095,7 @@ cdef class Plan:
         """The plan for arrays like x, or None if there cannot be one.
 
         sources: running mean and variance, weight, bias, or None for those that are not there; values: copies of them;
-        coef: (3, C), made from the copies.
+        coef: (3, C), made from the copies. Without sources the plan keeps to coef.
         """
         cdef Plan self
         cdef int axis, type_num
@@ -1118,7 +1118,7 @@ cdef class Plan:
                 return None
             self.sources.append(a)
             parts.append(value.view(np.uint8))
-        self.seen = np.concatenate(parts)
+        self.seen = np.concatenate(parts) if parts else np.empty(0, np.uint8)
         self.job = make_job(layout, x, wide)
         self.job.coef_c = <double *>cnp.PyArray_DATA(coef)
         write_to(&self.job, layout, x)
