@@ -121,7 +121,7 @@ class BatchNorm(passes.Planned):
     bias : bool
         Whether an affine layer has a bias.
     dtype : float32 or float64
-        Of parameters and statistics. The output has the input's.
+        Of parameters and statistics. The output has the input's, which may be float16 or bfloat16 (of ml_dtypes) too.
     channel_axis : int
         1 for NC, NCL, NCHW, NCDHW; -1 for NLC, NHWC; any other axis.
     running_var : {"unbiased", "biased"}
@@ -335,7 +335,7 @@ class BatchNorm(passes.Planned):
         Parameters
         ----------
         x : array_like
-            Of the class's number of dimensions, float32 or float64. In training mode it is remembered, by reference,
+            Of the class's number of dimensions, of any floating dtype. In training mode it is remembered, by reference,
             for `backward`.
         out : ndarray, optional
             Of x's shape and dtype; receives y. ``out=x`` works in place.
@@ -410,7 +410,7 @@ class BatchNorm(passes.Planned):
         ----------
         shape : sequence of int
             Of the inputs, batch included.
-        dtype : float32 or float64
+        dtype : float32, float64, float16 or bfloat16
             Of the inputs.
 
         Returns
@@ -672,7 +672,7 @@ class EvalPlan(passes.Planned):
     ----------
     layer : BatchNorm
     shape : sequence of int
-    dtype : float32 or float64
+    dtype : float32, float64, float16 or bfloat16
 
     Attributes
     ----------
@@ -682,11 +682,11 @@ class EvalPlan(passes.Planned):
 
     def __init__(self, layer: BatchNorm, shape: Sequence[int], dtype: npt.DTypeLike) -> None:
         try:
-            found = None if dtype is None else checks.native_float(np.dtype(dtype))
+            found = None if dtype is None else checks.native_input(np.dtype(dtype))
         except TypeError:
             found = None
         if found is None:
-            raise TypeError(f"dtype must be float32 or float64, not {dtype_words(dtype)}")
+            raise TypeError(f"dtype must be float32, float64, float16 or bfloat16, not {dtype_words(dtype)}")
         inp = functional.Input(np.empty(shape, found), layer.channel_axis, ranks=layer._ranks)
         inp.meets(layer.dtype)
         layer._check_channels(inp, layer.running_mean, False)

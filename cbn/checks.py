@@ -17,7 +17,7 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 Doubles = npt.NDArray[np.float64]
 
-FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
+FLOATS = (np.dtype(np.float32), np.dtype(np.float64))  # of parameters and statistics
 
 
 class ArgumentError(ValueError, RuntimeError):
@@ -48,6 +48,18 @@ def native_float(dtype: np.dtype[Any]) -> np.dtype[Any] | None:
     return next((f for f in FLOATS if dtype.kind == "f" and dtype.itemsize == f.itemsize), None)
 
 
+def native_input(dtype: np.dtype[Any]) -> np.dtype[Any] | None:
+    """The dtype in native byte order if inputs may have it, else None: also float16, and bfloat16 of ml_dtypes."""
+    if dtype.itemsize == 2 and (dtype.kind == "f" or dtype.name == "bfloat16"):
+        return dtype.newbyteorder("=")
+    return native_float(dtype)
+
+
+def parameter_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """The dtype of parameters that go with inputs of this one: its own, but at least float32."""
+    return FLOATS[0] if dtype.itemsize == 2 else dtype
+
+
 def integer(value: Any, name: str, expected: str) -> int:
     """value as an int; bools and what is no integer are refused."""
     if not isinstance(value, (bool, np.bool_)):
@@ -75,16 +87,16 @@ def unmasked(a: Any, name: str) -> None:
 
 
 def float_array(x: npt.ArrayLike, name: str) -> Array:
-    """x as an aligned array in native byte order, of float32 or float64; a copy only where it has to be one."""
+    """x as an aligned array in native byte order, of a floating type; a copy only where it has to be one."""
     unmasked(x, name)
     # A view of our own: what the caller does to the shape or the dtype of his does not change it
     x = np.asarray(x).view()
-    dtype = native_float(x.dtype)
+    dtype = native_input(x.dtype)
     if dtype is None:
-        hint = ""
-        if x.dtype == np.float16 or x.dtype.name == "bfloat16":
-            hint = ", which cbn does not support yet"
-        raise TypeError(f"{name} has dtype {x.dtype}{hint}; expected float32 or float64, as in x.astype(numpy.float32)")
+        raise TypeError(
+            f"{name} has dtype {x.dtype}; expected float32, float64, float16 or bfloat16 (of ml_dtypes), "
+            "as in x.astype(numpy.float32)"
+        )
     if not (x.flags.aligned and x.dtype.isnative):
         x = x.astype(dtype, order="K", copy=True)
     return x

@@ -26,7 +26,7 @@ class Input:
     Parameters
     ----------
     x : array_like
-        Any rank from 2 on (or one of `ranks`), float32 or float64, any strides and byte order.
+        Any rank from 2 on (or one of `ranks`), of any dtype in `checks.native_input`, any strides and byte order.
     channel_axis : int
     name : str
         What an error calls it.
@@ -39,7 +39,7 @@ class Input:
     layout : Layout or None
         None for an empty array.
     wide : bool
-        Whether float64 parameters ask for float64 arithmetic on a float32 array; see `meets`.
+        Whether float64 parameters ask for float64 arithmetic on an array of another dtype; see `meets`.
     """
 
     def __init__(
@@ -64,8 +64,9 @@ class Input:
         return self.layout.count if self.layout else 0
 
     def meets(self, *dtypes: np.dtype[Any]) -> None:
-        """Compute in the widest of these dtypes and x's own."""
-        self.wide = any(dtype.itemsize > self.x.dtype.itemsize for dtype in dtypes)
+        """Compute in the widest of these dtypes and x's own; in float32 at least."""
+        own = max(self.x.dtype.itemsize, 4)
+        self.wide = any(dtype.itemsize > own for dtype in dtypes)
 
     def lies_as(self, a: Array) -> Array:
         """a itself if the loops can go through it beside x, else a copy that lies as x does."""
@@ -270,7 +271,7 @@ def batch_norm(
     Parameters
     ----------
     x : array_like
-        Two or more dimensions, float32 or float64, any strides.
+        Two or more dimensions; float32, float64, float16 or bfloat16 (of ml_dtypes); any strides.
     running_mean, running_var : (C,) ndarray or None
         Read if not `training`. If `training`, both None or both arrays that are updated in place, after all else has
         succeeded: ``running = (1 - momentum)*running + momentum*batch``, the variance with 1/(n - 1).
@@ -297,7 +298,7 @@ def batch_norm(
     Raises
     ------
     TypeError
-        For a dtype other than float32 and float64, a masked array, an `out` of another dtype.
+        For another dtype, a masked array, an `out` of another dtype.
     ValueError
         For shapes that do not fit, eps or momentum out of range, absent running statistics, and one value per
         channel when training. Whatever is raised, nothing has been changed.
@@ -442,7 +443,7 @@ def native_batch_norm_backward(
     dx : ndarray
         Of x's dtype, in x's order in memory.
     dweight, dbias : (C,) ndarray
-        Of the dtype of weight, or of x without one.
+        Of the dtype of weight, or without one of x, float32 at least.
 
     Raises
     ------
@@ -490,7 +491,7 @@ def native_batch_norm_backward(
     statistics = () if train else (running_mean, running_var)
     inp.meets(*(np.asarray(a).dtype for a in (weight, *statistics) if a is not None))
     dx, dbias, dweight = gradients(dy, inp, weight, mean, invstd, train, want_dx, want_dweight or want_dbias, out)
-    dtype = inp.x.dtype if weight is None else weight.dtype.newbyteorder("=")
+    dtype = checks.parameter_dtype(inp.x.dtype) if weight is None else weight.dtype.newbyteorder("=")
     with np.errstate(over="ignore"):
         return (
             dx,

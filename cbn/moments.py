@@ -118,7 +118,7 @@ def moments(x: npt.ArrayLike, *, channel_axis: int = 1) -> Moments:
     Parameters
     ----------
     x : array_like
-        Two or more dimensions, float32 or float64, any strides. It may be empty.
+        Two or more dimensions; float32, float64, float16 or bfloat16; any strides. It may be empty.
     channel_axis : int
 
     Returns

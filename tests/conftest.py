@@ -1,14 +1,20 @@
 """What all tests share: instruction sets, layouts, and arrays that lie in memory as asked."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 
 from cbn.kernels import passes
 
-DTYPES = (np.float32, np.float64)
-# Largest error allowed, relative to the largest value of the exact result.
-LIMIT = {np.dtype(np.float32): 1e-6, np.dtype(np.float64): 1e-12}
-GRADIENT_LIMIT = {np.dtype(np.float32): 1e-5, np.dtype(np.float64): 1e-11}
+DTYPES = (np.float32, np.float64)  # of parameters
+HALVES = (np.float16, ml_dtypes.bfloat16)
+INPUT_DTYPES = (*DTYPES, *HALVES)
+LARGE_RANGE = (*DTYPES, ml_dtypes.bfloat16)  # that hold 1e36
+PARAMETERS = {half: np.float32 for half in HALVES} | {dtype: dtype for dtype in DTYPES}  # that go with inputs
+# Largest error allowed, relative to the largest value of the exact result; for 16 bits half a unit in the last place.
+ROUNDING = {np.dtype(np.float16): 2**-11, np.dtype(ml_dtypes.bfloat16): 2**-8}
+LIMIT = {np.dtype(np.float32): 1e-6, np.dtype(np.float64): 1e-12, **ROUNDING}
+GRADIENT_LIMIT = {np.dtype(np.float32): 1e-5, np.dtype(np.float64): 1e-11, **ROUNDING}
 
 # name -> (shape, channel axis, order of the axes in memory)
 LAYOUTS = {

@@ -8,7 +8,7 @@ from cbn import reference
 from cbn.functional import native_batch_norm, native_batch_norm_backward
 from cbn.kernels import passes
 
-from .conftest import DTYPES, GRADIENT_LIMIT, LAYOUTS, LIMIT, error, in_memory_order
+from .conftest import GRADIENT_LIMIT, INPUT_DTYPES, LARGE_RANGE, LAYOUTS, LIMIT, PARAMETERS, error, in_memory_order
 
 THREADS = (1, 2, 3, 8)
 
@@ -18,13 +18,13 @@ def data(rng, dtype, layout):
     n_channels = shape[axis]
     x = in_memory_order((3 * rng.standard_normal(shape) + 10).astype(dtype), order)
     dy = in_memory_order(rng.standard_normal(shape).astype(dtype), order)
-    weight, bias, mean = rng.standard_normal((3, n_channels)).astype(dtype)
-    var = rng.uniform(0.5, 2, n_channels).astype(dtype)
+    weight, bias, mean = rng.standard_normal((3, n_channels)).astype(PARAMETERS[dtype])
+    var = rng.uniform(0.5, 2, n_channels).astype(PARAMETERS[dtype])
     return x, dy, weight, bias, mean, var, axis
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", INPUT_DTYPES)
 @pytest.mark.parametrize("affine", [True, False])
 def test_forward_and_backward(isa, parallel, rng, dtype, layout, affine):
     x, dy, weight, bias, mean, var, axis = data(rng, dtype, layout)
@@ -63,7 +63,7 @@ def test_forward_and_backward(isa, parallel, rng, dtype, layout, affine):
 LENGTHS = (1, 2, 3, 4, 7, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 129)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", INPUT_DTYPES)
 @pytest.mark.parametrize(
     "shape", [(2, 3, s) for s in LENGTHS] + [(s, 3) for s in LENGTHS[1:]] + [(3, s) for s in LENGTHS]
 )
@@ -90,7 +90,7 @@ def test_borders_of_vectors(isa, rng, dtype, shape):
         ((3, 33, 129), 1), ((1, 70, 100), 1), ((1, 3000, 100), 1),  # groups of channels
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", INPUT_DTYPES)
 def test_borders_of_the_partition(parallel, rng, dtype, shape, axis):
     x = (rng.standard_normal(shape) + 5).astype(dtype)
     dy = rng.standard_normal(shape).astype(dtype)
@@ -135,7 +135,7 @@ PATH_SHAPES = {
 
 
 @pytest.mark.parametrize("shape", PATH_SHAPES.values(), ids=PATH_SHAPES)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", LARGE_RANGE)
 @pytest.mark.parametrize("wide", [slice(0), slice(3, None, 4), slice(15, 16)], ids=["none", "many", "one"])
 def test_every_path_gives_the_same_bits(isa, parallel, rng, dtype, shape, wide):
     """Order of the work, kind of store, fetching, threads, alignment: knobs that no result depends on.
@@ -148,8 +148,8 @@ def test_every_path_gives_the_same_bits(isa, parallel, rng, dtype, shape, wide):
     x[:, wide] *= 1e36
     x[0, 4].flat[0] = np.inf
     dy = rng.standard_normal(shape).astype(dtype)
-    weight, bias, mean = rng.standard_normal((3, shape[1])).astype(dtype)
-    var = rng.uniform(1, 2, shape[1]).astype(dtype)
+    weight, bias, mean = rng.standard_normal((3, shape[1])).astype(PARAMETERS[dtype])
+    var = rng.uniform(1, 2, shape[1]).astype(PARAMETERS[dtype])
 
     def results(offset):
         memory = np.empty(2 * x.size + 128, dtype)
@@ -191,7 +191,7 @@ def test_unknown_knobs_are_refused():
     assert passes.tune() == before
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", INPUT_DTYPES)
 @pytest.mark.parametrize("last", [False, True])
 def test_bits_do_not_depend_on_addresses_or_out(isa, rng, dtype, last):
     shape = (3, 100, 7) if last else (3, 7, 100)
@@ -216,7 +216,7 @@ def test_bits_do_not_depend_on_addresses_or_out(isa, rng, dtype, last):
 def test_an_element_has_the_same_bits_in_a_vector_and_in_a_tail(isa, rng):
     """Every position of a run: whole vectors and parts of one round alike."""
     mean, var = rng.standard_normal(1), rng.uniform(1, 2, 1)
-    for dtype in DTYPES:
+    for dtype in INPUT_DTYPES:
         value = dtype(rng.standard_normal())
         y = cbn.functional.batch_norm(np.full((1, 1, 203), value), mean, var)
         assert len(set(y.ravel().tolist())) == 1
@@ -276,7 +276,7 @@ def test_arrays_that_overlap_themselves_are_copied(rng):
         assert error(y, reference.normalize(x, mean, m2 / n, channel_axis=axis)) < 1e-12
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", LARGE_RANGE)
 @pytest.mark.parametrize("last", [False, True])
 def test_a_channel_has_the_same_bits_whatever_its_neighbours_are(isa, rng, dtype, last):
     """Neighbours that are not finite, or that need float64 arithmetic, in every position of a vector."""

@@ -303,7 +303,7 @@ def test_what_a_plan_refuses():
         bn.plan((2, 3))
     with pytest.raises(ValueError, match="running_mean should contain 4 elements not 3"):
         bn.plan((2, 4, 5, 5))
-    with pytest.raises(TypeError, match="dtype must be float32 or float64, not int64"):
+    with pytest.raises(TypeError, match="dtype must be float32, float64, float16 or bfloat16, not int64"):
         bn.plan((2, 3, 5, 5), np.int64)
     with pytest.raises(ValueError, match="running_mean must be defined in evaluation mode"):
         cbn.BatchNorm2d(3, track_running_stats=False).plan((2, 3, 5, 5))

@@ -1,5 +1,5 @@
-/* avx512.c: the loops for AVX-512 with the doubleword and vector-length extensions. */
+/* avx512.c: the loops for AVX-512 with the byte, doubleword and vector-length extensions. */
 #define ISA avx512
-#define TARGET __attribute__((target("avx512f,avx512dq,avx512vl,avx2,fma")))
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
 #define VEC_BYTES 64
 #include "instantiate.h"

@@ -5,7 +5,8 @@
  *   TARGET     the attribute that lets a function use the set's instructions
  *   VEC_BYTES  its vector's size: 16, 32 or 64
  *
- * Each inclusion of loops.h is a call of the template with (ELEM, REAL, TYPE, WIDENS, SUMS); see there.
+ * Each inclusion of loops.h is a call of the template with (ELEM, REAL, TYPE, WIDENS, SUMS, ELEM_IS_DOUBLE, ELEM_HALF);
+ * see there.
  */
 #include <stdint.h>
 #include <string.h>
@@ -16,6 +17,7 @@
 #define STORE_FENCE() ((void)0)
 #endif
 
+#include "half.h"
 #include "kernels.h"
 
 #define PASTE_(a, b, c) a##_##b##_##c
@@ -29,6 +31,10 @@ static const int32_t first_32[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
 #endif
 static const int64_t first_64[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
 
+/* What ELEM_HALF says of a 16-bit type. */
+#define BF16 1
+#define F16 2
+
 /* The factors of a channel in the formulas of loops.h; forward has the first three. */
 enum { HIGH, SCALE, TERM, SLOPE, GHIGH, ALL_FACTORS };
 #define FACTORS(backward) ((backward) ? ALL_FACTORS : SLOPE)
@@ -38,6 +44,7 @@ enum { HIGH, SCALE, TERM, SLOPE, GHIGH, ALL_FACTORS };
 #define TYPE f32
 #define SUMS
 #define ELEM_IS_DOUBLE 0
+#define ELEM_HALF 0
 #include "loops.h"
 
 #define ELEM float
@@ -45,6 +52,7 @@ enum { HIGH, SCALE, TERM, SLOPE, GHIGH, ALL_FACTORS };
 #define TYPE f32_wide
 #define WIDENS
 #define ELEM_IS_DOUBLE 0
+#define ELEM_HALF 0
 #include "loops.h"
 
 #define ELEM double
@@ -52,6 +60,39 @@ enum { HIGH, SCALE, TERM, SLOPE, GHIGH, ALL_FACTORS };
 #define TYPE f64
 #define SUMS
 #define ELEM_IS_DOUBLE 1
+#define ELEM_HALF 0
+#include "loops.h"
+
+#define ELEM uint16_t
+#define REAL float
+#define TYPE bf16
+#define SUMS
+#define ELEM_IS_DOUBLE 0
+#define ELEM_HALF BF16
+#include "loops.h"
+
+#define ELEM uint16_t
+#define REAL double
+#define TYPE bf16_wide
+#define WIDENS
+#define ELEM_IS_DOUBLE 0
+#define ELEM_HALF BF16
+#include "loops.h"
+
+#define ELEM uint16_t
+#define REAL float
+#define TYPE f16
+#define SUMS
+#define ELEM_IS_DOUBLE 0
+#define ELEM_HALF F16
+#include "loops.h"
+
+#define ELEM uint16_t
+#define REAL double
+#define TYPE f16_wide
+#define WIDENS
+#define ELEM_IS_DOUBLE 0
+#define ELEM_HALF F16
 #include "loops.h"
 
 #define NAMED(type, pass) PASTE(pass, type, ISA)
@@ -70,4 +111,8 @@ const cbn_isa TABLE(ISA) = {
     .f32 = LOOPS(f32),
     .f32_wide = LOOPS(f32_wide),
     .f64 = LOOPS(f64),
+    .bf16 = LOOPS(bf16),
+    .bf16_wide = LOOPS(bf16_wide),
+    .f16 = LOOPS(f16),
+    .f16_wide = LOOPS(f16_wide),
 };

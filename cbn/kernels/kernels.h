@@ -9,7 +9,8 @@
  *   layout     first     runs of contiguous elements, each of one channel: coefficients are scalars
  *              last      rows of contiguous elements, of all channels of the tile: coefficients are vectors
  *   type       f32  f64  elements and arithmetic alike; sums are of float64
- *              f32_wide  float32 elements, float64 arithmetic: maps alone
+ *              bf16 f16  16-bit elements, float32 arithmetic
+ *              f32_wide  bf16_wide  f16_wide  float64 arithmetic on them: maps alone
  *   isa        baseline  avx2  avx512
  *
  * A loop maps one tile, or reduces one, or does both at once: map some channels and reduce those that come next, so
@@ -56,7 +57,7 @@ typedef struct {
 
 typedef struct {
     const char *name;
-    cbn_loops f32, f32_wide, f64;
+    cbn_loops f32, f32_wide, f64, bf16, bf16_wide, f16, f16_wide;
 } cbn_isa;
 
 extern const cbn_isa cbn_baseline, cbn_avx2, cbn_avx512; /* the last two on x86-64 alone */

@@ -1,9 +1,10 @@
 /* loops.h: the loops over runs and over rows. A template; it opens no thread, allocates nothing and knows no Python.
  *
  * Parameters, undefined again at the end:
- *   ELEM    the element in memory             float   float     double
- *   REAL    the arithmetic of the maps        float   double    double      (no other combination)
- *   TYPE    its name in the symbols           f32     f32_wide  f64
+ *   ELEM    the element in memory             float   float     double  uint16_t   uint16_t
+ *   REAL    the arithmetic of the maps        float   double    double  float      double      (no other combination)
+ *   TYPE    its name in the symbols           f32     f32_wide  f64     bf16, f16  bf16_wide, f16_wide
+ *   ELEM_HALF  which of the 16-bit types, or 0
  *   WIDENS  defined where REAL is wider than ELEM
  *   SUMS    defined: the reductions too, whose arithmetic is float64 whatever the elements are
  *
@@ -21,10 +22,15 @@
 #define LONG 256   /* elements from which it pays to store whole lines */
 #define LINE 64    /* bytes that memory and caches exchange */
 #define LINE_ELEMS ((ptrdiff_t)(LINE / sizeof(elem)))
-#define COLUMNS (CBN_ROW_BYTES / sizeof(elem))                          /* most columns of a row */
+#define COLUMNS (CBN_ROW_BYTES / MAX(sizeof(elem), sizeof(float)))      /* most columns of a row */
 #define ROOM (COLUMNS + 2 * LINE_ELEMS)                                 /* and what a vector may read beyond; not 4 KB, so that
                                                                            a store to one delays no load of another */
 #define TO_LINE(p) ((ptrdiff_t)(-(uintptr_t)(p) % LINE / sizeof(elem))) /* elements from p to the next line */
+#if defined(WIDENS) && ELEM_HALF
+#define RARE 1 /* values that only float64 holds, in 16 bits: no code for whole lines */
+#else
+#define RARE 0
+#endif
 #define AT(v, i, j) ((elem *)(v).data + (i) * (v).n + (j) * (v).c)
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
@@ -151,7 +157,14 @@ INLINE void LOOP(map_shared)(const elem *x, const elem *g, elem *y, ptrdiff_t be
         s->line = y + begin - at;
         s->begin = at;
     }
-    LOOP(map_piece)(x + begin, backward ? g + begin : g, s->value + at, 0, end - begin, f, backward, 0);
+    for (ptrdiff_t i = begin; i < end; i += LANES) {
+        const ptrdiff_t n = MIN(end - i, LANES);
+        if (n == LANES)
+            store(s->value + at + i - begin, LOOP(mapped)(load(x + i), backward ? load(g + i) : f[0], f, backward));
+        else
+            store_first(s->value + at + i - begin,
+                        LOOP(mapped)(load_first(x + i, n), backward ? load_first(g + i, n) : f[0], f, backward), n);
+    }
     s->end = at + end - begin;
     if (s->end == LINE_ELEMS)
         LOOP(deliver)(s);
@@ -449,7 +462,9 @@ INLINE void LOOP(last)(const cbn_tile *m, const cbn_tile *r, const int backward,
     const ptrdiff_t m_columns = mapping ? m->copies * m->n_channels * m->length - m->drop : 0;
     const ptrdiff_t skip = mapping ? m->skip : 0;
     ptrdiff_t head = skip;
-    if (past || (mapping && m_columns >= LONG))
+    if (RARE)
+        head = m_columns;
+    else if (past || (mapping && m_columns >= LONG))
         head = MIN(skip + TO_LINE((elem *)m->y.data + skip), m_columns);
     /* Where a line of y begins, a vector of factors is aligned too. */
     real(*factors)[ROOM] = (void *)(room[0] + (-head & (LINE_ELEMS - 1)));
@@ -475,7 +490,7 @@ INLINE void LOOP(last)(const cbn_tile *m, const cbn_tile *r, const int backward,
 #endif
     for (ptrdiff_t n = 0; n < n_runs; n += rows) {
         const ptrdiff_t height = MIN(rows, n_runs - n);
-        if (past && rows == 1)
+        if (past && rows == 1 && !RARE)
             head = MIN(TO_LINE(AT(m->y, n, 0)), m_columns);
         LOOP(map_part)(m, n, height, skip, head, factors, backward);
 #ifdef SUMS
@@ -489,7 +504,7 @@ INLINE void LOOP(last)(const cbn_tile *m, const cbn_tile *r, const int backward,
 #endif
         for (ptrdiff_t k = 0; k < columns; k += LINE_ELEMS) {
             const ptrdiff_t j = down ? (columns - 1) / LINE_ELEMS * LINE_ELEMS - k : k;
-            if (mapping && head + j + LINE_ELEMS <= m_columns) {
+            if (mapping && !RARE && head + j + LINE_ELEMS <= m_columns) {
                 if (height == rows)
                     LOOP(map_line)(m, n, rows, head + j, factors, backward, past, !reducing);
                 else
@@ -606,6 +621,7 @@ TARGET static void LOOP(backward_last)(const cbn_tile *m, const cbn_tile *r)
 #undef ROOM
 #undef TO_LINE
 #undef AT
+#undef RARE
 #undef MIN
 #undef MAX
 #undef SPREAD
@@ -638,3 +654,4 @@ TARGET static void LOOP(backward_last)(const cbn_tile *m, const cbn_tile *r)
 #undef SUMS
 #undef WIDENS
 #undef ELEM_IS_DOUBLE
+#undef ELEM_HALF

@@ -37,12 +37,19 @@ cdef extern from "kernels.h" nogil:
         cbn_loop forward_first, forward_last, backward_first, backward_last
     ctypedef struct cbn_isa:
         const char *name
-        cbn_loops f32, f32_wide, f64
+        cbn_loops f32, f32_wide, f64, bf16, bf16_wide, f16, f16_wide
     enum: CBN_ROW_BYTES
     const cbn_isa *cbn_built[]
     int cbn_highest()
     int cbn_process_threads
     int cbn_thread_threads
+
+cdef extern from "numpy/ndarraytypes.h":
+    enum: NPY_HALF
+
+cdef extern from "half.h" nogil:
+    float cbn_from_bf16(cnp.npy_uint16 e)
+    float cbn_from_f16(cnp.npy_uint16 e)
 
 cdef extern from *:
     """
@@ -446,7 +453,7 @@ cdef Py_ssize_t filling_lines(Py_ssize_t n, Py_ssize_t n_bytes) noexcept nogil:
 cdef Grid rows_grid(Layout layout, Py_ssize_t size, bint joined):
     """Rows of the channels, each S times; `joined`: row follows on row, so that several may be one."""
     cdef Grid g
-    cdef Py_ssize_t row = layout.C * layout.S, columns = CBN_ROW_BYTES // size
+    cdef Py_ssize_t row = layout.C * layout.S, columns = CBN_ROW_BYTES // max(size, 4)
     g.last, g.channels_outer = True, False
     g.C, g.N, g.S = layout.C, layout.N, layout.S
     g.group = layout.C if row <= columns else filling_lines((columns - g.S) // g.S, g.S * size)
@@ -520,6 +527,7 @@ cdef struct Job:
     bint batch_statistics       # backward through them
     bint stream                 # the map stores past the caches
     bint fused                  # reduction and map go through the same tiles, as a pipeline
+    int type_num                # of numpy; that of bfloat16 is made when ml_dtypes is imported
     Py_ssize_t itemsize
     Py_ssize_t n_bytes          # of one array
     Grid reduction, map
@@ -565,10 +573,15 @@ cdef Job make_job(Layout layout, cnp.ndarray x, bint wide):
     job.weight_c = job.bias_c = job.shift_c = job.partial = job.sum_c = NULL
     job.square_c = job.invstd_c = job.coef_c = NULL
     job.eps = 0
-    if job.itemsize == 4:
-        job.narrow, job.wide = &active.f32, &active.f32_wide
-    else:
+    job.type_num = cnp.PyArray_TYPE(x)
+    if job.itemsize == 8:
         job.narrow = job.wide = &active.f64
+    elif job.itemsize == 4:
+        job.narrow, job.wide = &active.f32, &active.f32_wide
+    elif job.type_num == NPY_HALF:
+        job.narrow, job.wide = &active.f16, &active.f16_wide
+    else:
+        job.narrow, job.wide = &active.bf16, &active.bf16_wide
     rows = layout.last or (
         layout.S < SHORT_RUN and layout.N >= SHORT_RUN_ROWS and run_follows_run(layout, job.x))
     job.reduction = rows_grid(layout, job.itemsize, row_follows_row(layout, job.x)) if rows \
@@ -789,10 +802,14 @@ cdef void first_values(Job *job, Py_ssize_t c, Py_ssize_t end) noexcept nogil:
     """The shifts of some channels: a value of each, zero where it is not finite."""
     cdef char *x = job.x.data
     for c in range(c, end):
-        if job.itemsize == 4:
-            job.shift_c[c] = (<float *>x)[c * job.x.c]
-        else:
+        if job.itemsize == 8:
             job.shift_c[c] = (<double *>x)[c * job.x.c]
+        elif job.itemsize == 4:
+            job.shift_c[c] = (<float *>x)[c * job.x.c]
+        elif job.type_num == NPY_HALF:
+            job.shift_c[c] = cbn_from_f16((<cnp.npy_uint16 *>x)[c * job.x.c])
+        else:
+            job.shift_c[c] = cbn_from_bf16((<cnp.npy_uint16 *>x)[c * job.x.c])
         if not isfinite(job.shift_c[c]):
             job.shift_c[c] = 0
 

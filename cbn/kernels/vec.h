@@ -28,9 +28,55 @@ typedef REAL real;
 typedef real vec __attribute__((vector_size(VEC_BYTES)));
 typedef elem packed __attribute__((vector_size(VEC_BYTES / sizeof(REAL) * sizeof(ELEM))));
 
+#if ELEM_HALF && VEC_BYTES >= 32
+/* Four, eight or sixteen elements as float32. */
+INLINE __m128 LOOP(floats_128)(__m128i e)
+{
+    return ELEM_HALF == F16 ? _mm_cvtph_ps(e) : _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(e), 16));
+}
+
+INLINE __m256 LOOP(floats_256)(__m128i e)
+{
+    return ELEM_HALF == F16 ? _mm256_cvtph_ps(e) : _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(e), 16));
+}
+#endif
+
+#if ELEM_HALF && (defined(WIDENS) || (ELEM_HALF == F16 && VEC_BYTES == 16))
+/* One by one, where the processor has no instruction for it, or it is rare; not inlined, for it is long. */
+TARGET static __attribute__((noinline)) vec LOOP(unpack_each)(packed e)
+{
+    vec v;
+    for (ptrdiff_t i = 0; i < LANES; i++)
+        v[i] = ELEM_HALF == F16 ? cbn_from_f16(e[i]) : cbn_from_bf16(e[i]);
+    return v;
+}
+
+TARGET static __attribute__((noinline)) packed LOOP(pack_each)(vec v)
+{
+    packed e;
+    for (ptrdiff_t i = 0; i < LANES; i++)
+        e[i] = ELEM_HALF == F16 ? cbn_to_f16((float)v[i]) : cbn_to_bf16((float)v[i]);
+    return e;
+}
+#elif ELEM_HALF == BF16
+typedef uint32_t LOOP(bits) __attribute__((vector_size(VEC_BYTES)));
+#endif
+
 INLINE vec unpack(packed e)
 {
-#if defined(WIDENS) && VEC_BYTES == 64
+#if ELEM_HALF && (defined(WIDENS) || (ELEM_HALF == F16 && VEC_BYTES == 16))
+    return LOOP(unpack_each)(e);
+#elif ELEM_HALF == F16 && VEC_BYTES == 64
+    return (vec)_mm512_cvtph_ps((__m256i)e);
+#elif ELEM_HALF == F16
+    return (vec)_mm256_cvtph_ps((__m128i)e);
+#elif ELEM_HALF == BF16 && VEC_BYTES == 64
+    return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)e), 16);
+#elif ELEM_HALF == BF16 && VEC_BYTES == 32
+    return (vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)e), 16);
+#elif ELEM_HALF == BF16
+    return (vec)(__builtin_convertvector(e, LOOP(bits)) << 16);
+#elif defined(WIDENS) && VEC_BYTES == 64
     return (vec)_mm512_cvtps_pd((__m256)e);
 #elif defined(WIDENS) && VEC_BYTES == 32
     return (vec)_mm256_cvtps_pd((__m128)e);
@@ -39,9 +85,31 @@ INLINE vec unpack(packed e)
 #endif
 }
 
+/* Rounded to nearest, ties to even. (The processor's own conversion to bfloat16 takes subnormal numbers for zeros.) */
 INLINE packed pack(vec v)
 {
-#if defined(WIDENS) && VEC_BYTES == 64
+#if ELEM_HALF && (defined(WIDENS) || (ELEM_HALF == F16 && VEC_BYTES == 16))
+    return LOOP(pack_each)(v);
+#elif ELEM_HALF == F16 && VEC_BYTES == 64
+    return (packed)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif ELEM_HALF == F16
+    return (packed)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+#elif ELEM_HALF == BF16
+    const LOOP(bits) b = (LOOP(bits))v, odd = b >> 16 & 1;
+#if VEC_BYTES == 64
+    const __mmask16 nan = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q);
+    const __m512i rounded = _mm512_mask_or_epi32((__m512i)(b + 0x7fff + odd), nan, (__m512i)b, _mm512_set1_epi32(1 << 22));
+    return (packed)_mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+#else
+    const LOOP(bits) nan = (LOOP(bits))(v != v), rounded = (((b + 0x7fff + odd) & ~nan) | ((b | 1 << 22) & nan)) >> 16;
+#if VEC_BYTES == 32
+    const __m256i low = _mm256_packus_epi32((__m256i)rounded, (__m256i)rounded); /* in both halves of a half */
+    return (packed)_mm256_castsi256_si128(_mm256_permute4x64_epi64(low, 8));
+#else
+    return __builtin_convertvector(rounded, packed);
+#endif
+#endif
+#elif defined(WIDENS) && VEC_BYTES == 64
     return (packed)_mm512_cvtpd_ps((__m512d)v);
 #elif defined(WIDENS) && VEC_BYTES == 32
     return (packed)_mm256_cvtpd_ps((__m256d)v);
@@ -66,7 +134,14 @@ INLINE void store(elem *p, vec v)
 /* The first n <= LANES elements, and zeros; nothing beyond them is read, or written. */
 INLINE vec load_first(const elem *p, ptrdiff_t n)
 {
-#if VEC_BYTES == 64 && ELEM_IS_DOUBLE
+#if ELEM_HALF && VEC_BYTES == 64 && !defined(WIDENS)
+    return unpack((packed)_mm256_maskz_loadu_epi16((__mmask16)((1u << n) - 1), p));
+#elif ELEM_HALF
+    packed e = {0};
+    for (ptrdiff_t i = 0; i < n; i++)
+        e[i] = p[i];
+    return unpack(e);
+#elif VEC_BYTES == 64 && ELEM_IS_DOUBLE
     return (vec)_mm512_maskz_loadu_pd((__mmask8)((1u << n) - 1), p);
 #elif VEC_BYTES == 64 && defined(WIDENS)
     return unpack((packed)_mm256_maskz_loadu_ps((__mmask8)((1u << n) - 1), p));
@@ -88,7 +163,13 @@ INLINE vec load_first(const elem *p, ptrdiff_t n)
 
 INLINE void store_first(elem *p, vec v, ptrdiff_t n)
 {
-#if VEC_BYTES == 64 && ELEM_IS_DOUBLE
+#if ELEM_HALF && VEC_BYTES == 64 && !defined(WIDENS)
+    _mm256_mask_storeu_epi16(p, (__mmask16)((1u << n) - 1), (__m256i)pack(v));
+#elif ELEM_HALF
+    packed e = pack(v);
+    for (ptrdiff_t i = 0; i < n; i++)
+        p[i] = e[i];
+#elif VEC_BYTES == 64 && ELEM_IS_DOUBLE
     _mm512_mask_storeu_pd(p, (__mmask8)((1u << n) - 1), (__m512d)v);
 #elif VEC_BYTES == 64 && defined(WIDENS)
     _mm256_mask_storeu_ps(p, (__mmask8)((1u << n) - 1), (__m256)pack(v));
@@ -110,8 +191,12 @@ INLINE void store_first(elem *p, vec v, ptrdiff_t n)
 /* A store that does not read the line from memory first, nor keep it in a cache; p is aligned to its size. */
 INLINE void store_past(elem *p, vec v)
 {
-#if !defined(__x86_64__)
-    store(p, v);
+#if !defined(__x86_64__) || (ELEM_HALF && (VEC_BYTES == 16 || defined(WIDENS)))
+    store(p, v); /* of 8 bytes or less there is no such store from a vector */
+#elif ELEM_HALF && VEC_BYTES == 64
+    _mm256_stream_si256((__m256i *)p, (__m256i)pack(v));
+#elif ELEM_HALF
+    _mm_stream_si128((__m128i *)p, (__m128i)pack(v));
 #elif VEC_BYTES == 64 && defined(WIDENS)
     _mm256_stream_si256((__m256i *)p, (__m256i)pack(v));
 #elif VEC_BYTES == 64
@@ -121,7 +206,7 @@ INLINE void store_past(elem *p, vec v)
 #elif VEC_BYTES == 32
     _mm256_stream_si256((__m256i *)p, (__m256i)v);
 #elif defined(WIDENS)
-    store(p, v); /* there is no such store of 8 bytes from a vector */
+    store(p, v);
 #else
     _mm_stream_si128((__m128i *)p, (__m128i)v);
 #endif
@@ -155,7 +240,14 @@ typedef double dvec __attribute__((vector_size(VEC_BYTES)));
 /* Elements as float64. */
 INLINE dvec load_d(const elem *p)
 {
-#if ELEM_IS_DOUBLE
+#if ELEM_HALF && VEC_BYTES == 64
+    return (dvec)_mm512_cvtps_pd(LOOP(floats_256)(_mm_loadu_si128((const __m128i *)p)));
+#elif ELEM_HALF && VEC_BYTES == 32
+    return (dvec)_mm256_cvtps_pd(LOOP(floats_128)(_mm_loadl_epi64((const __m128i *)p)));
+#elif ELEM_HALF
+    return (dvec){ELEM_HALF == F16 ? cbn_from_f16(p[0]) : cbn_from_bf16(p[0]),
+                  ELEM_HALF == F16 ? cbn_from_f16(p[1]) : cbn_from_bf16(p[1])};
+#elif ELEM_IS_DOUBLE
     return load(p);
 #elif VEC_BYTES == 64
     return (dvec)_mm512_cvtps_pd(_mm256_loadu_ps(p));
@@ -195,7 +287,12 @@ INLINE dvec first_lanes(dvec v, ptrdiff_t n)
 /* The first n < DLANES elements as float64, and zeros. */
 INLINE dvec load_first_d(const elem *p, ptrdiff_t n)
 {
-#if ELEM_IS_DOUBLE
+#if ELEM_HALF
+    elem e[8] = {0};
+    for (ptrdiff_t i = 0; i < n; i++)
+        e[i] = p[i];
+    return load_d(e);
+#elif ELEM_IS_DOUBLE
     return load_first(p, n);
 #elif VEC_BYTES == 64
     return (dvec)_mm512_cvtps_pd(_mm256_maskz_loadu_ps((__mmask8)((1u << n) - 1), p));

@@ -1,0 +1,126 @@
+"""float16 and bfloat16: conversions of every value, rounding, statistics and gradients in float32 and float64."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import cbn
+from cbn import reference
+from cbn.functional import batch_norm, native_batch_norm, native_batch_norm_backward
+
+from .conftest import HALVES, LAYOUTS, ROUNDING, error, in_memory_order
+
+pytestmark = pytest.mark.parametrize("dtype", HALVES)
+
+
+def every_value(dtype):
+    return np.arange(1 << 16, dtype=np.uint16).view(dtype)
+
+
+def bits(a):
+    """Its bits, with one NaN for all."""
+    found = a.view(np.uint16).copy()
+    found[np.isnan(a.astype(np.float32))] = 0xFFFF
+    return found
+
+
+def normalized(x, scale=1.0, dtype=np.float32, **kwargs):
+    """x*scale, by a batch norm with one channel for each layout: runs, rows, and all by float64."""
+    arrays = [np.full(1, value, dtype) for value in (0, 1, scale, -0.0)]
+    return batch_norm(x, *arrays, eps=0, **kwargs)
+
+
+@pytest.mark.parametrize("parameters", [np.float32, np.float64])
+def test_every_value_there_and_back(isa, dtype, parameters):
+    """NaN, infinities, subnormals and signed zeros included, in runs and in rows, at any place in a vector."""
+    x = every_value(dtype)
+    with np.errstate(all="ignore"):
+        for start in (0, 1, 7):
+            runs = x[start:].reshape(1, 1, -1)
+            assert np.array_equal(bits(normalized(runs, dtype=parameters)), bits(runs))
+        rows = np.stack([x, x[::-1]])
+        arrays = [np.full(1 << 16, value, parameters) for value in (0, 1, 1, -0.0)]
+        assert np.array_equal(bits(batch_norm(rows, *arrays, eps=0)), bits(rows))
+
+
+@pytest.mark.parametrize("parameters", [np.float32, np.float64])
+@pytest.mark.parametrize("scale", [1 + 2**-9, 1 + 2**-11, 1.5 * 2**-9, 0.5, 2.0**-12, 1 + 2**-8 + 2**-9, 700.0])
+def test_results_are_rounded_to_the_nearest_and_ties_to_even(isa, dtype, scale, parameters):
+    """Products that float32 holds exactly, so that what is seen is their rounding; overflow to infinity too."""
+    x = every_value(dtype)
+    with np.errstate(all="ignore"):
+        exact = x.astype(np.float64) * scale
+        held = (exact.astype(np.float32) == exact) | np.isnan(exact)
+        assert held.sum() > 60000
+        runs = normalized(x.reshape(1, 1, -1), scale, parameters).ravel()
+        assert np.array_equal(bits(runs[held]), bits(exact.astype(dtype)[held]))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_against_the_reference(isa, parallel, rng, dtype, layout):
+    shape, axis, order = LAYOUTS[layout]
+    x = in_memory_order((3 + 2 * rng.standard_normal(shape)).astype(dtype), order)
+    dy = in_memory_order(rng.standard_normal(shape).astype(dtype), order)
+    weight, bias, running_mean, running_var = rng.uniform(0.5, 2, (4, shape[axis])).astype(np.float32)
+    n, mean, m2 = reference.moments(x, axis)
+    running = running_mean.copy(), running_var.copy()
+    y, save_mean, save_invstd = native_batch_norm(x, weight, bias, *running, True, 0.1, 1e-5, channel_axis=axis)
+    assert (y.dtype, y.strides, save_mean.dtype) == (dtype, x.strides, np.float64)
+    assert error(y, reference.normalize(x, mean, m2 / n, weight, bias, channel_axis=axis)) <= ROUNDING[y.dtype]
+    np.testing.assert_allclose(save_mean, mean, rtol=1e-12)
+    np.testing.assert_allclose(save_invstd, 1 / np.sqrt(m2 / n + 1e-5), rtol=1e-11)
+    np.testing.assert_allclose(running[1], 0.9 * running_var + 0.1 * m2 / (n - 1), rtol=1e-6)
+    dx, dweight, dbias = native_batch_norm_backward(
+        dy, x, weight, None, None, save_mean, save_invstd, True, 1e-5, channel_axis=axis
+    )
+    exact = reference.backward(dy, x, mean, m2 / n, weight, channel_axis=axis)
+    assert (dx.dtype, dweight.dtype, dbias.dtype) == (dtype, np.float32, np.float32)
+    assert error(dx, exact[0]) <= ROUNDING[dx.dtype]
+    np.testing.assert_allclose(dweight, exact[1], atol=1e-6 * np.abs(exact[1]).max())
+    np.testing.assert_allclose(dbias, exact[2], atol=1e-6 * np.abs(exact[2]).max())
+    evaluated = batch_norm(x, running_mean, running_var, weight, bias, channel_axis=axis)
+    exact_y = reference.normalize(x, running_mean, running_var, weight, bias, channel_axis=axis)
+    assert error(evaluated, exact_y) <= ROUNDING[y.dtype]
+
+
+def test_values_that_only_float64_can_normalize(isa, dtype):
+    """A mean and values near the largest float32, of opposite signs: their difference is beyond it."""
+    if dtype is np.float16:
+        pytest.skip("its largest value is 65504")
+    x = np.array([[-3e38], [3e38], [1e38]], dtype)
+    y = batch_norm(x, None, None, training=True)
+    n, mean, m2 = reference.moments(x)
+    assert error(y, reference.normalize(x, mean, m2 / n)) <= ROUNDING[y.dtype]
+
+
+def test_layers(rng, dtype):
+    bn = cbn.BatchNorm2d(5)
+    x = rng.standard_normal((4, 5, 6, 7)).astype(dtype)
+    y = bn(x)
+    assert y.dtype == bn.backward(y).dtype == dtype
+    assert bn.weight_grad.dtype == bn.running_mean.dtype == np.float32
+    first, second = bn.eval()(x), bn(x)
+    assert first.tobytes() == second.tobytes() == bn.plan(x.shape, dtype)(x).tobytes()
+    assert bn(x, out=x) is x
+    assert x.tobytes() == first.tobytes()
+
+
+def test_other_byte_order_and_mixed_types(rng, dtype):
+    bn = cbn.BatchNorm1d(3)
+    x = rng.standard_normal((8, 3)).astype(dtype)
+    y = bn(x)
+    assert bn.backward(y.astype(np.float32)).dtype == dtype
+    assert bn.backward(y.astype(ml_dtypes.bfloat16 if dtype is np.float16 else np.float16)).dtype == dtype
+    if dtype is np.float16:
+        assert np.array_equal(cbn.BatchNorm1d(3)(x.astype(">f2")), y)
+    wide = cbn.BatchNorm1d(3, dtype=np.float64)
+    assert error(wide(x), y) <= ROUNDING[x.dtype]
+    assert cbn.moments(x).mean.dtype == np.float64
+
+
+def test_constants_give_exactly_the_bias(isa, dtype):
+    for value in (3.3, 60000.0, 1e-7):
+        x = np.full((6, 2, 50), value, dtype)
+        assert np.array_equal(
+            batch_norm(x, None, None, None, np.array([0.5, -1], np.float32), training=True)[:, 0], np.full((6, 50), 0.5)
+        )
