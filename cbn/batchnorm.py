@@ -5,9 +5,10 @@ The arithmetic is in `cbn.functional`; what is here is what a layer remembers an
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar, overload
 
 import numpy as np
@@ -92,12 +93,15 @@ class _Flag:
         layer.__dict__[self.key] = checks.boolean(value, self.name)
 
 
-def dtype_words(dtype: Any) -> str:
-    """A dtype as an error names it."""
-    try:
-        return repr(dtype) if dtype is None else str(np.dtype(dtype))
-    except TypeError:
-        return repr(dtype)
+def accepted_dtype(dtype: Any, native: Callable[[np.dtype[Any]], np.dtype[Any] | None], expected: str) -> np.dtype[Any]:
+    """A dtype that `native` accepts; None, which numpy takes for float64, is none."""
+    words = repr(dtype)
+    if dtype is not None:
+        with contextlib.suppress(TypeError):
+            words = str(np.dtype(dtype))
+            if found := native(np.dtype(dtype)):
+                return found
+    raise TypeError(f"dtype must be {expected}, not {words}")
 
 
 class BatchNorm(passes.Planned):
@@ -201,13 +205,7 @@ class BatchNorm(passes.Planned):
         self.nonfinite = nonfinite
         if not isinstance(running_var, str) or running_var not in ("unbiased", "biased"):
             raise ValueError(f"running_var must be 'unbiased' or 'biased', not {running_var!r}")
-        try:
-            found = None if dtype is None else checks.native_float(np.dtype(dtype))
-        except TypeError:
-            found = None
-        if found is None:
-            raise TypeError(f"dtype must be float32 or float64, not {dtype_words(dtype)}")
-        self._dtype = found
+        self._dtype = accepted_dtype(dtype, checks.native_float, "float32 or float64")
         self._num_features = checks.integer(num_features, "num_features", "a number of channels")
         if self._num_features < 1:
             raise ValueError(f"num_features must be 1 or more, but got {num_features}")
@@ -681,12 +679,7 @@ class EvalPlan(passes.Planned):
     """
 
     def __init__(self, layer: BatchNorm, shape: Sequence[int], dtype: npt.DTypeLike) -> None:
-        try:
-            found = None if dtype is None else checks.native_input(np.dtype(dtype))
-        except TypeError:
-            found = None
-        if found is None:
-            raise TypeError(f"dtype must be float32, float64, float16 or bfloat16, not {dtype_words(dtype)}")
+        found = accepted_dtype(dtype, checks.native_input, "float32, float64, float16 or bfloat16")
         inp = functional.Input(np.empty(shape, found), layer.channel_axis, ranks=layer._ranks)
         inp.meets(layer.dtype)
         layer._check_channels(inp, layer.running_mean, False)

@@ -76,7 +76,7 @@ def fuse_linear_bn(
     (array([[0.5 , 0.5 , 0.5 ],
            [0.25, 0.25, 0.25]], dtype=float32), array([-0.5, -0.5], dtype=float32))
     """
-    w, b = _arrays(weight, bias, "2", "a linear layer's is (out_features, in_features)")
+    w, b = _arrays(weight, bias, 2, 2, "a linear layer's is (out_features, in_features)")
     return _after(w, b, bn, 1, False, flush_subnormals, return_error)
 
 
@@ -131,7 +131,7 @@ def fuse_conv_bn(
     words = "a convolution's is (out_channels, in_channels/groups, ...)"
     if transpose:
         words = "a transposed convolution's is (in_channels, out_channels/groups, ...)"
-    w, b = _arrays(weight, bias, "3 or more", words)
+    w, b = _arrays(weight, bias, 3, 64, words)
     return _after(w, b, bn, groups, transpose, flush_subnormals, return_error)
 
 
@@ -181,7 +181,7 @@ def fuse_bn_linear(
     >>> cbn.fuse_bn_linear(bn, np.ones((1, 2), np.float32), None)
     (array([[0.5 , 0.25]], dtype=float32), array([-1.], dtype=float32))
     """
-    w, b = _arrays(weight, bias, "2 or more", "a linear layer's is (out_features, in_features)")
+    w, b = _arrays(weight, bias, 2, 64, "a linear layer's is (out_features, in_features)")
     if w.ndim > 2 and padding is None:
         raise ValueError(f"weight has shape {w.shape}, a convolution's: say how it pads; padding=0 if it does not")
     if padding not in (None, "valid") and (isinstance(padding, str) or np.any(np.asarray(padding) != 0)):
@@ -208,9 +208,9 @@ def fuse_bn_linear(
 
 
 def _arrays(
-    weight: npt.ArrayLike, bias: npt.ArrayLike | None, dimensions: str, words: str
+    weight: npt.ArrayLike, bias: npt.ArrayLike | None, least: int, most: int, words: str
 ) -> tuple[Array, Doubles | None]:
-    """The weight, and the bias in float64; of such dtypes, and the weight of such `dimensions`."""
+    """The weight, and the bias in float64; of dtypes that layers have, the weight of `least` to `most` dimensions."""
     checked = {}
     for name, value in {"weight": weight, "bias": bias}.items():
         checks.unmasked(value, name)
@@ -221,7 +221,7 @@ def _arrays(
     w = checked["weight"]
     if w.dtype.name not in TINY:
         raise TypeError("weight is None; expected an array")
-    if not (w.ndim == 2 if dimensions == "2" else w.ndim >= int(dimensions[0])) or not w.size:
+    if not least <= w.ndim <= most or not w.size:
         raise ValueError(f"weight has shape {w.shape}; {words}")
     return w, None if bias is None else checked["bias"].astype(np.float64)
 
