@@ -9,8 +9,9 @@
  *   SUMS    defined: the reductions too, whose arithmetic is float64 whatever the elements are
  *
  * Both directions, forward and backward, and every combination of map, reduction, kind of store and copy are one text
- * for a layout: `backward`, `mapping`, `reducing`, `past`, `copying` are constants of an inlined body. What a vector
- * does not fill is a part of one, so an element gets the same bits wherever it stands in a run, however it is stored.
+ * for a layout: `backward`, `mapping`, `reducing` are constants of an inlined body, `past` and `copying` are tested once
+ * for some vectors. What a vector does not fill is a part of one, so an element gets the same bits wherever it stands in
+ * a run, however it is stored.
  */
 #include "vec.h"
 
@@ -106,10 +107,11 @@ INLINE void LOOP(map_piece)(const elem *x, const elem *g, elem *y, ptrdiff_t beg
         vec v[UNROLL];
         for (int u = 0; u < UNROLL; u++)
             v[u] = LOOP(mapped)(load(x + i + u * LANES), backward ? load(g + i + u * LANES) : f[0], f, backward);
-        for (int u = 0; u < UNROLL; u++)
-            if (past)
+        if (past)
+            for (int u = 0; u < UNROLL; u++)
                 store_past(y + i + u * LANES, v[u]);
-            else
+        else
+            for (int u = 0; u < UNROLL; u++)
                 store(y + i + u * LANES, v[u]);
     }
     for (; i + LANES <= end; i += LANES) {
@@ -208,8 +210,9 @@ INLINE void LOOP(reduce_piece)(const elem *x, const elem *g, elem *x_copy, elem 
 #endif
 
 INLINE void LOOP(first)(const cbn_tile *m, const cbn_tile *r, const int backward, const int mapping,
-                        const int reducing, const int past, const int copying)
+                        const int reducing)
 {
+    const int past = mapping && m->stream, copying = reducing && (mapping || r->x_copy.data);
     const ptrdiff_t length = mapping ? m->length : r->length, n_runs = mapping ? m->n_runs : r->n_runs;
     const ptrdiff_t m_channels = mapping ? m->n_channels : 0, r_channels = reducing ? r->n_channels : 0;
     const ptrdiff_t n_channels = MAX(m_channels, r_channels), group = GROUP;
@@ -383,11 +386,13 @@ INLINE void LOOP(map_line)(const cbn_tile *m, ptrdiff_t n, ptrdiff_t height, ptr
                 __builtin_prefetch(AT(m->y, n + row + ROWS, 0) + j + v * LANES, 1, 2);
             out[row][v] = LOOP(mapped)(load(x), backward ? load(g) : f[v][0], f[v], backward);
         }
-    for (ptrdiff_t row = 0; row < height; row++)
-        for (int v = 0; v < LINE_ELEMS / LANES; v++)
-            if (past)
+    if (past)
+        for (ptrdiff_t row = 0; row < height; row++)
+            for (int v = 0; v < LINE_ELEMS / LANES; v++)
                 store_past(AT(m->y, n + row, 0) + j + v * LANES, out[row][v]);
-            else
+    else
+        for (ptrdiff_t row = 0; row < height; row++)
+            for (int v = 0; v < LINE_ELEMS / LANES; v++)
                 store(AT(m->y, n + row, 0) + j + v * LANES, out[row][v]);
 }
 
@@ -455,8 +460,9 @@ INLINE int LOOP(downwards)(const cbn_tile *m, const cbn_tile *r, const int backw
 }
 
 INLINE void LOOP(last)(const cbn_tile *m, const cbn_tile *r, const int backward, const int mapping,
-                       const int reducing, const int past, const ptrdiff_t rows)
+                       const int reducing, const ptrdiff_t rows)
 {
+    const int past = mapping && m->stream;
     real room[ALL_FACTORS][ROOM] __attribute__((aligned(LINE)));
     const ptrdiff_t n_runs = mapping ? m->n_runs : r->n_runs;
     const ptrdiff_t m_columns = mapping ? m->copies * m->n_channels * m->length - m->drop : 0;
@@ -537,55 +543,37 @@ INLINE void LOOP(last)(const cbn_tile *m, const cbn_tile *r, const int backward,
 
 INLINE void LOOP(any_first)(const cbn_tile *m, const cbn_tile *r, const int backward)
 {
-    const int past = m && m->stream;
 #ifdef SUMS
-    if (m && r) {
-        if (past)
-            LOOP(first)(m, r, backward, 1, 1, 1, 1);
-        else
-            LOOP(first)(m, r, backward, 1, 1, 0, 1);
-    } else if (r && r->x_copy.data)
-        LOOP(first)(m, r, backward, 0, 1, 0, 1);
+    if (m && r)
+        LOOP(first)(m, r, backward, 1, 1);
     else if (r)
-        LOOP(first)(m, r, backward, 0, 1, 0, 0);
+        LOOP(first)(m, r, backward, 0, 1);
     else
 #endif
-    if (past)
-        LOOP(first)(m, r, backward, 1, 0, 1, 0);
-    else
-        LOOP(first)(m, r, backward, 1, 0, 0, 0);
-    if (past)
+        LOOP(first)(m, r, backward, 1, 0);
+    if (m && m->stream)
         STORE_FENCE();
 }
 
 INLINE void LOOP(any_last)(const cbn_tile *m, const cbn_tile *r, const int backward)
 {
-    const int past = m && m->stream;
-    const int together = !past || m->y.n * (ptrdiff_t)sizeof(elem) % LINE == 0; /* rows begin alike in their lines */
+    /* Whether rows of y begin alike in their lines. */
+    const int together = m && (!m->stream || m->y.n * (ptrdiff_t)sizeof(elem) % LINE == 0);
 #ifdef SUMS
-    if (m && r && together) {
-        if (past)
-            LOOP(last)(m, r, backward, 1, 1, 1, ROWS);
-        else
-            LOOP(last)(m, r, backward, 1, 1, 0, ROWS);
-        if (past)
-            STORE_FENCE();
-        return;
-    }
+    if (together && r) {
+        LOOP(last)(m, r, backward, 1, 1, ROWS);
+        r = NULL;
+    } else
 #endif
-    if (m) {
-        if (!together)
-            LOOP(last)(m, r, backward, 1, 0, 1, 1);
-        else if (past)
-            LOOP(last)(m, r, backward, 1, 0, 1, ROWS);
-        else
-            LOOP(last)(m, r, backward, 1, 0, 0, ROWS);
-        if (past)
-            STORE_FENCE();
-    }
+    if (together)
+        LOOP(last)(m, r, backward, 1, 0, ROWS);
+    else if (m)
+        LOOP(last)(m, r, backward, 1, 0, 1);
+    if (m && m->stream)
+        STORE_FENCE();
 #ifdef SUMS
     if (r)
-        LOOP(last)(m, r, backward, 0, 1, 0, backward ? ROWS : 2 * ROWS); /* half the trips of the accumulators */
+        LOOP(last)(m, r, backward, 0, 1, backward ? ROWS : 2 * ROWS); /* half the trips of the accumulators */
 #endif
 }
 
