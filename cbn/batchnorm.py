@@ -361,10 +361,10 @@ class BatchNorm(passes.Planned):
             var: Any = self.running_var
             weight, bias = self.weight, self.bias
             sources = mean, var, weight, bias
-            if mean is not None and var is not None:
+            training = self.training
+            batch_statistics = not self._frozen and (training or (mean is None and var is None))
+            if not batch_statistics and mean is not None and var is not None:
                 mean, var = mean.copy(), var.copy()
-        training = self.training
-        batch_statistics = not self._frozen and (training or (mean is None and var is None))
         tracked = training and self.track_running_stats and not self._frozen
         if not batch_statistics:
             checks.buffers_for_eval(mean, var)
@@ -376,11 +376,7 @@ class BatchNorm(passes.Planned):
             checks.more_than_one_value(inp.x, inp.n_channels)
             tracked = tracked and inp.layout is not None
             if tracked:
-                self._check_writable(
-                    running_mean=self.running_mean,
-                    running_var=self.running_var,
-                    num_batches_tracked=self.num_batches_tracked,
-                )
+                self._check_writable(running_mean=mean, running_var=var, num_batches_tracked=self.num_batches_tracked)
             y, mean, m2, invstd = functional.normalize_batch(inp, weight, bias, eps, out)
             if tracked:
                 self._update(inp.count, mean, m2)
@@ -507,11 +503,10 @@ class BatchNorm(passes.Planned):
         want_sums = weight_grad is not None or bias_grad is not None
         self._check_writable(weight_grad=weight_grad, bias_grad=bias_grad)
         dx, dbias, dweight = functional.gradients(dy, inp, weight, mean, invstd, batch_statistics, True, want_sums, out)
-        with np.errstate(all="ignore"), _update_lock:
-            if weight_grad is not None:
-                weight_grad[...] = weight_grad + dweight
-            if bias_grad is not None:
-                bias_grad[...] = bias_grad + dbias
+        with _update_lock:
+            for grad, sums in ((weight_grad, dweight), (bias_grad, dbias)):
+                if grad is not None:
+                    passes.assign(grad, functional.as_doubles(grad) + sums)
         if out is not None and functional.overlaps(inp.x, out):
             self._saved = OVERWRITTEN
         return dx

@@ -1,8 +1,8 @@
 """Batch normalization without state: check, allocate, call the passes.
 
 The public functions are `batch_norm`, `native_batch_norm` and `native_batch_norm_backward`, named and ordered as
-PyTorch's. What the layers share with them (`Input`, `normalize_batch`, `normalize`, `gradients`, `update_running`)
-stands above them.
+PyTorch's. What the layers share with them (`normalize_batch`, `normalize`, `gradients`, `update_running`) stands above
+them; `Input` is compiled.
 """
 
 from __future__ import annotations
@@ -16,87 +16,9 @@ import numpy.typing as npt
 from . import checks
 from .checks import Array, Doubles
 from .kernels import passes
+from .kernels.passes import Input, as_doubles, overlaps
 
 __all__ = ["batch_norm", "native_batch_norm", "native_batch_norm_backward"]
-
-
-class Input:
-    """An array that the passes can read, with its channel axis and its layout in memory.
-
-    Parameters
-    ----------
-    x : array_like
-        Any rank from 2 on (or one of `ranks`), of any dtype in `checks.native_input`, any strides and byte order.
-    channel_axis : int
-    name : str
-        What an error calls it.
-    ranks : tuple of int, optional
-
-    Attributes
-    ----------
-    x : ndarray
-        x itself, or a copy that keeps its order in memory if no loop reads it as it lies.
-    layout : Layout or None
-        None for an empty array.
-    wide : bool
-        Whether float64 parameters ask for float64 arithmetic on an array of another dtype; see `meets`.
-    """
-
-    def __init__(
-        self, x: npt.ArrayLike, channel_axis: int, name: str = "input", ranks: tuple[int, ...] | None = None
-    ) -> None:
-        x = checks.float_array(x, name)
-        checks.rank(x, ranks)
-        self.axis = checks.axis_index(channel_axis, x.ndim)
-        self.n_channels = x.shape[self.axis]
-        self.layout: passes.Layout | None = None
-        if x.size:
-            self.layout = passes.Layout.of(x, self.axis)
-            if self.layout is None:
-                x = x.copy(order="K")
-                self.layout = passes.Layout.of(x, self.axis)
-        self.x = x
-        self.wide = False
-
-    @property
-    def count(self) -> int:
-        """Values per channel; 0 for an empty array, whatever is empty about it."""
-        return self.layout.count if self.layout else 0
-
-    def meets(self, *dtypes: np.dtype[Any]) -> None:
-        """Compute in the widest of these dtypes and x's own; in float32 at least."""
-        own = max(self.x.dtype.itemsize, 4)
-        self.wide = any(dtype.itemsize > own for dtype in dtypes)
-
-    def lies_as(self, a: Array) -> Array:
-        """a itself if the loops can go through it beside x, else a copy that lies as x does."""
-        if self.layout is None or (a.flags.aligned and self.layout.reads_beside(self.x, a)):
-            return a
-        copy = np.empty_like(self.x, dtype=a.dtype, subok=False)
-        copy[...] = a
-        return copy
-
-    def destination(self, out: Array | None, *read: Array) -> Array:
-        """Where a pass may write: `out`, if it lies as x does and no array that is read overlaps it in part."""
-        if out is None or self.layout is None or not (out.flags.aligned and self.layout.fits(out)):
-            return passes.empty_like(self.x)
-        if any(overlaps(a, out) and not same_memory(a, out) for a in read):
-            return passes.empty_like(self.x)
-        return out
-
-
-def overlaps(a: Array, b: Array) -> bool:
-    """Whether two arrays share memory; when in doubt, yes."""
-    limit: Any = 100_000  # numpy's stub has no limits but 0 and -1
-    try:
-        return np.may_share_memory(a, b) and np.shares_memory(a, b, max_work=limit)
-    except np.exceptions.TooHardError:
-        return True
-
-
-def same_memory(a: Array, b: Array) -> bool:
-    """Whether element by element two arrays are the same memory."""
-    return a.ctypes.data == b.ctypes.data and a.strides == b.strides and a.shape == b.shape
 
 
 def delivered(y: Array, out: Array | None) -> Array:
@@ -105,11 +27,6 @@ def delivered(y: Array, out: Array | None) -> Array:
         return y
     np.copyto(out, y)
     return out
-
-
-def as_doubles(a: Array | None) -> Doubles | Any:
-    """A contiguous float64 copy: the passes read parameters so, and an output may overlap them."""
-    return None if a is None else np.array(a, dtype=np.float64, order="C")
 
 
 def inverse_std(var: Array, eps: float) -> Doubles:
@@ -190,10 +107,8 @@ def gradients(
     weight, mean, invstd = as_doubles(weight), as_doubles(mean), as_doubles(invstd)
     sums = products = None
     if want_sums or (batch_statistics and want_dx):
-        through: tuple[Any, Any, Any] = (dx, invstd, weight) if batch_statistics else (None, None, None)
-        sums, products = passes.grad_moments(inp.layout, dy, inp.x, mean, *through, inp.wide)
-        with np.errstate(all="ignore"):
-            products *= invstd
+        through = dx if batch_statistics else None
+        sums, products = passes.grad_moments(inp.layout, dy, inp.x, mean, invstd, through, weight, inp.wide)
     if dx is not None and not batch_statistics:
         # dx = dy*scale: apply with mean 0, and with offset -0, which keeps the sign of a zero
         with np.errstate(all="ignore"):
@@ -221,8 +136,8 @@ def update_running(
     old_mean, old_var = old or (as_doubles(running_mean), as_doubles(running_var))
     new_mean = passes.moving_average(old_mean, mean, 1, momentum)
     new_var = passes.moving_average(old_var, m2, count - 1 if unbiased else count, momentum)
-    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        running_mean[...], running_var[...] = new_mean, new_var
+    passes.assign(running_mean, new_mean)
+    passes.assign(running_var, new_var)
 
 
 def check_parameters(
@@ -383,7 +298,7 @@ def native_batch_norm(
     )
     eps = checks.epsilon_for(eps, training)
     statistics = () if training else (running_mean, running_var)
-    inp.meets(*(a.dtype for a in (weight, bias, *statistics) if a is not None))
+    inp.meets(*[a.dtype for a in (weight, bias, *statistics) if a is not None])
     if not training:
         coef = coefficients(running_mean, running_var, weight, bias, eps)
         return normalize(inp, coef, out), np.empty(0), np.empty(0)
@@ -489,15 +404,15 @@ def native_batch_norm_backward(
         var = checks.per_channel(running_var, "running_var", inp.n_channels)
         invstd = inverse_std(var, eps)
     statistics = () if train else (running_mean, running_var)
-    inp.meets(*(np.asarray(a).dtype for a in (weight, *statistics) if a is not None))
+    inp.meets(*[np.asarray(a).dtype for a in (weight, *statistics) if a is not None])
     dx, dbias, dweight = gradients(dy, inp, weight, mean, invstd, train, want_dx, want_dweight or want_dbias, out)
     dtype = checks.parameter_dtype(inp.x.dtype) if weight is None else weight.dtype.newbyteorder("=")
-    with np.errstate(over="ignore"):
-        return (
-            dx,
-            dweight.astype(dtype) if want_dweight else None,
-            dbias.astype(dtype) if want_dbias else None,
-        )
+    n = inp.n_channels
+    return (
+        dx,
+        passes.assign(np.empty(n, dtype), dweight) if want_dweight else None,
+        passes.assign(np.empty(n, dtype), dbias) if want_dbias else None,
+    )
 
 
 native_batch_norm_double_backward = checks.later("cbn.functional.native_batch_norm_double_backward")

@@ -225,10 +225,6 @@ INLINE void LOOP(first)(const cbn_tile *m, const cbn_tile *r, const int backward
 #endif
     for (ptrdiff_t first = 0; first < n_channels; first += group) {
         const ptrdiff_t last = MIN(first + group, n_channels);
-#ifdef SUMS
-        if (reducing)
-            memset(sums, 0, sizeof sums);
-#endif
         if (mapping)
             LOOP(factors)(m->coef_c + first, m->pitch, MIN(last, m_channels) - first, factors[0], GROUP, backward);
         for (ptrdiff_t n = 0; n < n_runs; n++)
@@ -262,7 +258,10 @@ INLINE void LOOP(first)(const cbn_tile *m, const cbn_tile *r, const int backward
                     g_next = c + 1 < last ? AT(r->g, n, c + 1) : AT(r->g, n + 1, first);
                     if (copying)
                         x_copy = AT(r->x_copy, n, c), g_copy = AT(r->g_copy, n, c);
-                    s = sums[c - first];
+                    for (int u = 0; u < UNROLL; u++) {
+                        s.sum[u] = n ? sums[c - first].sum[u] : (dvec){0};
+                        s.square[u] = n ? sums[c - first].square[u] : (dvec){0};
+                    }
                     shift = splat_d(r->shift_c[c]);
                 }
 #endif
@@ -293,17 +292,14 @@ INLINE void LOOP(first)(const cbn_tile *m, const cbn_tile *r, const int backward
 #endif
                 }
 #ifdef SUMS
-                if (reduces)
+                if (reduces && n < n_runs - 1)
                     sums[c - first] = s;
+                else if (reduces) {
+                    r->sum_c[c] = total((s.sum[0] + s.sum[1]) + (s.sum[2] + s.sum[3]));
+                    r->square_c[c] = total((s.square[0] + s.square[1]) + (s.square[2] + s.square[3]));
+                }
 #endif
             }
-#ifdef SUMS
-        for (ptrdiff_t c = first; c < MIN(last, r_channels); c++) {
-            const LOOP(sums) *s = &sums[c - first];
-            r->sum_c[c] = total((s->sum[0] + s->sum[1]) + (s->sum[2] + s->sum[3]));
-            r->square_c[c] = total((s->square[0] + s->square[1]) + (s->square[2] + s->square[3]));
-        }
-#endif
     }
     LOOP(deliver)(&shared);
 }

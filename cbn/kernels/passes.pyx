@@ -16,6 +16,8 @@ import os
 
 import numpy as np
 
+from .. import checks
+
 cnp.import_array()
 
 cdef extern from "kernels.h" nogil:
@@ -219,6 +221,7 @@ def tune(**knobs):
 
 cdef extern from "numpy/arrayobject.h":
     cnp.ndarray PyArray_NewLikeArray(cnp.ndarray prototype, cnp.NPY_ORDER order, void *descr, int subok)
+    cnp.ndarray PyArray_View(cnp.ndarray a, void *descr, void *type)
 
 cdef extern from "pool.h" nogil:
     enum: CBN_POOL_LEAST
@@ -349,12 +352,10 @@ cdef class Layout:
         if self.S == 1 or not self._joined(x, 0, self.n_outer, &stride):
             return None
         # Where runs overlap, as in sliding windows or a broadcast axis, no output can lie as the input does.
-        extent = self.S * size
-        for step, length in sorted([(abs(stride), self.N), (abs(x.strides[channel_axis]), self.C)]):
-            if length > 1:
-                if step < extent:
-                    return None
-                extent = step * length
+        cdef Py_ssize_t run = self.S * size, of_n = abs(stride), of_c = abs(x.strides[channel_axis])
+        if (self.N > 1 and of_n < run) or (self.C > 1 and of_c < run) \
+                or (self.N > 1 and self.C > 1 and max(of_n, of_c) < (of_n * self.N if of_n < of_c else of_c * self.C)):
+            return None
         return self
 
     cdef bint _joined(self, cnp.ndarray x, int begin, int end, Py_ssize_t *stride) noexcept:
@@ -377,14 +378,6 @@ cdef class Layout:
         return self._joined(y, self.n_outer, self.n_axes, &stride) and stride == cnp.PyArray_ITEMSIZE(y) \
             and self._joined(y, 0, self.n_outer, &stride)
 
-    def reads_beside(self, cnp.ndarray x, cnp.ndarray g):
-        """Whether a reduction can go through g, of the same shape, beside x: what joins in x joins in g."""
-        if not self.fits(g):
-            return False
-        cdef cbn_view in_x = self.view(x), in_g = self.view(g)
-        return run_follows_run(self, in_g) >= run_follows_run(self, in_x) \
-            and row_follows_row(self, in_g) >= row_follows_row(self, in_x)
-
     cdef cbn_view view(self, cnp.ndarray x):
         """Where the loops find x: its address, and its strides in elements."""
         cdef cbn_view v
@@ -398,6 +391,164 @@ cdef class Layout:
     def __repr__(self):
         kind = f"last: {self.N} rows" if self.last else f"first: {self.N} runs of {self.S}"
         return f"<Layout channels {kind}, {self.C} channels>"
+
+
+# ---- arguments -------------------------------------------------------------------------------------------------
+
+@cython.final
+cdef class Input:
+    """An array that the passes can read, with its channel axis and its layout in memory.
+
+    Parameters
+    ----------
+    x : array_like
+        Any rank from 2 on (or one of `ranks`), of any dtype in `checks.native_input`, any strides and byte order.
+    channel_axis : int
+    name : str
+        What an error calls it.
+    ranks : tuple of int, optional
+
+    Attributes
+    ----------
+    x : ndarray
+        A view of x, or a copy that keeps its order in memory if no loop reads it as it lies.
+    layout : Layout or None
+        None for an empty array.
+    wide : bool
+        Whether float64 parameters ask for float64 arithmetic on an array of another dtype; see `meets`.
+    """
+    cdef readonly cnp.ndarray x
+    cdef readonly Layout layout
+    cdef readonly int axis
+    cdef readonly Py_ssize_t n_channels
+    cdef public bint wide
+
+    def __init__(self, x, channel_axis, name="input", ranks=None):
+        cdef cnp.ndarray a
+        if type(x) is cnp.ndarray and is_plain_float(x):
+            a = PyArray_View(x, NULL, NULL)    # what the caller does to the shape of his does not change it
+        else:
+            a = checks.float_array(x, name)
+        checks.rank(a, ranks)
+        self.axis = checks.axis_index(channel_axis, a.ndim)
+        self.n_channels = a.shape[self.axis]
+        if cnp.PyArray_SIZE(a):
+            self.layout = Layout.of(a, self.axis)
+            if self.layout is None:
+                a = a.copy(order="K")
+                self.layout = Layout.of(a, self.axis)
+        self.x = a
+
+    @property
+    def count(self):
+        """Values per channel; 0 for an empty array, whatever is empty about it."""
+        return 0 if self.layout is None else self.layout.count
+
+    def meets(self, *dtypes):
+        """Compute in the widest of these dtypes and x's own; in float32 at least."""
+        own = max(cnp.PyArray_ITEMSIZE(self.x), 4)
+        self.wide = any([dtype.itemsize > own for dtype in dtypes])
+
+    def lies_as(self, cnp.ndarray a):
+        """a itself if the loops can go through it beside x, else a copy that lies as x does."""
+        cdef cbn_view in_x, in_a
+        if self.layout is None:
+            return a
+        if cnp.PyArray_ISALIGNED(a) and self.layout.fits(a):
+            in_x, in_a = self.layout.view(self.x), self.layout.view(a)
+            if run_follows_run(self.layout, in_a) >= run_follows_run(self.layout, in_x) \
+                    and row_follows_row(self.layout, in_a) >= row_follows_row(self.layout, in_x):
+                return a    # what joins in x joins in a
+        copy = np.empty_like(self.x, dtype=a.dtype, subok=False)
+        copy[...] = a
+        return copy
+
+    def destination(self, cnp.ndarray out, *read):
+        """Where a pass may write: `out`, if it lies as x does and no array that is read overlaps it in part."""
+        if out is None or self.layout is None or not (cnp.PyArray_ISALIGNED(out) and self.layout.fits(out)):
+            return empty_like(self.x)
+        for a in read:
+            if overlaps(a, out) and not is_same_memory(a, out):
+                return empty_like(self.x)
+        return out
+
+
+cdef bint is_plain_float(cnp.ndarray a) noexcept:
+    """Whether the loops read it as it is, but for its strides. (The types of ml_dtypes have no constant numbers.)"""
+    cdef int type_num = cnp.PyArray_TYPE(a)
+    return (type_num == cnp.NPY_FLOAT or type_num == cnp.NPY_DOUBLE or type_num == NPY_HALF) \
+        and cnp.PyArray_ISALIGNED(a) and cnp.PyArray_ISNOTSWAPPED(a)
+
+
+cdef void extent(cnp.ndarray a, Py_ssize_t *begin, Py_ssize_t *end) noexcept:
+    """The addresses between which an array that is not empty lies."""
+    cdef int axis
+    cdef Py_ssize_t reach
+    begin[0] = end[0] = <Py_ssize_t>cnp.PyArray_DATA(a)
+    end[0] += cnp.PyArray_ITEMSIZE(a)
+    for axis in range(a.ndim):
+        reach = (a.shape[axis] - 1) * a.strides[axis]
+        if reach > 0:
+            end[0] += reach
+        else:
+            begin[0] += reach
+
+
+cdef bint is_same_memory(cnp.ndarray a, cnp.ndarray b):
+    """Whether element by element two arrays of one shape are the same memory."""
+    return cnp.PyArray_DATA(a) == cnp.PyArray_DATA(b) and a.ndim == b.ndim \
+        and all([a.shape[axis] == b.shape[axis] and a.strides[axis] == b.strides[axis] for axis in range(a.ndim)])
+
+
+def overlaps(cnp.ndarray a, cnp.ndarray b):
+    """Whether two arrays share memory; when in doubt, yes."""
+    cdef Py_ssize_t begin_a, end_a, begin_b, end_b
+    if cnp.PyArray_SIZE(a) == 0 or cnp.PyArray_SIZE(b) == 0:
+        return False
+    extent(a, &begin_a, &end_a)
+    extent(b, &begin_b, &end_b)
+    if end_a <= begin_b or end_b <= begin_a:
+        return False
+    try:
+        return np.shares_memory(a, b, max_work=100_000)
+    except np.exceptions.TooHardError:
+        return True
+
+
+def as_doubles(cnp.ndarray a):
+    """A contiguous float64 copy, None for None: the passes read parameters so, and an output may overlap them."""
+    cdef Py_ssize_t i, n
+    cdef double *to
+    if a is None:
+        return None
+    cdef int type_num = cnp.PyArray_TYPE(a)
+    if cnp.PyArray_NDIM(a) != 1 or not usable(a, cnp.PyArray_DIM(a, 0), type_num) \
+            or (type_num != cnp.NPY_FLOAT and type_num != cnp.NPY_DOUBLE):
+        return np.array(a, dtype=np.float64, order="C")
+    n = cnp.PyArray_SIZE(a)
+    copy = new_doubles(n)
+    to = <double *>cnp.PyArray_DATA(copy)
+    if type_num == cnp.NPY_DOUBLE:
+        memcpy(to, cnp.PyArray_DATA(a), n * sizeof(double))
+    else:
+        for i in range(n):
+            to[i] = (<float *>cnp.PyArray_DATA(a))[i]
+    return copy
+
+
+def assign(cnp.ndarray a, cnp.ndarray value):
+    """a[...] = value, contiguous float64 (C,); what overflows becomes infinite without a warning. Returns a."""
+    cdef Py_ssize_t i, C = value.size
+    cdef double *of = doubles(value, C)
+    if usable(a, C, cnp.NPY_FLOAT) and cnp.PyArray_ISWRITEABLE(a):
+        for i in range(C):
+            (<float *>cnp.PyArray_DATA(a))[i] = <float>of[i]
+    elif usable(a, C, cnp.NPY_DOUBLE) and cnp.PyArray_ISWRITEABLE(a):
+        memcpy(cnp.PyArray_DATA(a), of, C * sizeof(double))
+    else:
+        with np.errstate(all="ignore"):
+            a[...] = value
+    return a
 
 
 # ---- partition -------------------------------------------------------------------------------------------------
@@ -971,6 +1122,10 @@ cdef double *doubles(cnp.ndarray a, Py_ssize_t n) except? NULL:
     return <double *>cnp.PyArray_DATA(a)
 
 
+cdef cnp.ndarray new_doubles(cnp.npy_intp n):
+    return cnp.PyArray_SimpleNew(1, &n, cnp.NPY_DOUBLE)
+
+
 cdef room_for(Job *job):
     """The memory of the pipeline's copies; whoever calls keeps it until the job is done."""
     if not job.fused:
@@ -989,18 +1144,19 @@ def moments(Layout layout, cnp.ndarray x, cnp.ndarray y=None, cnp.ndarray weight
     """
     cdef Job job = make_job(layout, x, wide)
     cdef Py_ssize_t C = layout.C
-    shift, mean, m2 = np.empty(C), np.empty(C), np.empty(C)
-    partial = np.empty(2 * job.reduction.blocks * job.reduction.pieces * C)
-    coef = None if y is None else np.empty((3, C))
-    job.shift_c, job.partial, job.coef_c = doubles(shift, C), doubles(partial, partial.size), doubles(coef, 3 * C)
-    invstd = None if y is None else np.empty(C)
+    cdef bint forward = y is not None
+    mean, m2 = new_doubles(C), new_doubles(C)
+    invstd = new_doubles(C) if forward else None
+    room = new_doubles(C * (4 + 2 * job.reduction.blocks * job.reduction.pieces))
     job.sum_c, job.square_c, job.invstd_c = doubles(mean, C), doubles(m2, C), doubles(invstd, C)
     job.weight_c, job.bias_c, job.eps = doubles(weight, C), doubles(bias, C), eps
-    cdef bint forward = y is not None
+    job.shift_c = doubles(room, room.size)
+    job.partial = job.shift_c + 4 * C
     if forward:
+        job.coef_c = job.shift_c + C
         write_to(&job, layout, y)
         choose_tiles(&job)
-        _room = room_for(&job)
+        _copies = room_for(&job)
     with nogil:
         if forward:
             reduce_and_map(&job)
@@ -1012,7 +1168,7 @@ def moments(Layout layout, cnp.ndarray x, cnp.ndarray y=None, cnp.ndarray weight
 def moving_average(cnp.ndarray old, cnp.ndarray batch, double divisor, double momentum):
     """(1 - momentum)*old + momentum*batch/divisor; contiguous float64 (C,)."""
     cdef Py_ssize_t c, C = old.size
-    new = np.empty(C)
+    new = new_doubles(C)
     cdef double *of_old = doubles(old, C)
     cdef double *of_batch = doubles(batch, C)
     cdef double *of_new = doubles(new, C)
@@ -1030,31 +1186,33 @@ def apply(Layout layout, cnp.ndarray x, cnp.ndarray y, cnp.ndarray coef, bint wi
         run(map_items, &job, n_items(&job.map), threads_for(2 * job.n_bytes, n_items(&job.map)))
 
 
-def grad_moments(Layout layout, cnp.ndarray g, cnp.ndarray x, cnp.ndarray mean, cnp.ndarray dx=None,
-                 cnp.ndarray invstd=None, cnp.ndarray weight=None, bint wide=False):
-    """(S(g), S(g*(x - mean))) of every channel; with dx, also the gradient through the batch statistics.
+def grad_moments(Layout layout, cnp.ndarray g, cnp.ndarray x, cnp.ndarray mean, cnp.ndarray invstd,
+                 cnp.ndarray dx=None, cnp.ndarray weight=None, bint wide=False):
+    """(S(g), S(g*(x - mean))*invstd) of every channel; with dx, also the gradient through the batch statistics.
 
     mean, invstd and weight are contiguous float64 (C,); weight may be None. No array may be empty.
     """
     cdef Job job = make_job(layout, x, wide)
-    cdef Py_ssize_t C = layout.C
-    sums, products = np.empty(C), np.empty(C)
-    partial = np.empty(2 * job.reduction.blocks * job.reduction.pieces * C)
-    coef = None if dx is None else np.empty((4, C))
+    cdef Py_ssize_t c, C = layout.C
+    sums, products = new_doubles(C), new_doubles(C)
+    room = new_doubles(C * (4 + 2 * job.reduction.blocks * job.reduction.pieces))
     job.backward, job.batch_statistics = True, dx is not None
-    job.shift_c, job.partial, job.coef_c = doubles(mean, C), doubles(partial, partial.size), doubles(coef, 4 * C)
+    job.shift_c, job.weight_c, job.invstd_c = doubles(mean, C), doubles(weight, C), doubles(invstd, C)
     job.sum_c, job.square_c = doubles(sums, C), doubles(products, C)
-    job.weight_c, job.invstd_c = doubles(weight, C), doubles(invstd, C)
+    job.coef_c = doubles(room, room.size)
+    job.partial = job.coef_c + 4 * C
     job.g = layout.view(g)
     if dx is not None:
         write_to(&job, layout, dx)
         choose_tiles(&job)
-        _room = room_for(&job)
+        _copies = room_for(&job)
     with nogil:
         if job.batch_statistics:
             reduce_and_map(&job)
         else:
             reduce(&job)
+        for c in range(C):
+            job.square_c[c] *= job.invstd_c[c]
     return sums, products
 
 
