@@ -221,7 +221,7 @@ class BatchNorm(passes.Planned):
         self._unbiased = running_var == "unbiased"
         self.training = True
         self._frozen = False
-        self._saved: str | tuple[functional.Input, Array | None, Array, Doubles, bool] = NO_FORWARD
+        self._saved: str | tuple[passes.Input, Array | None, Array, Doubles, bool] = NO_FORWARD
         shape = (self._num_features,)
         self.weight = np.ones(shape, self._dtype) if affine else None
         self.bias = np.zeros(shape, self._dtype) if affine and bias else None
@@ -352,7 +352,7 @@ class BatchNorm(passes.Planned):
             then as they were.
         """
         checks.not_yet(residual=residual, mask=mask, lengths=lengths, sample_weight=sample_weight)
-        inp = functional.Input(x, self._channel_axis, ranks=self._ranks)
+        inp = passes.Input(x, self._channel_axis, ranks=self._ranks)
         inp.meets(self._dtype)
         checks.output(out, inp.x.shape, inp.x.dtype)
         version = self._version
@@ -391,7 +391,7 @@ class BatchNorm(passes.Planned):
         if not training:
             if self._saved is not AFTER_EVAL:  # an assignment, which drops the plan
                 self._saved = AFTER_EVAL
-        elif out is not None and functional.overlaps(inp.x, out):
+        elif out is not None and passes.overlaps(inp.x, out):
             self._saved = OVERWRITTEN
         else:
             self._saved = (inp, weight, mean, invstd, batch_statistics)
@@ -432,7 +432,7 @@ class BatchNorm(passes.Planned):
         """
         return EvalPlan(self, shape, dtype)
 
-    def _check_channels(self, inp: functional.Input, mean: Array | None, untracked: bool) -> None:
+    def _check_channels(self, inp: passes.Input, mean: Array | None, untracked: bool) -> None:
         """Refuse an input with another number of channels, in PyTorch's words for what is compared with it first."""
         n = self._num_features
         if inp.n_channels == n:
@@ -506,8 +506,8 @@ class BatchNorm(passes.Planned):
         with _update_lock:
             for grad, sums in ((weight_grad, dweight), (bias_grad, dbias)):
                 if grad is not None:
-                    passes.assign(grad, functional.as_doubles(grad) + sums)
-        if out is not None and functional.overlaps(inp.x, out):
+                    passes.assign(grad, passes.as_doubles(grad) + sums)
+        if out is not None and passes.overlaps(inp.x, out):
             self._saved = OVERWRITTEN
         return dx
 
@@ -675,7 +675,7 @@ class EvalPlan(passes.Planned):
 
     def __init__(self, layer: BatchNorm, shape: Sequence[int], dtype: npt.DTypeLike) -> None:
         found = accepted_dtype(dtype, checks.native_input, "float32, float64, float16 or bfloat16")
-        inp = functional.Input(np.empty(shape, found), layer.channel_axis, ranks=layer._ranks)
+        inp = passes.Input(np.empty(shape, found), layer.channel_axis, ranks=layer._ranks)
         inp.meets(layer.dtype)
         layer._check_channels(inp, layer.running_mean, False)
         self._coef = layer._coefficients()
@@ -684,7 +684,7 @@ class EvalPlan(passes.Planned):
         self._axis, self._wide = inp.axis, inp.wide
         self._prepare(inp)
 
-    def _prepare(self, inp: functional.Input) -> None:
+    def _prepare(self, inp: passes.Input) -> None:
         """Plan for inputs that lie in memory as this one does."""
         if inp.layout is not None:
             self._keep(passes.Plan.of(inp.layout, inp.x, (), (), self._coef, self._wide), self._version)
@@ -709,7 +709,7 @@ class EvalPlan(passes.Planned):
         TypeError, ValueError
             For an x or an `out` of another dtype or shape.
         """
-        inp = functional.Input(x, self._axis)
+        inp = passes.Input(x, self._axis)
         if inp.x.dtype != self.dtype:
             raise TypeError(f"input has dtype {inp.x.dtype}; this plan is for {self.dtype}")
         if inp.x.shape != self.shape:

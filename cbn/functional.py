@@ -16,7 +16,6 @@ import numpy.typing as npt
 from . import checks
 from .checks import Array, Doubles
 from .kernels import passes
-from .kernels.passes import Input, as_doubles, overlaps
 
 __all__ = ["batch_norm", "native_batch_norm", "native_batch_norm_backward"]
 
@@ -36,14 +35,16 @@ def inverse_std(var: Array, eps: float) -> Doubles:
 
 
 def normalize_batch(
-    inp: Input, weight: Array | None, bias: Array | None, eps: float, out: Array | None
+    inp: passes.Input, weight: Array | None, bias: Array | None, eps: float, out: Array | None
 ) -> tuple[Array, Doubles, Doubles, Doubles]:
     """(y, mean, m2, invstd), normalized with the batch's own statistics; arguments are checked."""
     if inp.layout is None:
         y = passes.empty_like(inp.x) if out is None else out
         return y, np.zeros(inp.n_channels), np.zeros(inp.n_channels), np.zeros(inp.n_channels)
     y = inp.destination(out, inp.x)
-    mean, m2, invstd = passes.moments(inp.layout, inp.x, y, as_doubles(weight), as_doubles(bias), eps, inp.wide)
+    mean, m2, invstd = passes.moments(
+        inp.layout, inp.x, y, passes.as_doubles(weight), passes.as_doubles(bias), eps, inp.wide
+    )
     return delivered(y, out), mean, m2, invstd
 
 
@@ -59,7 +60,7 @@ def coefficients(mean: Array, var: Array, weight: Array | None, bias: Array | No
     return coef
 
 
-def normalize(inp: Input, coef: Doubles, out: Array | None) -> Array:
+def normalize(inp: passes.Input, coef: Doubles, out: Array | None) -> Array:
     """The array normalized with the `coefficients` given; arguments are checked."""
     if inp.layout is None:
         return passes.empty_like(inp.x) if out is None else out
@@ -70,7 +71,7 @@ def normalize(inp: Input, coef: Doubles, out: Array | None) -> Array:
 
 def gradients(
     dy: Array,
-    inp: Input,
+    inp: passes.Input,
     weight: Array | None,
     mean: Array,
     invstd: Array,
@@ -94,7 +95,7 @@ def gradients(
         return dx, np.zeros(n_channels), np.zeros(n_channels)
     dtype = inp.x.dtype
     if dy.dtype != dtype:
-        wider = Input(inp.x.astype(np.float64, order="K"), inp.axis)
+        wider = passes.Input(inp.x.astype(np.float64, order="K"), inp.axis)
         dx, sums, products = gradients(
             dy.astype(np.float64), wider, weight, mean, invstd, batch_statistics, want_dx, want_sums, None
         )
@@ -104,7 +105,7 @@ def gradients(
         return dx, sums, products
     dy = inp.lies_as(dy)
     dx = inp.destination(out, inp.x, dy) if want_dx else None
-    weight, mean, invstd = as_doubles(weight), as_doubles(mean), as_doubles(invstd)
+    weight, mean, invstd = passes.as_doubles(weight), passes.as_doubles(mean), passes.as_doubles(invstd)
     sums = products = None
     if want_sums or (batch_statistics and want_dx):
         through = dx if batch_statistics else None
@@ -133,7 +134,7 @@ def update_running(
 
     `old` are the statistics before, as float64, where an output may have been written over them.
     """
-    old_mean, old_var = old or (as_doubles(running_mean), as_doubles(running_var))
+    old_mean, old_var = old or (passes.as_doubles(running_mean), passes.as_doubles(running_var))
     new_mean = passes.moving_average(old_mean, mean, 1, momentum)
     new_var = passes.moving_average(old_var, m2, count - 1 if unbiased else count, momentum)
     passes.assign(running_mean, new_mean)
@@ -141,7 +142,7 @@ def update_running(
 
 
 def check_parameters(
-    inp: Input,
+    inp: passes.Input,
     running_mean: npt.ArrayLike | None,
     running_var: npt.ArrayLike | None,
     weight: npt.ArrayLike | None,
@@ -286,7 +287,7 @@ def native_batch_norm(
     >>> mean, invstd
     (array([2.]), array([0.49999938]))
     """
-    inp = Input(x, channel_axis)
+    inp = passes.Input(x, channel_axis)
     checks.output(out, inp.x.shape, inp.x.dtype)
     momentum = checks.momentum_fraction(momentum)
     if training:
@@ -303,7 +304,7 @@ def native_batch_norm(
         coef = coefficients(running_mean, running_var, weight, bias, eps)
         return normalize(inp, coef, out), np.empty(0), np.empty(0)
     checks.more_than_one_value(inp.x, inp.n_channels)
-    old = None if running_mean is None else (as_doubles(running_mean), as_doubles(running_var))
+    old = None if running_mean is None else (passes.as_doubles(running_mean), passes.as_doubles(running_var))
     y, mean, m2, invstd = normalize_batch(inp, weight, bias, eps, out)
     if old is not None and inp.layout is not None:
         update_running(running_mean, running_var, inp.count, mean, m2, momentum, old=old)
@@ -380,7 +381,7 @@ def native_batch_norm_backward(
     >>> dbias
     array([1.])
     """
-    inp = Input(x, channel_axis)
+    inp = passes.Input(x, channel_axis)
     mask = [checks.boolean(wanted, "an element of output_mask") for wanted in output_mask]
     if len(mask) != 3:
         raise ValueError(f"output_mask must have three elements, for dx, dweight and dbias, not {len(mask)}")

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from .functional import Input
 from .kernels import passes
 
 __all__ = ["Moments", "moments"]
@@ -138,7 +137,7 @@ def moments(x: npt.ArrayLike, *, channel_axis: int = 1) -> Moments:
     >>> cbn.moments(np.array([[1.0, 2.0, 6.0]]), channel_axis=0)
     Moments(count=array([3.]), mean=array([3.]), m2=array([14.]))
     """
-    inp = Input(x, channel_axis)
+    inp = passes.Input(x, channel_axis)
     if inp.layout is None:
         return Moments(0, np.zeros(inp.n_channels), np.zeros(inp.n_channels))
     return Moments(inp.count, *passes.moments(inp.layout, inp.x)[:2])

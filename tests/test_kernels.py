@@ -251,7 +251,7 @@ def test_layouts_are_recognized():
 @pytest.mark.parametrize("order", [None, (0, 2, 3, 1)])
 def test_known_layouts_run_without_a_copy(rng, order):
     x = in_memory_order(rng.standard_normal((2, 3, 4, 5)).astype(np.float32), order)
-    assert cbn.functional.Input(x, 1).x.ctypes.data == x.ctypes.data
+    assert passes.Input(x, 1).x.ctypes.data == x.ctypes.data
 
 
 def test_use_isa_refuses_unknown_and_lists_what_is_available():

@@ -190,5 +190,5 @@ def test_frozen_statistics_train_as_pytorch_in_evaluation(rng):
 
 def test_tensors_are_read_without_a_copy(rng):
     t = torch.from_numpy(rng.standard_normal((8, 3)).astype(np.float32))
-    inp = cbn.functional.Input(t, 1)
+    inp = passes.Input(t, 1)
     assert inp.x.ctypes.data == t.data_ptr()
