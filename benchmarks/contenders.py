@@ -177,6 +177,10 @@ class Torch(Contender):
         w, b, m, v = (torch.from_numpy(a) for a in (data.weight, data.bias, data.mean, data.var))
         x, dy = self.x, self.dy
         self.y = torch.from_numpy(data.array())
+        if len(case.shape) == 3 and case.layout == "last" and case.memory == "out":
+            # With `out=` it takes (N, C, L) for contiguous, whatever its strides are, and the values come out wrong
+            # (2.13); as (N, C, L, 1) they come out right.
+            x, dy, self.y = (t.unsqueeze(-1) for t in (x, dy, self.y))
         if case.op == "backward":
             _, mean, invstd = torch.native_batch_norm(x, w, b, None, None, True, 0.1, EPS)
             call, mask = torch.ops.aten.native_batch_norm_backward, [True, True, True]
@@ -202,8 +206,10 @@ class Torch(Contender):
     def results(self):
         found = self.run()
         if self.case.op == "backward":
-            return {k: t.numpy() for k, t in zip(("dx", "dweight", "dbias"), found, strict=True)}
-        return {"y": found.numpy()}
+            found = dict(zip(("dx", "dweight", "dbias"), found, strict=True))
+        else:
+            found = {"y": found}
+        return {k: t.numpy().reshape(self.case.shape if k in ("y", "dx") else -1) for k, t in found.items()}
 
 
 class OneDnn(Contender):

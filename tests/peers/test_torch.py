@@ -11,6 +11,7 @@ torch = peer("torch")
 
 import cbn  # noqa: E402
 from cbn.functional import batch_norm, native_batch_norm, native_batch_norm_backward  # noqa: E402
+from cbn.kernels import passes  # noqa: E402
 
 SHAPES = {1: [(8, 3), (4, 3, 7)], 2: [(4, 3, 5, 6)], 3: [(2, 3, 4, 5, 6)]}
 TOLERANCE = {"float32": {"rtol": 2e-5, "atol": 2e-5}, "float64": {"rtol": 1e-11, "atol": 1e-12}}
