@@ -128,9 +128,9 @@ use_isa(os.environ.get("CBN_ISA") or None)
 cdef int cgroup_threads = 0   # the quota of the control group in whole processors; 0: none
 cdef bint forked = False      # a forked child: the parent's OpenMP threads do not exist here, waiting hangs
 
-# Below this much memory a thread (some 20 us), opening a parallel region costs more than it saves; and where other
+# Below this much memory a thread (some 10 us), opening a parallel region costs more than it saves; and where other
 # threads are busy, as those of a BLAS that spin after a matrix product, it can cost a scheduler slice of milliseconds.
-cdef Py_ssize_t bytes_per_thread = 1 << 19
+cdef Py_ssize_t bytes_per_thread = 1 << 18
 
 
 cdef int thread_limit() noexcept nogil:
@@ -561,7 +561,8 @@ cdef enum:
     CHUNK = 1 << 16       # elements of one item
     SHORT_RUN = 128       # elements: below, runs side by side are better read as rows, if there are
     SHORT_RUN_ROWS = 8    # so many of them
-    MIN_ROWS = 256        # rows of one item: fewer, and the partial sums are a traffic of their own
+    MIN_VALUES = 256      # rows of one item: fewer, and the partial sums are a traffic of their own
+    MIN_ROWS = 96         # rows of several joined: fewer, and to add up their columns is work of its own
     ROW_ITEMS = 256       # items that suffice for any number of threads
     LONG_RUN = 12500      # elements
     SMALL = 1 << 14       # bytes of an array whose map takes no longer than to hand the GIL over
@@ -604,13 +605,15 @@ cdef Py_ssize_t filling_lines(Py_ssize_t n, Py_ssize_t n_bytes) noexcept nogil:
 cdef Grid rows_grid(Layout layout, Py_ssize_t size, bint joined):
     """Rows of the channels, each S times; `joined`: row follows on row, so that several may be one."""
     cdef Grid g
-    cdef Py_ssize_t row = layout.C * layout.S, columns = CBN_ROW_BYTES // max(size, 4)
+    cdef Py_ssize_t row = layout.C * layout.S, columns = CBN_ROW_BYTES // max(size, 4), rows, items
     g.last, g.channels_outer = True, False
     g.C, g.N, g.S = layout.C, layout.N, layout.S
     g.group = layout.C if row <= columns else filling_lines((columns - g.S) // g.S, g.S * size)
     g.tiles = ceil_div(g.C, g.group)
     g.copies = filling_lines(min(columns // row, g.N), row * size) if joined and row <= columns // 2 else 1
-    g.step = max(MIN_ROWS, ceil_div(g.N // g.copies, max(1, ROW_ITEMS // g.tiles))) * g.copies
+    rows = max(1, g.N // g.copies)
+    items = min(max(1, ROW_ITEMS // g.tiles), rows // max(MIN_ROWS, MIN_VALUES // g.copies))
+    g.step = ceil_div(rows, max(1, items)) * g.copies
     g.whole = g.N - g.N % g.copies
     g.blocks = ceil_div(g.whole, g.step) + (g.whole < g.N)
     g.piece, g.pieces = g.S, 1
