@@ -15,7 +15,7 @@
 `cbn.kernels`             maps and reductions over two layouts, compiled for every instruction set
 ========================  ============================================================================
 
-Imports run one way: layers → functional → kernels; `reference` and `kernels` know nobody.
+Imports run one way: layers → functional → kernels → checks; `reference` knows nobody.
 """
 
 from . import checks, functional, reference

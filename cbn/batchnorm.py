@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import checks, functional
-from .checks import Array, Doubles
+from .checks import Activation, Array, Doubles
 from .kernels import passes
 
 __all__ = ["BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
@@ -37,7 +37,9 @@ AFTER_EVAL = (
     "the last forward was in evaluation mode, which keeps nothing for backward. To train through fixed statistics, "
     "call freeze() and stay in training mode; or use cbn.functional.native_batch_norm_backward(..., train=False)"
 )
-OVERWRITTEN = "the input of the last forward has been overwritten (out=), and without it there is no gradient"
+OVERWRITTEN = (
+    "the input or the residual of the last forward has been overwritten (out=), and without it there is no gradient"
+)
 
 
 class _ChannelArray:
@@ -130,7 +132,9 @@ class BatchNorm(passes.Planned):
         1 for NC, NCL, NCHW, NCDHW; -1 for NLC, NHWC; any other axis.
     running_var : {"unbiased", "biased"}
         The variance that is tracked: with 1/(n - 1), as PyTorch, or 1/n, as Keras and ONNX.
-    activation, nonfinite
+    activation : None, "relu" or ("leaky_relu", slope)
+        What the output goes through, after the residual of the call, in the same pass; backward too.
+    nonfinite
         Not supported yet.
 
     Attributes
@@ -198,7 +202,7 @@ class BatchNorm(passes.Planned):
         dtype: npt.DTypeLike = np.float32,
         channel_axis: int = 1,
         running_var: Literal["unbiased", "biased"] = "unbiased",
-        activation: None = None,
+        activation: Activation = None,
         nonfinite: Literal["propagate", "skip", "raise"] = "propagate",
     ) -> None:
         self.activation = activation
@@ -221,7 +225,7 @@ class BatchNorm(passes.Planned):
         self._unbiased = running_var == "unbiased"
         self.training = True
         self._frozen = False
-        self._saved: str | tuple[passes.Input, Array | None, Array, Doubles, bool] = NO_FORWARD
+        self._saved: str | functional.Forward = NO_FORWARD
         shape = (self._num_features,)
         self.weight = np.ones(shape, self._dtype) if affine else None
         self.bias = np.zeros(shape, self._dtype) if affine and bias else None
@@ -265,13 +269,14 @@ class BatchNorm(passes.Planned):
         self._momentum = None if value is None else checks.momentum_fraction(value)
 
     @property
-    def activation(self) -> None:
-        """What follows the normalization: None."""
-        return None
+    def activation(self) -> Activation:
+        """What follows the normalization: None, "relu" or ("leaky_relu", slope)."""
+        return self._activation
 
     @activation.setter
-    def activation(self, value: None) -> None:
-        checks.not_yet(activation=value)
+    def activation(self, value: Activation) -> None:
+        slope = checks.negative_slope(value)
+        self._activation: Activation = ("leaky_relu", slope) if isinstance(value, (tuple, list)) else value
 
     @property
     def nonfinite(self) -> str:
@@ -323,12 +328,12 @@ class BatchNorm(passes.Planned):
         x: npt.ArrayLike,
         *,
         out: Array | None = None,
-        residual: None = None,
+        residual: npt.ArrayLike | None = None,
         mask: None = None,
         lengths: None = None,
         sample_weight: None = None,
     ) -> Array:
-        """Normalize x in the current mode.
+        """Normalize x in the current mode, add the residual, apply the activation.
 
         Parameters
         ----------
@@ -337,7 +342,9 @@ class BatchNorm(passes.Planned):
             for `backward`.
         out : ndarray, optional
             Of x's shape and dtype; receives y. ``out=x`` works in place.
-        residual, mask, lengths, sample_weight
+        residual : array_like, optional
+            Of x's shape and dtype; in training mode it is remembered as x is.
+        mask, lengths, sample_weight
             Not supported yet.
 
         Returns
@@ -351,10 +358,14 @@ class BatchNorm(passes.Planned):
             As `cbn.functional.batch_norm`, and for another number of dimensions or channels. The layer and `out` are
             then as they were.
         """
-        checks.not_yet(residual=residual, mask=mask, lengths=lengths, sample_weight=sample_weight)
+        checks.not_yet(mask=mask, lengths=lengths, sample_weight=sample_weight)
         inp = passes.Input(x, self._channel_axis, ranks=self._ranks)
         inp.meets(self._dtype)
         checks.output(out, inp.x.shape, inp.x.dtype)
+        residual = checks.residual(residual, inp.x)
+        if residual is not None:
+            residual = inp.lies_as(residual)
+        slope = checks.negative_slope(self._activation)
         version = self._version
         with _update_lock:  # a snapshot: mean and variance of the same batch
             mean: Any = self.running_mean
@@ -377,24 +388,24 @@ class BatchNorm(passes.Planned):
             tracked = tracked and inp.layout is not None
             if tracked:
                 self._check_writable(running_mean=mean, running_var=var, num_batches_tracked=self.num_batches_tracked)
-            y, mean, m2, invstd = functional.normalize_batch(inp, weight, bias, eps, out)
+            y, mean, m2, invstd = functional.normalize_batch(inp, weight, bias, eps, out, residual, slope)
             if tracked:
                 self._update(inp.count, mean, m2)
         else:
             weight, bias = (None if a is None else a.copy() for a in (weight, bias))
             values = mean, var, weight, bias
             coef = functional.coefficients(*values, eps)
-            y = functional.normalize(inp, coef, out)
+            y = functional.normalize(inp, coef, out, residual, slope)
             invstd = functional.inverse_std(var, eps)
             if not training and self._plain and inp.layout is not None and "forward" not in self.__dict__:
-                self._keep(passes.Plan.of(inp.layout, inp.x, sources, values, coef, inp.wide), version)
+                self._keep(passes.Plan.of(inp.layout, inp.x, sources, values, coef, inp.wide, slope), version)
         if not training:
             if self._saved is not AFTER_EVAL:  # an assignment, which drops the plan
                 self._saved = AFTER_EVAL
-        elif out is not None and passes.overlaps(inp.x, out):
-            self._saved = OVERWRITTEN
         else:
-            self._saved = (inp, weight, mean, invstd, batch_statistics)
+            saved = functional.Forward(inp, weight, bias, mean, invstd, batch_statistics, residual, slope)
+            overwritten = out is not None and any(passes.overlaps(a, out) for a in saved.read)
+            self._saved = OVERWRITTEN if overwritten else saved
         return y
 
     def plan(self, shape: Sequence[int], dtype: npt.DTypeLike = np.float32) -> EvalPlan:
@@ -466,7 +477,7 @@ class BatchNorm(passes.Planned):
             if counter is not None:
                 counter += 1
 
-    def backward(self, dy: npt.ArrayLike, *, out: Array | None = None) -> Array:
+    def backward(self, dy: npt.ArrayLike, *, out: Array | None = None) -> Array | tuple[Array, Array]:
         """Gradient with respect to the input of the last training forward.
 
         The gradients of weight and bias are **added** to `weight_grad` and `bias_grad`, except where those are None.
@@ -480,8 +491,8 @@ class BatchNorm(passes.Planned):
 
         Returns
         -------
-        ndarray
-            dx, of x's dtype, in x's order in memory.
+        ndarray, or tuple of two
+            dx, of x's dtype, in x's order in memory; after a forward with a residual (dx, dresidual), alike.
 
         Raises
         ------
@@ -493,23 +504,24 @@ class BatchNorm(passes.Planned):
         """
         if isinstance(self._saved, str):
             raise RuntimeError(self._saved)
-        inp, weight, mean, invstd, batch_statistics = self._saved
+        forward = self._saved
+        inp = forward.inp
         dy = checks.float_array(dy, "dy")
         if dy.shape != inp.x.shape:
             raise ValueError(f"dy has shape {dy.shape}; expected {inp.x.shape}, as the input")
         checks.output(out, inp.x.shape, inp.x.dtype)
-        weight_grad = None if weight is None else self.weight_grad
+        weight_grad = None if forward.weight is None else self.weight_grad
         bias_grad = None if self.bias is None else self.bias_grad
         want_sums = weight_grad is not None or bias_grad is not None
         self._check_writable(weight_grad=weight_grad, bias_grad=bias_grad)
-        dx, dbias, dweight = functional.gradients(dy, inp, weight, mean, invstd, batch_statistics, True, want_sums, out)
+        dx, dresidual, dbias, dweight = functional.gradients(dy, forward, True, want_sums, out)
         with _update_lock:
             for grad, sums in ((weight_grad, dweight), (bias_grad, dbias)):
                 if grad is not None:
                     passes.assign(grad, passes.as_doubles(grad) + sums)
-        if out is not None and passes.overlaps(inp.x, out):
+        if out is not None and any(passes.overlaps(a, out) for a in forward.read):
             self._saved = OVERWRITTEN
-        return dx
+        return dx if forward.residual is None else (dx, dresidual)
 
     # ---- parameters ------------------------------------------------------------------------------------------------
 
@@ -678,7 +690,7 @@ class EvalPlan(passes.Planned):
         inp = passes.Input(np.empty(shape, found), layer.channel_axis, ranks=layer._ranks)
         inp.meets(layer.dtype)
         layer._check_channels(inp, layer.running_mean, False)
-        self._coef = layer._coefficients()
+        self._coef, self._slope = layer._coefficients(), checks.negative_slope(layer.activation)
         self.shape, self.dtype = inp.x.shape, found
         self._name = f"{type(layer).__name__}({layer.num_features})"
         self._axis, self._wide = inp.axis, inp.wide
@@ -687,9 +699,9 @@ class EvalPlan(passes.Planned):
     def _prepare(self, inp: passes.Input) -> None:
         """Plan for inputs that lie in memory as this one does."""
         if inp.layout is not None:
-            self._keep(passes.Plan.of(inp.layout, inp.x, (), (), self._coef, self._wide), self._version)
+            self._keep(passes.Plan.of(inp.layout, inp.x, (), (), self._coef, self._wide, self._slope), self._version)
 
-    def forward(self, x: npt.ArrayLike, *, out: Array | None = None) -> Array:
+    def forward(self, x: npt.ArrayLike, *, out: Array | None = None, residual: npt.ArrayLike | None = None) -> Array:
         """Normalize x; what a call does.
 
         Parameters
@@ -698,6 +710,8 @@ class EvalPlan(passes.Planned):
             Of the plan's shape and dtype. Any strides; those of the last call, or C order at first, are fastest.
         out : ndarray, optional
             Of the same shape and dtype; receives y. ``out=x`` works in place.
+        residual : array_like, optional
+            Of the same shape and dtype; added before the activation.
 
         Returns
         -------
@@ -716,7 +730,10 @@ class EvalPlan(passes.Planned):
             raise ValueError(f"input has shape {inp.x.shape}; this plan is for {self.shape}")
         inp.wide = self._wide
         checks.output(out, self.shape, self.dtype)
-        y = functional.normalize(inp, self._coef, out)
+        residual = checks.residual(residual, inp.x)
+        if residual is not None:
+            residual = inp.lies_as(residual)
+        y = functional.normalize(inp, self._coef, out, residual, self._slope)
         self._prepare(inp)
         return y
 

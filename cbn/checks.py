@@ -8,7 +8,7 @@ ValueError and a RuntimeError, where PyTorch raises RuntimeError.
 import math
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,7 @@ import numpy.typing as npt
 # As a result, `Array | Any` is an array, or None where the caller has asked for that, and knows it.
 Array = npt.NDArray[Any]
 Doubles = npt.NDArray[np.float64]
+Activation = Literal["relu"] | tuple[Literal["leaky_relu"], float] | None
 
 FLOATS = (np.dtype(np.float32), np.dtype(np.float64))  # of parameters and statistics
 
@@ -203,6 +204,34 @@ def momentum_fraction(momentum: float) -> float:
     if not 0 <= momentum <= 1:
         raise ValueError(f"momentum must be in [0, 1] (the weight of the new batch), but got {momentum}")
     return momentum
+
+
+def negative_slope(activation: Any) -> float:
+    """What an activation multiplies negative values by: 1 for None, 0 for "relu", s for ("leaky_relu", s)."""
+    if activation is None:
+        return 1.0
+    if isinstance(activation, str) and activation == "relu":
+        return 0.0
+    expected = "None, 'relu' or ('leaky_relu', slope)"
+    if isinstance(activation, (tuple, list)) and len(activation) == 2 and activation[0] == "leaky_relu":
+        slope = number(activation[1], "the slope of leaky_relu", "a number")
+        if not math.isfinite(slope):
+            raise ValueError(f"the slope of leaky_relu must be finite, but got {slope}")
+        return slope
+    error = ValueError if isinstance(activation, (str, tuple, list)) else TypeError
+    raise error(f"activation must be {expected}, not {activation!r}")
+
+
+def residual(a: npt.ArrayLike | None, x: Array) -> Array | None:
+    """Refuse what cannot be added to the normalized x element by element; None passes. Returns it as an array."""
+    if a is None:
+        return None
+    a = float_array(a, "residual")
+    if a.dtype != x.dtype:
+        raise TypeError(f"residual has dtype {a.dtype}; expected {x.dtype}, as the input")
+    if a.shape != x.shape:
+        raise ValueError(f"residual has shape {a.shape}; expected {x.shape}, as the input")
+    return a
 
 
 def more_than_one_value(x: Array, n_channels: int) -> None:

@@ -8,13 +8,14 @@ them; `Input` is compiled.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from . import checks
-from .checks import Array, Doubles
+from .checks import Activation, Array, Doubles
 from .kernels import passes
 
 __all__ = ["batch_norm", "native_batch_norm", "native_batch_norm_backward"]
@@ -35,16 +36,21 @@ def inverse_std(var: Array, eps: float) -> Doubles:
 
 
 def normalize_batch(
-    inp: passes.Input, weight: Array | None, bias: Array | None, eps: float, out: Array | None
+    inp: passes.Input,
+    weight: Array | None,
+    bias: Array | None,
+    eps: float,
+    out: Array | None,
+    residual: Array | None = None,
+    negative_slope: float = 1,
 ) -> tuple[Array, Doubles, Doubles, Doubles]:
     """(y, mean, m2, invstd), normalized with the batch's own statistics; arguments are checked."""
     if inp.layout is None:
         y = passes.empty_like(inp.x) if out is None else out
         return y, np.zeros(inp.n_channels), np.zeros(inp.n_channels), np.zeros(inp.n_channels)
-    y = inp.destination(out, inp.x)
-    mean, m2, invstd = passes.moments(
-        inp.layout, inp.x, y, passes.as_doubles(weight), passes.as_doubles(bias), eps, inp.wide
-    )
+    y = inp.destination(out, inp.x, *(() if residual is None else (residual,)))
+    parameters = passes.as_doubles(weight), passes.as_doubles(bias)
+    mean, m2, invstd = passes.moments(inp.layout, inp.x, y, *parameters, eps, inp.wide, residual, negative_slope)
     return delivered(y, out), mean, m2, invstd
 
 
@@ -60,63 +66,96 @@ def coefficients(mean: Array, var: Array, weight: Array | None, bias: Array | No
     return coef
 
 
-def normalize(inp: passes.Input, coef: Doubles, out: Array | None) -> Array:
+def normalize(
+    inp: passes.Input,
+    coef: Doubles,
+    out: Array | None,
+    residual: Array | None = None,
+    negative_slope: float = 1,
+) -> Array:
     """The array normalized with the `coefficients` given; arguments are checked."""
     if inp.layout is None:
         return passes.empty_like(inp.x) if out is None else out
-    y = inp.destination(out, inp.x)
-    passes.apply(inp.layout, inp.x, y, coef, inp.wide)
+    y = inp.destination(out, inp.x, *(() if residual is None else (residual,)))
+    passes.apply(inp.layout, inp.x, y, coef, inp.wide, residual, negative_slope)
     return delivered(y, out)
 
 
-def gradients(
-    dy: Array,
-    inp: passes.Input,
-    weight: Array | None,
-    mean: Array,
-    invstd: Array,
-    batch_statistics: bool,
-    want_dx: bool,
-    want_sums: bool,
-    out: Array | None,
-) -> tuple[Array | Any, Doubles | Any, Doubles | Any]:
-    """(dx or None, S(dy), S(dy*(x - mean))*invstd) per channel, the sums None unless wanted; all is checked.
+@dataclass(slots=True)
+class Forward:
+    """What backward needs of a forward pass, by reference.
 
-    Parameters
-    ----------
-    dy : ndarray
-        Of x's shape. Where its dtype differs from x's, both are taken as float64.
-    mean, invstd : (C,) float64
-        Of the batch, with `batch_statistics`; else the running ones.
+    mean and invstd are those of the batch, with `batch_statistics`; else the running ones.
     """
+
+    inp: passes.Input
+    weight: Array | None
+    bias: Array | None
+    mean: Array
+    invstd: Array
+    batch_statistics: bool
+    residual: Array | None = None
+    negative_slope: float = 1
+
+    @property
+    def read(self) -> list[Array]:
+        """The arrays that backward reads, element by element."""
+        return [self.inp.x] if self.residual is None or self.negative_slope == 1 else [self.inp.x, self.residual]
+
+
+def gradients(
+    dy: Array, forward: Forward, want_dx: bool, want_sums: bool, out: Array | None
+) -> tuple[Array | Any, Array | Any, Doubles | Any, Doubles | Any]:
+    """(dx or None, dresidual or None, S(h), S(h*(x - mean))*invstd) per channel, h = dy*act'; all is checked.
+
+    The sums are None unless wanted. Where dy's dtype differs from x's, both are taken as float64.
+    """
+    inp, residual = forward.inp, forward.residual
     n_channels = inp.n_channels
     if inp.layout is None:
         dx = (passes.empty_like(inp.x) if out is None else out) if want_dx else None
-        return dx, np.zeros(n_channels), np.zeros(n_channels)
+        return dx, None if residual is None else passes.empty_like(inp.x), np.zeros(n_channels), np.zeros(n_channels)
     dtype = inp.x.dtype
     if dy.dtype != dtype:
         wider = passes.Input(inp.x.astype(np.float64, order="K"), inp.axis)
-        dx, sums, products = gradients(
-            dy.astype(np.float64), wider, weight, mean, invstd, batch_statistics, want_dx, want_sums, None
-        )
-        if want_dx:
-            with np.errstate(over="ignore"):
+        forward = replace(forward, inp=wider, residual=None if residual is None else residual.astype(np.float64))
+        dx, dresidual, sums, products = gradients(dy.astype(np.float64), forward, want_dx, want_sums, None)
+        with np.errstate(over="ignore"):
+            if want_dx:
                 dx = delivered(dx.astype(dtype, order="K"), out)
-        return dx, sums, products
+            if residual is not None:
+                dresidual = dresidual.astype(dtype, order="K")
+        return dx, dresidual, sums, products
     dy = inp.lies_as(dy)
-    dx = inp.destination(out, inp.x, dy) if want_dx else None
-    weight, mean, invstd = passes.as_doubles(weight), passes.as_doubles(mean), passes.as_doubles(invstd)
+    residual = None if residual is None else inp.lies_as(residual)
+    dx = inp.destination(out, dy, *forward.read) if want_dx else None
+    arrays = (forward.mean, forward.invstd, forward.weight, forward.bias)
+    mean, invstd, weight, bias = (passes.as_doubles(a) for a in arrays)
+    # The pass that finds the sums leaves h in the memory of dresidual; or of dx, unless it has to read x once more
+    h = dresidual = None
+    if forward.negative_slope != 1:
+        if residual is not None:
+            h = dresidual = passes.empty_like(inp.x)
+        elif dx is not None and inp.has_beside(dx) and not passes.overlaps(dx, inp.x):
+            h = dx
+        else:
+            h = passes.empty_like(inp.x)
+    elif residual is not None:
+        dresidual = dy.copy(order="K")
     sums = products = None
-    if want_sums or (batch_statistics and want_dx):
-        through = dx if batch_statistics else None
-        sums, products = passes.grad_moments(inp.layout, dy, inp.x, mean, invstd, through, weight, inp.wide)
-    if dx is not None and not batch_statistics:
-        # dx = dy*scale: apply with mean 0, and with offset -0, which keeps the sign of a zero
+    if want_sums or h is not None or (forward.batch_statistics and want_dx):
+        through = dx if forward.batch_statistics else None
+        activation = (bias, residual, forward.negative_slope, h, dresidual is not None) if h is not None else ()
+        sums, products = passes.grad_moments(
+            inp.layout, dy, inp.x, mean, invstd, through, weight, inp.wide, *activation
+        )
+    if dx is not None and not forward.batch_statistics:
+        # dx = h*scale: apply with mean 0, and with offset -0, which keeps the sign of a zero
         with np.errstate(all="ignore"):
             scale = invstd if weight is None else invstd * weight
         coef = np.stack([np.zeros(n_channels), scale, np.full(n_channels, -0.0)])
-        passes.apply(inp.layout, dy, dx, coef, inp.wide)
-    return (None if dx is None else delivered(dx, out)), sums, products
+        passes.apply(inp.layout, dy if h is None else h, dx, coef, inp.wide)
+    return (None if dx is None else delivered(dx, out)), dresidual, sums, products
 
 
 def update_running(
@@ -172,8 +211,8 @@ def batch_norm(
     *,
     channel_axis: int = 1,
     out: Array | None = None,
-    activation: None = None,
-    residual: None = None,
+    activation: Activation = None,
+    residual: npt.ArrayLike | None = None,
     mask: None = None,
     x_scale: None = None,
     x_zero_point: None = None,
@@ -181,8 +220,8 @@ def batch_norm(
 ) -> Array:
     """Normalize every channel of an array.
 
-    ``y = (x - mean) / sqrt(var + eps) * weight + bias``, with mean and var those of the batch if `training` (var
-    with 1/n), else the running ones.
+    ``y = act((x - mean) / sqrt(var + eps) * weight + bias + residual)``, with mean and var those of the batch if
+    `training` (var with 1/n), else the running ones.
 
     Parameters
     ----------
@@ -202,8 +241,12 @@ def batch_norm(
     channel_axis : int
         The axis with the channels: 1 for NC, NCL, NCHW, NCDHW, -1 for NLC, NHWC.
     out : ndarray, optional
-        Of x's shape and dtype; receives y. It may be x, or overlap it.
-    activation, residual, mask, x_scale, x_zero_point, out_dtype
+        Of x's shape and dtype; receives y. It may be x or the residual, or overlap them.
+    activation : None, "relu" or ("leaky_relu", slope)
+        What y goes through, in the same pass. NaN stays NaN.
+    residual : array_like, optional
+        Of x's shape and dtype; added before the activation, in the same pass.
+    mask, x_scale, x_zero_point, out_dtype
         Not supported yet.
 
     Returns
@@ -236,11 +279,52 @@ def batch_norm(
     >>> mean, var
     (array([0.2, 0.1]), array([1.7, 0.9]))
     """
-    checks.not_yet(activation=activation, residual=residual, mask=mask)
-    checks.not_yet(x_scale=x_scale, x_zero_point=x_zero_point, out_dtype=out_dtype)
-    return native_batch_norm(
-        x, weight, bias, running_mean, running_var, training, momentum, eps, channel_axis=channel_axis, out=out
-    )[0]
+    checks.not_yet(mask=mask, x_scale=x_scale, x_zero_point=x_zero_point, out_dtype=out_dtype)
+    slope = checks.negative_slope(activation)
+    arrays = (weight, bias, running_mean, running_var)
+    return _batch_norm(x, *arrays, training, momentum, eps, channel_axis, out, residual, slope)[0]
+
+
+def _batch_norm(
+    x: npt.ArrayLike,
+    weight: npt.ArrayLike | None,
+    bias: npt.ArrayLike | None,
+    running_mean: Array | None,
+    running_var: Array | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    channel_axis: int,
+    out: Array | None,
+    residual: npt.ArrayLike | None = None,
+    negative_slope: float = 1,
+) -> tuple[Array, Doubles, Doubles]:
+    """(y, save_mean, save_invstd): both functions that users call."""
+    inp = passes.Input(x, channel_axis)
+    checks.output(out, inp.x.shape, inp.x.dtype)
+    momentum = checks.momentum_fraction(momentum)
+    if training:
+        checks.buffers_for_batch(running_mean, running_var)
+    else:
+        checks.buffers_for_eval(running_mean, running_var)
+    running_mean, running_var, weight, bias = check_parameters(
+        inp, running_mean, running_var, weight, bias, updated=bool(training)
+    )
+    eps = checks.epsilon_for(eps, training)
+    residual = checks.residual(residual, inp.x)
+    if residual is not None:
+        residual = inp.lies_as(residual)
+    statistics = () if training else (running_mean, running_var)
+    inp.meets(*[a.dtype for a in (weight, bias, *statistics) if a is not None])
+    if not training:
+        coef = coefficients(running_mean, running_var, weight, bias, eps)
+        return normalize(inp, coef, out, residual, negative_slope), np.empty(0), np.empty(0)
+    checks.more_than_one_value(inp.x, inp.n_channels)
+    old = None if running_mean is None else (passes.as_doubles(running_mean), passes.as_doubles(running_var))
+    y, mean, m2, invstd = normalize_batch(inp, weight, bias, eps, out, residual, negative_slope)
+    if old is not None and inp.layout is not None:
+        update_running(running_mean, running_var, inp.count, mean, m2, momentum, old=old)
+    return y, mean, invstd
 
 
 def native_batch_norm(
@@ -287,28 +371,7 @@ def native_batch_norm(
     >>> mean, invstd
     (array([2.]), array([0.49999938]))
     """
-    inp = passes.Input(x, channel_axis)
-    checks.output(out, inp.x.shape, inp.x.dtype)
-    momentum = checks.momentum_fraction(momentum)
-    if training:
-        checks.buffers_for_batch(running_mean, running_var)
-    else:
-        checks.buffers_for_eval(running_mean, running_var)
-    running_mean, running_var, weight, bias = check_parameters(
-        inp, running_mean, running_var, weight, bias, updated=bool(training)
-    )
-    eps = checks.epsilon_for(eps, training)
-    statistics = () if training else (running_mean, running_var)
-    inp.meets(*[a.dtype for a in (weight, bias, *statistics) if a is not None])
-    if not training:
-        coef = coefficients(running_mean, running_var, weight, bias, eps)
-        return normalize(inp, coef, out), np.empty(0), np.empty(0)
-    checks.more_than_one_value(inp.x, inp.n_channels)
-    old = None if running_mean is None else (passes.as_doubles(running_mean), passes.as_doubles(running_var))
-    y, mean, m2, invstd = normalize_batch(inp, weight, bias, eps, out)
-    if old is not None and inp.layout is not None:
-        update_running(running_mean, running_var, inp.count, mean, m2, momentum, old=old)
-    return y, mean, invstd
+    return _batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps, channel_axis, out)
 
 
 def native_batch_norm_backward(
@@ -406,7 +469,8 @@ def native_batch_norm_backward(
         invstd = inverse_std(var, eps)
     statistics = () if train else (running_mean, running_var)
     inp.meets(*[np.asarray(a).dtype for a in (weight, *statistics) if a is not None])
-    dx, dbias, dweight = gradients(dy, inp, weight, mean, invstd, train, want_dx, want_dweight or want_dbias, out)
+    forward = Forward(inp, weight, None, mean, invstd, train)
+    dx, _, dbias, dweight = gradients(dy, forward, want_dx, want_dweight or want_dbias, out)
     dtype = checks.parameter_dtype(inp.x.dtype) if weight is None else weight.dtype.newbyteorder("=")
     n = inp.n_channels
     return (

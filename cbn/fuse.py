@@ -59,7 +59,7 @@ def fuse_linear_bn(
         For a dtype that no layer has.
     ValueError
         For shapes that do not fit; for a layer in training mode, whose statistics are the batch's; for one without
-        running statistics; and where a folded value is beyond the dtype's range. The message names it.
+        running statistics, or with an activation; and where a folded value is beyond the dtype's range. The message names it.
 
     References
     ----------
@@ -241,6 +241,11 @@ def _coefficients(bn: BatchNorm, n_channels: int, name: str) -> Doubles:
         raise ValueError(f"bn has {bn.num_features} channels, and there are {n_channels} {name}")
     if bn.training and not bn.frozen:
         raise ValueError("bn is in training mode, where its statistics are the batch's: call eval() or freeze() first")
+    if bn.activation is not None:
+        raise ValueError(
+            f"the layer has an activation, {bn.activation!r}, which no weight can hold: "
+            "set bn.activation = None, and apply it to the output of the folded layer"
+        )
     coef = bn._coefficients()
     bad = np.flatnonzero(~np.isfinite(coef).all(axis=0))
     if bad.size:

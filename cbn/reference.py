@@ -56,6 +56,19 @@ def normalize(
     return y
 
 
+def activate(a: Array, residual: Array | None = None, negative_slope: float = 1) -> Doubles:
+    """act(a + residual): itself where positive or NaN, else times the slope; 0 is ReLU."""
+    a = np.asarray(a, np.float64) if residual is None else a + np.asarray(residual, np.float64)
+    return np.where(a <= 0, a * negative_slope if negative_slope else 0.0, a)
+
+
+def activate_backward(dy: Array, a: Array, residual: Array | None = None, negative_slope: float = 1) -> Doubles:
+    """Gradient with respect to a (and to the residual) of `activate`."""
+    a = np.asarray(a, np.float64) if residual is None else a + np.asarray(residual, np.float64)
+    dy = np.asarray(dy, np.float64)
+    return np.where(a <= 0, dy * negative_slope if negative_slope else 0.0, dy)
+
+
 def batch_norm(
     x: Array,
     running_mean: Array | None,

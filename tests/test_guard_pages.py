@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 
+import cbn
 from cbn.functional import batch_norm, native_batch_norm, native_batch_norm_backward
 from cbn.kernels import passes
 
@@ -38,8 +39,8 @@ def guarded(shape, dtype, at_end):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("at_end", [False, True])
 def test_nothing_outside_an_array_is_touched(isa, parallel, rng, dtype, shape, at_end):
-    x, y, g = (guarded(shape, dtype, at_end) for _ in range(3))
-    x[...], g[...] = rng.standard_normal((2, *shape)).astype(dtype)
+    x, y, g, z = (guarded(shape, dtype, at_end) for _ in range(4))
+    x[...], g[...], z[...] = rng.standard_normal((3, *shape)).astype(dtype)
     for knobs in PATHS:
         passes.tune(**knobs)
         for axis in {1, len(shape) - 1}:
@@ -49,3 +50,6 @@ def test_nothing_outside_an_array_is_touched(isa, parallel, rng, dtype, shape, a
             if x.size > shape[axis]:
                 _, *saved = native_batch_norm(x, None, None, None, None, True, 0.1, 1e-5, out=y, channel_axis=axis)
                 native_batch_norm_backward(g, x, None, None, None, *saved, True, 1e-5, out=y, channel_axis=axis)
+                fused = cbn.BatchNorm(shape[axis], channel_axis=axis, activation="relu")
+                fused(x, residual=z, out=y)
+                fused.backward(g, out=y)

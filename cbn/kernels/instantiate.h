@@ -37,6 +37,7 @@ static const int64_t first_64[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
 
 /* The factors of a channel in the formulas of loops.h; forward has the first three. */
 enum { HIGH, SCALE, TERM, SLOPE, GHIGH, ALL_FACTORS };
+enum { OFFSET = 4 }; /* row of the coefficients, in backward */
 #define FACTORS(backward) ((backward) ? ALL_FACTORS : SLOPE)
 
 #define ELEM float

@@ -3,15 +3,17 @@
  * One grammar names every loop:  <direction>_<layout>_<type>_<isa>
  *
  *   direction  forward   reduction: per channel S(d), S(d*d), d = x - shift
- *                        map:       y = (x - mean)*scale + offset
- *              backward  reduction: per channel S(g), S(g*d), d = x - mean
- *                        map:       dx = (g - gmean - (x - mean)*slope)*scale
+ *                        map:       y = act((x - mean)*scale + offset + z)
+ *              backward  reduction: per channel S(h), S(h*d), d = x - mean, h = g*act'(d*scale + offset + z)
+ *                        map:       dx = (h - gmean - (x - mean)*slope)*scale
  *   layout     first     runs of contiguous elements, each of one channel: coefficients are scalars
  *              last      rows of contiguous elements, of all channels of the tile: coefficients are vectors
  *   type       f32  f64  elements and arithmetic alike; sums are of float64
  *              bf16 f16  16-bit elements, float32 arithmetic
  *              f32_wide  bf16_wide  f16_wide  float64 arithmetic on them: maps alone
  *   isa        baseline  avx2  avx512
+ *
+ * act(a) = a where a > 0 or NaN, else a*negative_slope: 0 is ReLU, 1 no activation. Without z and act, h is g itself.
  *
  * A loop maps one tile, or reduces one, or does both at once: map some channels and reduce those that come next, so
  * that memory is written and read at the same time. Sizes and strides count elements. Strides may be negative or zero; a
@@ -32,21 +34,26 @@ typedef struct {
 
 /* What a map goes through, or a reduction; where a loop does both, the two agree in n_runs, length and copies. */
 typedef struct {
-    cbn_view x, g; /* input; gradient of the output, in backward */
+    cbn_view x, g; /* input; backward: gradient of the output, g for a reduction and h for a map */
+    cbn_view z;    /* residual; data NULL: none */
     cbn_view y;    /* map: y, or dx */
+    int activated; /* forward map, backward reduction: there is a z, or an act */
+    double negative_slope;
     ptrdiff_t n_runs, n_channels;
     /* first: elements of a run.
      * last: a row is `copies` times its channels, each `length` times in a row: element j is of channel
      * j / length % n_channels. So rows of few channels join, and short runs of many channels are a row too. */
     ptrdiff_t length, copies;
     ptrdiff_t skip, drop;      /* last, map: columns of the first and of the last channel that are not of this tile */
-    const double *coef_c;      /* map: [0, pitch, 2*pitch, 3*pitch]: mean, scale, offset; or mean, scale, gmean, slope */
+    const double *coef_c;      /* [0, pitch, 2*pitch, ...]: forward map: mean, scale, offset; backward: mean, scale, gmean,
+                                  slope, offset, of which a reduction that is activated needs scale and offset */
     ptrdiff_t pitch;
     int stream;                /* map: store past the caches */
     int prefetch;              /* reduction: fetch what comes next */
     const double *shift_c;     /* reduction: shift, or mean */
     double *sum_c, *square_c;  /* reduction: S(d) and S(d*d), or S(g) and S(g*d) */
-    cbn_view x_copy, g_copy;   /* first, reduction: where to put what it reads; data NULL: nowhere, and no map beside it */
+    cbn_view x_copy;           /* first, reduction: where to put what it reads; data NULL: nowhere, and no map beside it */
+    cbn_view h;                /* backward reduction: where to put h, if there is an x_copy or if it is activated */
 } cbn_tile;
 
 typedef void (*cbn_loop)(const cbn_tile *map, const cbn_tile *reduction); /* either may be NULL */

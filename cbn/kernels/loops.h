@@ -39,14 +39,14 @@
 /* ---- formulas ----------------------------------------------------------------------------------------
  *
  * forward    y  = (x - mean)*scale + offset
- * backward   dx = (g - gmean - (x - mean)*slope)*scale,  slope = S(g*d)*invstd^2/n, gmean = S(g)/n
+ * backward   dx = (h - gmean - (x - mean)*slope)*scale,  slope = S(h*d)*invstd^2/n, gmean = S(h)/n
  *
  * unfolded: x*scale + (offset - mean*scale) would lose all digits of a channel whose mean is large beside its spread.
  * float32 cannot hold a mean either, so it is two floats, mean = high + low: x - high is exact where x is near the
  * mean (Sterbenz), and low, a constant by the time it has been scaled, is part of the term that is added:
  *
  * forward    y  = (x - high)*scale + term                               term = offset - low*scale
- * backward   dx = (g - ghigh)*scale + ((x - high)*slope + term)         slope = -slope*scale,
+ * backward   dx = (h - ghigh)*scale + ((x - high)*slope + term)         slope = -slope*scale,
  *                                                                       term = low*slope*scale - glow*scale
  *
  * These factors of a channel are numbered by an enum in instantiate.h.
@@ -84,29 +84,67 @@ INLINE vec LOOP(mapped)(vec x, vec g, const vec *f, const int backward)
     return (x - f[HIGH]) * f[SCALE] + f[TERM];
 }
 
+/* What follows the normalization: act(a + z). */
+typedef struct {
+    int on;
+    real negative_slope;
+} LOOP(activation);
+
+INLINE LOOP(activation) LOOP(activation_of)(const cbn_tile *t)
+{
+    return (LOOP(activation)){t->activated, (real)t->negative_slope};
+}
+
+/* n elements of y or dx from the i-th on; z may be NULL. */
+INLINE vec LOOP(value)(const elem *x, const elem *g, const elem *z, ptrdiff_t i, ptrdiff_t n, const vec *f,
+                       LOOP(activation) act, const int backward)
+{
+    const vec h = backward ? n == LANES ? load(g + i) : load_first(g + i, n) : f[0];
+    vec a = LOOP(mapped)(n == LANES ? load(x + i) : load_first(x + i, n), h, f, backward);
+    if (backward || !act.on)
+        return a;
+    if (z)
+        a += n == LANES ? load(z + i) : load_first(z + i, n);
+    return select(a <= 0, act.negative_slope != 0 ? a * act.negative_slope : (vec){0}, a);
+}
+
 #ifdef SUMS
 /* S(d) and S(d*d) of d = x - shift, from which m2 = S(d*d) - S(d)^2/n. The subtraction costs log2(S(d*d)/m2) =
  * log2(1 + (shift - mean)^2/var) bits. The shift is a value of the channel, so that a constant one gives d = 0 and
  * its mean exactly; where that value lies far out, the reduction is done again with the mean as shift (passes.pyx).
- * Backward, S(g) and S(g*d). */
-INLINE void LOOP(add)(dvec *sum, dvec *square, dvec d, dvec g, const int backward)
+ * Backward, S(h) and S(h*d). */
+INLINE void LOOP(add)(dvec *sum, dvec *square, dvec d, dvec h, const int backward)
 {
-    *sum += backward ? g : d;
-    *square += backward ? g * d : d * d;
+    *sum += backward ? h : d;
+    *square += backward ? h * d : d * d;
+}
+
+/* h = g*act'(d*scale + offset + z) of n elements from the i-th on, also put into h; z may be NULL. The activation's input
+ * is computed again, in float64, instead of being kept since the forward pass. */
+INLINE dvec LOOP(masked)(dvec d, const elem *g, const elem *z, elem *h, ptrdiff_t i, ptrdiff_t n, dvec scale, dvec offset,
+                         LOOP(activation) act)
+{
+    dvec a = d * scale + offset;
+    const dvec g_ = n == DLANES ? load_d(g + i) : load_first_d(g + i, n);
+    if (z)
+        a += n == DLANES ? load_d(z + i) : load_first_d(z + i, n);
+    const dvec h_ = select_d(a <= 0, act.negative_slope != 0 ? g_ * (double)act.negative_slope : (dvec){0}, g_);
+    store_d(h + i, h_, n);
+    return h_;
 }
 #endif
 
 /* ---- first: runs of one channel ---------------------------------------------------------------------- */
 
 /* Elements begin to end of a run; with `past` these are whole lines. */
-INLINE void LOOP(map_piece)(const elem *x, const elem *g, elem *y, ptrdiff_t begin, ptrdiff_t end, const vec *f,
-                            const int backward, const int past)
+INLINE void LOOP(map_piece)(const elem *x, const elem *g, const elem *z, elem *y, ptrdiff_t begin, ptrdiff_t end,
+                            const vec *f, LOOP(activation) act, const int backward, const int past)
 {
     ptrdiff_t i = begin;
     for (; i + UNROLL * LANES <= end; i += UNROLL * LANES) {
         vec v[UNROLL];
         for (int u = 0; u < UNROLL; u++)
-            v[u] = LOOP(mapped)(load(x + i + u * LANES), backward ? load(g + i + u * LANES) : f[0], f, backward);
+            v[u] = LOOP(value)(x, g, z, i + u * LANES, LANES, f, act, backward);
         if (past)
             for (int u = 0; u < UNROLL; u++)
                 store_past(y + i + u * LANES, v[u]);
@@ -115,16 +153,14 @@ INLINE void LOOP(map_piece)(const elem *x, const elem *g, elem *y, ptrdiff_t beg
                 store(y + i + u * LANES, v[u]);
     }
     for (; i + LANES <= end; i += LANES) {
-        const vec v = LOOP(mapped)(load(x + i), backward ? load(g + i) : f[0], f, backward);
+        const vec v = LOOP(value)(x, g, z, i, LANES, f, act, backward);
         if (past)
             store_past(y + i, v);
         else
             store(y + i, v);
     }
-    if (i < end) {
-        const ptrdiff_t n = end - i;
-        store_first(y + i, LOOP(mapped)(load_first(x + i, n), backward ? load_first(g + i, n) : f[0], f, backward), n);
-    }
+    if (i < end)
+        store_first(y + i, LOOP(value)(x, g, z, i, end - i, f, act, backward), end - i);
 }
 
 /* A line that two runs share waits here for the second one: a store of a part would read it from memory first. */
@@ -148,8 +184,8 @@ INLINE void LOOP(deliver)(LOOP(shared) *s)
 }
 
 /* Less than a line of a run, elements begin to end. */
-INLINE void LOOP(map_shared)(const elem *x, const elem *g, elem *y, ptrdiff_t begin, ptrdiff_t end, const vec *f,
-                             LOOP(shared) *s, const int backward)
+INLINE void LOOP(map_shared)(const elem *x, const elem *g, const elem *z, elem *y, ptrdiff_t begin, ptrdiff_t end,
+                             const vec *f, LOOP(activation) act, LOOP(shared) *s, const int backward)
 {
     const ptrdiff_t at = (ptrdiff_t)((uintptr_t)(y + begin) % LINE / sizeof(elem));
     if (begin == end)
@@ -162,10 +198,9 @@ INLINE void LOOP(map_shared)(const elem *x, const elem *g, elem *y, ptrdiff_t be
     for (ptrdiff_t i = begin; i < end; i += LANES) {
         const ptrdiff_t n = MIN(end - i, LANES);
         if (n == LANES)
-            store(s->value + at + i - begin, LOOP(mapped)(load(x + i), backward ? load(g + i) : f[0], f, backward));
+            store(s->value + at + i - begin, LOOP(value)(x, g, z, i, LANES, f, act, backward));
         else
-            store_first(s->value + at + i - begin,
-                        LOOP(mapped)(load_first(x + i, n), backward ? load_first(g + i, n) : f[0], f, backward), n);
+            store_first(s->value + at + i - begin, LOOP(value)(x, g, z, i, n, f, act, backward), n);
     }
     s->end = at + end - begin;
     if (s->end == LINE_ELEMS)
@@ -177,35 +212,43 @@ typedef struct {
     dvec sum[UNROLL], square[UNROLL];
 } LOOP(sums);
 
-INLINE void LOOP(reduce_piece)(const elem *x, const elem *g, elem *x_copy, elem *g_copy, ptrdiff_t begin,
-                               ptrdiff_t end, dvec shift, LOOP(sums) *s, const int backward, const int copying)
+/* What a reduction reads, and where it puts that: runs, or rows. */
+typedef struct {
+    const elem *x, *g, *z;
+    elem *x_copy, *h;
+} LOOP(source);
+
+/* n elements from the i-th on. */
+INLINE void LOOP(reduce_some)(LOOP(source) p, ptrdiff_t i, ptrdiff_t n, dvec shift, dvec scale, dvec offset,
+                              LOOP(activation) act, dvec *sum, dvec *square, const int backward, const int copying)
+{
+    dvec d = (n == DLANES ? load_d(p.x + i) : load_first_d(p.x + i, n)) - shift, h = d;
+    if (copying)
+        copy(p.x_copy + i, p.x + i, n);
+    if (backward && act.on)
+        h = LOOP(masked)(d, p.g, p.z, p.h, i, n, scale, offset, act);
+    else if (backward) {
+        h = n == DLANES ? load_d(p.g + i) : load_first_d(p.g + i, n);
+        if (copying)
+            copy(p.h + i, p.g + i, n);
+    }
+    if (n < DLANES)
+        d = first_lanes(d, n);
+    LOOP(add)(sum, square, d, h, backward);
+}
+
+INLINE void LOOP(reduce_piece)(LOOP(source) p, ptrdiff_t begin, ptrdiff_t end, dvec shift, dvec scale, dvec offset,
+                               LOOP(activation) act, LOOP(sums) *s, const int backward, const int copying)
 {
     ptrdiff_t i = begin;
     for (; i + UNROLL * DLANES <= end; i += UNROLL * DLANES)
-        for (int u = 0; u < UNROLL; u++) {
-            const ptrdiff_t at = i + u * DLANES;
-            if (copying)
-                memcpy(x_copy + at, x + at, DLANES * sizeof *x);
-            if (copying && backward)
-                memcpy(g_copy + at, g + at, DLANES * sizeof *g);
-            LOOP(add)(&s->sum[u], &s->square[u], load_d(x + at) - shift, backward ? load_d(g + at) : shift, backward);
-        }
-    for (; i + DLANES <= end; i += DLANES) {
-        if (copying)
-            memcpy(x_copy + i, x + i, DLANES * sizeof *x);
-        if (copying && backward)
-            memcpy(g_copy + i, g + i, DLANES * sizeof *g);
-        LOOP(add)(&s->sum[0], &s->square[0], load_d(x + i) - shift, backward ? load_d(g + i) : shift, backward);
-    }
-    if (i < end) {
-        const ptrdiff_t n = end - i;
-        if (copying)
-            store_first(x_copy + i, load_first(x + i, n), n);
-        if (copying && backward)
-            store_first(g_copy + i, load_first(g + i, n), n);
-        LOOP(add)(&s->sum[1], &s->square[1], first_lanes(load_first_d(x + i, n) - shift, n),
-                  backward ? load_first_d(g + i, n) : shift, backward);
-    }
+        for (int u = 0; u < UNROLL; u++)
+            LOOP(reduce_some)(p, i + u * DLANES, DLANES, shift, scale, offset, act, &s->sum[u], &s->square[u], backward,
+                              copying);
+    for (; i + DLANES <= end; i += DLANES)
+        LOOP(reduce_some)(p, i, DLANES, shift, scale, offset, act, &s->sum[0], &s->square[0], backward, copying);
+    if (i < end)
+        LOOP(reduce_some)(p, i, end - i, shift, scale, offset, act, &s->sum[1], &s->square[1], backward, copying);
 }
 #endif
 
@@ -219,6 +262,10 @@ INLINE void LOOP(first)(const cbn_tile *m, const cbn_tile *r, const int backward
     const ptrdiff_t piece = reducing ? PIECE : length;
     real factors[ALL_FACTORS][GROUP];
     LOOP(shared) shared = {.line = NULL};
+    const LOOP(activation) act = LOOP(activation_of)(mapping ? m : r);
+#ifdef SUMS
+    const LOOP(activation) act_r = LOOP(activation_of)(reducing ? r : m);
+#endif
 #ifdef SUMS
     const ptrdiff_t ahead = !reducing || !r->prefetch ? 0 : mapping ? AHEAD : 2 * AHEAD;
     LOOP(sums) sums[GROUP];
@@ -230,34 +277,42 @@ INLINE void LOOP(first)(const cbn_tile *m, const cbn_tile *r, const int backward
         for (ptrdiff_t n = 0; n < n_runs; n++)
             for (ptrdiff_t c = first; c < last; c++) {
                 const int maps = mapping && c < m_channels;
-                const elem *mx = NULL, *mg = NULL;
+                const elem *mx = NULL, *mg = NULL, *mz = NULL;
                 elem *y = NULL;
                 vec f[ALL_FACTORS] = {{0}};
                 ptrdiff_t head = 0, whole = length; /* whole lines lie between these */
                 if (maps) {
                     mx = AT(m->x, n, c), mg = AT(m->g, n, c), y = AT(m->y, n, c);
+                    mz = m->z.data ? AT(m->z, n, c) : NULL;
                     for (int i = 0; i < FACTORS(backward); i++)
                         f[i] = splat(factors[i][c - first]);
                     if (past || length >= LONG)
                         head = MIN(TO_LINE(y), length);
                     if (past) {
                         whole = head + (length - head) / LINE_ELEMS * LINE_ELEMS;
-                        LOOP(map_shared)(mx, mg, y, 0, head, f, &shared, backward);
+                        LOOP(map_shared)(mx, mg, mz, y, 0, head, f, act, &shared, backward);
                     } else
-                        LOOP(map_piece)(mx, mg, y, 0, head, f, backward, 0);
+                        LOOP(map_piece)(mx, mg, mz, y, 0, head, f, act, backward, 0);
                 }
 #ifdef SUMS
                 const int reduces = reducing && c < r_channels;
-                const elem *x = NULL, *g = NULL, *x_next = NULL, *g_next = NULL;
-                elem *x_copy = NULL, *g_copy = NULL;
+                const elem *x_next = NULL, *g_next = NULL;
+                LOOP(source) p = {NULL, NULL, NULL, NULL, NULL};
                 LOOP(sums) s;
-                dvec shift = {0};
+                dvec shift = {0}, scale = {0}, offset = {0};
                 if (reduces) {
-                    x = AT(r->x, n, c), g = AT(r->g, n, c);
+                    p.x = AT(r->x, n, c), p.g = AT(r->g, n, c);
                     x_next = c + 1 < last ? AT(r->x, n, c + 1) : AT(r->x, n + 1, first);
                     g_next = c + 1 < last ? AT(r->g, n, c + 1) : AT(r->g, n + 1, first);
                     if (copying)
-                        x_copy = AT(r->x_copy, n, c), g_copy = AT(r->g_copy, n, c);
+                        p.x_copy = AT(r->x_copy, n, c);
+                    if (backward && (copying || act_r.on))
+                        p.h = AT(r->h, n, c);
+                    if (backward && act_r.on) {
+                        p.z = r->z.data ? AT(r->z, n, c) : NULL;
+                        scale = splat_d(r->coef_c[r->pitch + c]);
+                        offset = splat_d(r->coef_c[OFFSET * r->pitch + c]);
+                    }
                     for (int u = 0; u < UNROLL; u++) {
                         s.sum[u] = n ? sums[c - first].sum[u] : (dvec){0};
                         s.square[u] = n ? sums[c - first].square[u] : (dvec){0};
@@ -267,24 +322,24 @@ INLINE void LOOP(first)(const cbn_tile *m, const cbn_tile *r, const int backward
 #endif
                 for (ptrdiff_t i = 0; i < length; i += piece) {
                     if (maps)
-                        LOOP(map_piece)(mx, mg, y, MIN(head + i, whole), MIN(head + i + piece, whole), f, backward,
-                                        past);
+                        LOOP(map_piece)(mx, mg, mz, y, MIN(head + i, whole), MIN(head + i + piece, whole), f, act,
+                                        backward, past);
                     /* What is left, once, before the copy of what is reduced takes its place. */
                     if (maps && past && head + i + piece >= whole && (i == 0 || head + i < whole))
-                        LOOP(map_shared)(mx, mg, y, whole, length, f, &shared, backward);
+                        LOOP(map_shared)(mx, mg, mz, y, whole, length, f, act, &shared, backward);
 #ifdef SUMS
                     if (reduces) {
                         if (ahead) {
                             const ptrdiff_t at = i + ahead < length ? i + ahead : i + ahead - length;
-                            const elem *xa = (i + ahead < length ? x : x_next) + at;
-                            const elem *ga = (i + ahead < length ? g : g_next) + at;
+                            const elem *xa = (i + ahead < length ? p.x : x_next) + at;
+                            const elem *ga = (i + ahead < length ? p.g : g_next) + at;
                             for (ptrdiff_t l = 0; l < PIECE; l += LINE_ELEMS) {
                                 __builtin_prefetch(xa + l, 0, 2);
                                 if (backward)
                                     __builtin_prefetch(ga + l, 0, 2);
                             }
                         }
-                        LOOP(reduce_piece)(x, g, x_copy, g_copy, i, MIN(i + piece, length), shift, &s, backward,
+                        LOOP(reduce_piece)(p, i, MIN(i + piece, length), shift, scale, offset, act_r, &s, backward,
                                            copying);
                     }
 #else
@@ -319,6 +374,15 @@ INLINE void LOOP(first)(const cbn_tile *m, const cbn_tile *r, const int backward
     } while (0)
 
 #ifdef SUMS
+/* A value of each channel for each column, and zeros in the vector that the last one is in. */
+INLINE void LOOP(spread)(const cbn_tile *t, const double *of_channel, double *of_column)
+{
+    const ptrdiff_t columns = t->copies * t->n_channels * t->length;
+    memcpy(of_column, of_channel, (size_t)t->n_channels * sizeof *of_column);
+    SPREAD(t, of_column);
+    memset(of_column + columns, 0, (size_t)(-columns & (DLANES - 1)) * sizeof *of_column);
+}
+
 /* The sum of each column as that of each channel. */
 INLINE void LOOP(fold)(const cbn_tile *t, const double *column, double *sum_c)
 {
@@ -342,7 +406,7 @@ INLINE void LOOP(fold)(const cbn_tile *t, const double *column, double *sum_c)
 
 /* Columns begin to end of some rows, less than a line. */
 INLINE void LOOP(map_part)(const cbn_tile *m, ptrdiff_t n, ptrdiff_t height, ptrdiff_t begin, ptrdiff_t end,
-                           real (*factors)[ROOM], const int backward)
+                           real (*factors)[ROOM], LOOP(activation) act, const int backward)
 {
     for (ptrdiff_t j = begin; j < end; j += LANES) {
         const ptrdiff_t lanes = MIN(end - j, LANES);
@@ -350,20 +414,19 @@ INLINE void LOOP(map_part)(const cbn_tile *m, ptrdiff_t n, ptrdiff_t height, ptr
         for (int i = 0; i < FACTORS(backward); i++)
             f[i] = load_real(factors[i] + j);
         for (ptrdiff_t row = n; row < n + height; row++) {
-            const elem *x = AT(m->x, row, 0) + j, *g = AT(m->g, row, 0) + j;
-            elem *y = AT(m->y, row, 0) + j;
+            const elem *x = AT(m->x, row, 0), *g = AT(m->g, row, 0), *z = m->z.data ? AT(m->z, row, 0) : NULL;
+            elem *y = AT(m->y, row, 0);
             if (lanes == LANES)
-                store(y, LOOP(mapped)(load(x), backward ? load(g) : f[0], f, backward));
+                store(y + j, LOOP(value)(x, g, z, j, LANES, f, act, backward));
             else
-                store_first(y, LOOP(mapped)(load_first(x, lanes), backward ? load_first(g, lanes) : f[0], f, backward),
-                            lanes);
+                store_first(y + j, LOOP(value)(x, g, z, j, lanes, f, act, backward), lanes);
         }
     }
 }
 
 /* One line of columns of some rows. */
-INLINE void LOOP(map_line)(const cbn_tile *m, ptrdiff_t n, ptrdiff_t height, ptrdiff_t j,
-                           real (*factors)[ROOM], const int backward, const int past, const int fetching)
+INLINE void LOOP(map_line)(const cbn_tile *m, ptrdiff_t n, ptrdiff_t height, ptrdiff_t j, real (*factors)[ROOM],
+                           LOOP(activation) act, const int backward, const int past, const int fetching)
 {
     vec f[LINE_ELEMS / LANES][ALL_FACTORS] = {{{0}}};
     for (int v = 0; v < LINE_ELEMS / LANES; v++)
@@ -374,13 +437,16 @@ INLINE void LOOP(map_line)(const cbn_tile *m, ptrdiff_t n, ptrdiff_t height, ptr
     for (ptrdiff_t row = 0; row < height; row++)
         for (int v = 0; v < LINE_ELEMS / LANES; v++) {
             const elem *x = AT(m->x, n + row, 0) + j + v * LANES, *g = AT(m->g, n + row, 0) + j + v * LANES;
+            const elem *z = m->z.data ? AT(m->z, n + row, 0) + j + v * LANES : NULL;
             if (fetching)
                 __builtin_prefetch(x + ROWS * m->x.n, 0, 2);
             if (fetching && backward)
                 __builtin_prefetch(g + ROWS * m->g.n, 0, 2);
             if (fetching && !past)
                 __builtin_prefetch(AT(m->y, n + row + ROWS, 0) + j + v * LANES, 1, 2);
-            out[row][v] = LOOP(mapped)(load(x), backward ? load(g) : f[v][0], f[v], backward);
+            if (fetching && z)
+                __builtin_prefetch(z + ROWS * m->z.n, 0, 2);
+            out[row][v] = LOOP(value)(x, g, z, 0, LANES, f[v], act, backward);
         }
     if (past)
         for (ptrdiff_t row = 0; row < height; row++)
@@ -393,45 +459,63 @@ INLINE void LOOP(map_line)(const cbn_tile *m, ptrdiff_t n, ptrdiff_t height, ptr
 }
 
 #ifdef SUMS
-INLINE void LOOP(reduce_line)(const cbn_tile *r, ptrdiff_t n, ptrdiff_t height, ptrdiff_t j, ptrdiff_t ahead_x,
-                              ptrdiff_t ahead_g, const double *shift, double *sum, double *square,
-                              const int backward)
+/* What a value of each channel becomes for each column. */
+typedef struct {
+    double shift[ROOM], scale[ROOM], offset[ROOM], sum[ROOM], square[ROOM];
+} LOOP(columns);
+
+INLINE LOOP(source) LOOP(row_source)(const cbn_tile *r, ptrdiff_t row, LOOP(activation) act, const int backward)
 {
-    dvec shift_[LINE_ELEMS / DLANES], sum_[LINE_ELEMS / DLANES], square_[LINE_ELEMS / DLANES];
+    LOOP(source) p = {AT(r->x, row, 0), AT(r->g, row, 0), NULL, NULL, NULL};
+    if (backward && act.on) {
+        p.h = AT(r->h, row, 0);
+        p.z = r->z.data ? AT(r->z, row, 0) : NULL;
+    }
+    return p;
+}
+
+INLINE void LOOP(reduce_line)(const cbn_tile *r, ptrdiff_t n, ptrdiff_t height, ptrdiff_t j, ptrdiff_t ahead_x,
+                              ptrdiff_t ahead_g, LOOP(columns) *k, LOOP(activation) act, const int backward)
+{
+    dvec shift[LINE_ELEMS / DLANES], sum[LINE_ELEMS / DLANES], square[LINE_ELEMS / DLANES];
     for (int v = 0; v < LINE_ELEMS / DLANES; v++) {
-        shift_[v] = load_double(shift + j + v * DLANES);
-        sum_[v] = load_double(sum + j + v * DLANES);
-        square_[v] = load_double(square + j + v * DLANES);
+        shift[v] = load_double(k->shift + j + v * DLANES);
+        sum[v] = load_double(k->sum + j + v * DLANES);
+        square[v] = load_double(k->square + j + v * DLANES);
     }
     for (ptrdiff_t row = n; row < n + height; row++) {
-        const elem *x = AT(r->x, row, 0) + j, *g = AT(r->g, row, 0) + j;
-        __builtin_prefetch(x + ahead_x, 0, 2);
+        const LOOP(source) p = LOOP(row_source)(r, row, act, backward);
+        __builtin_prefetch(p.x + j + ahead_x, 0, 2);
         if (backward)
-            __builtin_prefetch(g + ahead_g, 0, 2);
+            __builtin_prefetch(p.g + j + ahead_g, 0, 2);
         for (int v = 0; v < LINE_ELEMS / DLANES; v++)
-            LOOP(add)(&sum_[v], &square_[v], load_d(x + v * DLANES) - shift_[v],
-                      backward ? load_d(g + v * DLANES) : shift_[v], backward);
+            LOOP(reduce_some)(p, j + v * DLANES, DLANES, shift[v], load_double(k->scale + j + v * DLANES),
+                              load_double(k->offset + j + v * DLANES), act, &sum[v], &square[v], backward, 0);
     }
     for (int v = 0; v < LINE_ELEMS / DLANES; v++) {
-        store_double(sum + j + v * DLANES, sum_[v]);
-        store_double(square + j + v * DLANES, square_[v]);
+        store_double(k->sum + j + v * DLANES, sum[v]);
+        store_double(k->square + j + v * DLANES, square[v]);
     }
 }
 
-/* Columns begin to end, less than a line; what lies beyond the end in shift, sum and square is room. */
+/* Columns begin to end, less than a line; what lies beyond the end is room. */
 INLINE void LOOP(reduce_part)(const cbn_tile *r, ptrdiff_t n, ptrdiff_t height, ptrdiff_t begin, ptrdiff_t end,
-                              const double *shift, double *sum, double *square, const int backward)
+                              LOOP(columns) *k, LOOP(activation) act, const int backward)
 {
     for (ptrdiff_t j = begin; j < end; j += DLANES) {
         const ptrdiff_t lanes = MIN(end - j, DLANES);
-        dvec sum_ = load_double(sum + j), square_ = load_double(square + j);
+        const dvec shift = load_double(k->shift + j), scale = load_double(k->scale + j);
+        const dvec offset = load_double(k->offset + j);
+        dvec sum = load_double(k->sum + j), square = load_double(k->square + j);
         for (ptrdiff_t row = n; row < n + height; row++) {
-            const elem *x = AT(r->x, row, 0) + j, *g = AT(r->g, row, 0) + j;
-            LOOP(add)(&sum_, &square_, (lanes == DLANES ? load_d(x) : load_first_d(x, lanes)) - load_double(shift + j),
-                      backward ? lanes == DLANES ? load_d(g) : load_first_d(g, lanes) : sum_, backward);
+            const LOOP(source) p = LOOP(row_source)(r, row, act, backward);
+            if (lanes == DLANES)
+                LOOP(reduce_some)(p, j, DLANES, shift, scale, offset, act, &sum, &square, backward, 0);
+            else
+                LOOP(reduce_some)(p, j, lanes, shift, scale, offset, act, &sum, &square, backward, 0);
         }
-        store_double(sum + j, sum_);
-        store_double(square + j, square_);
+        store_double(k->sum + j, sum);
+        store_double(k->square + j, square);
     }
 }
 #endif
@@ -446,9 +530,10 @@ INLINE int LOOP(downwards)(const cbn_tile *m, const cbn_tile *r, const int backw
     const cbn_tile *tiles[2] = {m, r};
     uintptr_t up = page, down = page; /* bytes from a load to the next store in that direction */
     for (int i = 0; i < 2; i++)
-        for (int g = 0; g <= backward; g++)
-            if (tiles[i]) {
-                const uintptr_t d = (uintptr_t)(m->y.data - (g ? tiles[i]->g : tiles[i]->x).data) % page;
+        for (int a = 0; a < 3; a++)
+            if (tiles[i] && (a == 0 || (a == 1 ? backward : tiles[i]->z.data != NULL))) {
+                const char *data = a == 0 ? tiles[i]->x.data : a == 1 ? tiles[i]->g.data : tiles[i]->z.data;
+                const uintptr_t d = (uintptr_t)(m->y.data - data) % page;
                 up = d > 0 && d < up ? d : up;
                 down = d > 0 && page - d < down ? page - d : down;
             }
@@ -459,6 +544,7 @@ INLINE void LOOP(last)(const cbn_tile *m, const cbn_tile *r, const int backward,
                        const int reducing, const ptrdiff_t rows)
 {
     const int past = mapping && m->stream;
+    const LOOP(activation) act = LOOP(activation_of)(mapping ? m : r);
     real room[ALL_FACTORS][ROOM] __attribute__((aligned(LINE)));
     const ptrdiff_t n_runs = mapping ? m->n_runs : r->n_runs;
     const ptrdiff_t m_columns = mapping ? m->copies * m->n_channels * m->length - m->drop : 0;
@@ -478,23 +564,25 @@ INLINE void LOOP(last)(const cbn_tile *m, const cbn_tile *r, const int backward,
             SPREAD(m, factors[i]);
     }
 #ifdef SUMS
-    double shift[ROOM] __attribute__((aligned(LINE))), sum[ROOM] __attribute__((aligned(LINE)));
-    double square[ROOM] __attribute__((aligned(LINE)));
+    LOOP(columns) of_column __attribute__((aligned(LINE)));
+    const LOOP(activation) act_r = LOOP(activation_of)(reducing ? r : m);
     const ptrdiff_t r_columns = reducing ? r->copies * r->n_channels * r->length : 0;
     if (reducing) {
         columns = MAX(columns, r_columns);
-        memcpy(shift, r->shift_c, (size_t)r->n_channels * sizeof *shift);
-        SPREAD(r, shift);
-        memset(shift + r_columns, 0, (size_t)(-r_columns & (DLANES - 1)) * sizeof *shift);
-        memset(sum, 0, (size_t)(r_columns + DLANES - 1) / DLANES * DLANES * sizeof *sum);
-        memset(square, 0, (size_t)(r_columns + DLANES - 1) / DLANES * DLANES * sizeof *square);
+        LOOP(spread)(r, r->shift_c, of_column.shift);
+        if (backward && act_r.on) {
+            LOOP(spread)(r, r->coef_c + r->pitch, of_column.scale);
+            LOOP(spread)(r, r->coef_c + OFFSET * r->pitch, of_column.offset);
+        }
+        memset(of_column.sum, 0, (size_t)(r_columns + DLANES - 1) / DLANES * DLANES * sizeof(double));
+        memset(of_column.square, 0, (size_t)(r_columns + DLANES - 1) / DLANES * DLANES * sizeof(double));
     }
 #endif
     for (ptrdiff_t n = 0; n < n_runs; n += rows) {
         const ptrdiff_t height = MIN(rows, n_runs - n);
         if (past && rows == 1 && !RARE)
             head = MIN(TO_LINE(AT(m->y, n, 0)), m_columns);
-        LOOP(map_part)(m, n, height, skip, head, factors, backward);
+        LOOP(map_part)(m, n, height, skip, head, factors, act, backward);
 #ifdef SUMS
         /* Rows to come: of this tile, or the first of the next one. */
         ptrdiff_t ahead_x = 0, ahead_g = 0;
@@ -508,29 +596,29 @@ INLINE void LOOP(last)(const cbn_tile *m, const cbn_tile *r, const int backward,
             const ptrdiff_t j = down ? (columns - 1) / LINE_ELEMS * LINE_ELEMS - k : k;
             if (mapping && !RARE && head + j + LINE_ELEMS <= m_columns) {
                 if (height == rows)
-                    LOOP(map_line)(m, n, rows, head + j, factors, backward, past, !reducing);
+                    LOOP(map_line)(m, n, rows, head + j, factors, act, backward, past, !reducing);
                 else
                     for (ptrdiff_t row = n; row < n + height; row++)
-                        LOOP(map_line)(m, row, 1, head + j, factors, backward, past, 0);
+                        LOOP(map_line)(m, row, 1, head + j, factors, act, backward, past, 0);
             }
             else if (mapping && head + j < m_columns)
-                LOOP(map_part)(m, n, height, head + j, m_columns, factors, backward);
+                LOOP(map_part)(m, n, height, head + j, m_columns, factors, act, backward);
 #ifdef SUMS
             if (reducing && j + LINE_ELEMS <= r_columns) {
                 if (height == rows)
-                    LOOP(reduce_line)(r, n, rows, j, ahead_x, ahead_g, shift, sum, square, backward);
+                    LOOP(reduce_line)(r, n, rows, j, ahead_x, ahead_g, &of_column, act_r, backward);
                 else
-                    LOOP(reduce_line)(r, n, height, j, ahead_x, ahead_g, shift, sum, square, backward);
+                    LOOP(reduce_line)(r, n, height, j, ahead_x, ahead_g, &of_column, act_r, backward);
             }
             else if (reducing && j < r_columns)
-                LOOP(reduce_part)(r, n, height, j, r_columns, shift, sum, square, backward);
+                LOOP(reduce_part)(r, n, height, j, r_columns, &of_column, act_r, backward);
 #endif
         }
     }
 #ifdef SUMS
     if (reducing) {
-        LOOP(fold)(r, sum, r->sum_c);
-        LOOP(fold)(r, square, r->square_c);
+        LOOP(fold)(r, of_column.sum, r->sum_c);
+        LOOP(fold)(r, of_column.square, r->square_c);
     }
 #endif
 }
@@ -622,6 +710,7 @@ TARGET static void LOOP(backward_last)(const cbn_tile *m, const cbn_tile *r)
 #undef store_past
 #undef load_real
 #undef splat
+#undef select
 #undef LANES
 #undef dvec
 #undef load_d
@@ -629,6 +718,9 @@ TARGET static void LOOP(backward_last)(const cbn_tile *m, const cbn_tile *r)
 #undef load_double
 #undef store_double
 #undef splat_d
+#undef select_d
+#undef store_d
+#undef copy
 #undef first_lanes
 #undef total
 #undef DLANES

@@ -41,6 +41,7 @@ class Input:
     @property
     def count(self) -> int: ...
     def meets(self, *dtypes: np.dtype[Any]) -> None: ...
+    def has_beside(self, a: _Array) -> bool: ...
     def lies_as(self, a: _Array) -> _Array: ...
     def destination(self, out: _Array | None, *read: _Array) -> _Array: ...
 
@@ -66,9 +67,19 @@ def moments(
     bias: _Doubles | None = None,
     eps: float = 0,
     wide: bool = False,
+    residual: _Array | None = None,
+    negative_slope: float = 1,
 ) -> tuple[_Doubles, _Doubles, _Doubles | Any]: ...
 def moving_average(old: _Doubles, batch: _Doubles, divisor: float, momentum: float) -> _Doubles: ...
-def apply(layout: Layout, x: _Array, y: _Array, coef: _Doubles, wide: bool = False) -> None: ...
+def apply(
+    layout: Layout,
+    x: _Array,
+    y: _Array,
+    coef: _Doubles,
+    wide: bool = False,
+    residual: _Array | None = None,
+    negative_slope: float = 1,
+) -> None: ...
 def grad_moments(
     layout: Layout,
     g: _Array,
@@ -78,6 +89,11 @@ def grad_moments(
     dx: _Array | None = None,
     weight: _Doubles | None = None,
     wide: bool = False,
+    bias: _Doubles | None = None,
+    residual: _Array | None = None,
+    negative_slope: float = 1,
+    h: _Array | None = None,
+    keeps_h: bool = False,
 ) -> tuple[_Doubles, _Doubles]: ...
 def empty_like(x: _Array) -> _Array: ...
 def set_cache_limit(n_bytes: int) -> int: ...
@@ -100,6 +116,7 @@ class Plan:
         values: tuple[_Array | None, ...],
         coef: _Doubles,
         wide: bool,
+        negative_slope: float = 1,
     ) -> Plan | None: ...
 
 class Planned:

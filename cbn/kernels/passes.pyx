@@ -25,7 +25,9 @@ cdef extern from "kernels.h" nogil:
         char *data
         Py_ssize_t n, c
     ctypedef struct cbn_tile:
-        cbn_view x, g, y
+        cbn_view x, g, z, y
+        bint activated
+        double negative_slope
         Py_ssize_t n_runs, n_channels, length, copies, skip, drop
         const double *coef_c
         Py_ssize_t pitch
@@ -33,7 +35,7 @@ cdef extern from "kernels.h" nogil:
         const double *shift_c
         double *sum_c
         double *square_c
-        cbn_view x_copy, g_copy
+        cbn_view x_copy, h
     ctypedef void (*cbn_loop)(const cbn_tile *map, const cbn_tile *reduction) noexcept nogil
     ctypedef struct cbn_loops:
         cbn_loop forward_first, forward_last, backward_first, backward_last
@@ -449,16 +451,19 @@ cdef class Input:
         own = max(cnp.PyArray_ITEMSIZE(self.x), 4)
         self.wide = any([dtype.itemsize > own for dtype in dtypes])
 
+    def has_beside(self, cnp.ndarray a):
+        """Whether a reduction can go through a, of the same shape, beside x: what joins in x joins in a."""
+        cdef cbn_view in_x, in_a
+        if not cnp.PyArray_ISALIGNED(a) or not self.layout.fits(a):
+            return False
+        in_x, in_a = self.layout.view(self.x), self.layout.view(a)
+        return run_follows_run(self.layout, in_a) >= run_follows_run(self.layout, in_x) \
+            and row_follows_row(self.layout, in_a) >= row_follows_row(self.layout, in_x)
+
     def lies_as(self, cnp.ndarray a):
         """a itself if the loops can go through it beside x, else a copy that lies as x does."""
-        cdef cbn_view in_x, in_a
-        if self.layout is None:
+        if self.layout is None or self.has_beside(a):
             return a
-        if cnp.PyArray_ISALIGNED(a) and self.layout.fits(a):
-            in_x, in_a = self.layout.view(self.x), self.layout.view(a)
-            if run_follows_run(self.layout, in_a) >= run_follows_run(self.layout, in_x) \
-                    and row_follows_row(self.layout, in_a) >= row_follows_row(self.layout, in_x):
-                return a    # what joins in x joins in a
         copy = np.empty_like(self.x, dtype=a.dtype, subok=False)
         copy[...] = a
         return copy
@@ -686,6 +691,11 @@ cdef struct Job:
     Py_ssize_t n_bytes          # of one array
     Grid reduction, map
     cbn_view x, y, g            # y is dx in backward
+    cbn_view z                  # residual; data NULL: none
+    cbn_view h                  # backward, activated: g times the slope of the activation
+    bint keeps_h                # whether somebody asks for h
+    bint activated              # what is normalized goes through act(. + z)
+    double negative_slope
     int threads                 # of the pipeline,
     char *copy                  # a copy of a tile for each of them,
     Py_ssize_t copy_bytes       # of this size
@@ -699,7 +709,7 @@ cdef struct Job:
     double *sum_c
     double *square_c            # S(d*d), or S(g*d)
     double *invstd_c            # forward: made, with coef_c; backward: given
-    double *coef_c              # (4, C): see kernels.h
+    double *coef_c              # (3 or 5, C): see kernels.h
 
 
 ctypedef void (*Work)(Job *job, Py_ssize_t begin, Py_ssize_t end, int thread) noexcept nogil
@@ -724,6 +734,9 @@ cdef Job make_job(Layout layout, cnp.ndarray x, bint wide):
     job.backward = job.batch_statistics = job.stream = job.fused = False
     job.copy = NULL
     job.x = job.y = job.g = layout.view(x)
+    job.activated = job.keeps_h = False
+    job.negative_slope = 1
+    job.z.data = job.h.data = NULL
     job.weight_c = job.bias_c = job.shift_c = job.partial = job.sum_c = NULL
     job.square_c = job.invstd_c = job.coef_c = NULL
     job.eps = 0
@@ -743,10 +756,19 @@ cdef Job make_job(Layout layout, cnp.ndarray x, bint wide):
     return job
 
 
+cdef void activate(Job *job, Layout layout, cnp.ndarray z, double negative_slope) noexcept:
+    """Let act(. + z) follow the normalization; z may be None, and a slope of 1 is no activation."""
+    job.activated = z is not None or negative_slope != 1
+    job.negative_slope = negative_slope
+    if z is not None:
+        job.z = layout.view(z)
+
+
 cdef bint stores_past(Job *job) noexcept nogil:
     """Whether the output goes past the caches: where it would not stay there with what the call reads."""
-    return (3 if job.backward else 2) * job.n_bytes >= stream_bytes \
-        and job.y.data != job.x.data and job.y.data != job.g.data
+    cdef char *g = job.g.data if job.h.data == NULL else job.h.data
+    return (3 if job.backward or job.z.data != NULL else 2) * job.n_bytes >= stream_bytes \
+        and job.y.data != job.x.data and job.y.data != g and job.y.data != job.z.data
 
 
 cdef void write_to(Job *job, Layout layout, cnp.ndarray y) noexcept:
@@ -777,7 +799,8 @@ cdef void run(Work work, Job *job, Py_ssize_t items, int threads) noexcept nogil
 # ---- work on some items ----------------------------------------------------------------------------------------
 
 cdef inline cbn_view moved(Job *job, cbn_view v, Rectangle *r) noexcept nogil:
-    v.data += (r.c * v.c + r.n * v.n + r.s) * job.itemsize
+    if v.data != NULL:
+        v.data += (r.c * v.c + r.n * v.n + r.s) * job.itemsize
     v.n *= r.copies
     return v
 
@@ -787,7 +810,11 @@ cdef inline cbn_tile tile_of(Job *job, Rectangle *r) noexcept nogil:
     t.n_runs, t.n_channels, t.length, t.copies = r.n_runs // r.copies, r.n_channels, r.length, r.copies
     t.pitch = job.reduction.C
     t.skip = t.drop = 0
-    t.x_copy.data = t.g_copy.data = NULL
+    t.x, t.z = moved(job, job.x, r), moved(job, job.z, r)
+    t.activated, t.negative_slope = job.activated, job.negative_slope
+    t.x_copy.data = t.h.data = NULL
+    if job.coef_c != NULL:
+        t.coef_c = job.coef_c + r.c
     return t
 
 
@@ -800,7 +827,7 @@ cdef inline cbn_loop loop_of(Job *job, const cbn_loops *loops, bint last) noexce
 cdef cbn_tile tile_to_reduce(Job *job, Rectangle *r) noexcept nogil:
     """A rectangle for a reduction, which has its own place among the partial sums."""
     cdef cbn_tile t = tile_of(job, r)
-    t.x, t.g = moved(job, job.x, r), moved(job, job.g, r)
+    t.g, t.h = moved(job, job.g, r), moved(job, job.h, r)
     t.shift_c = job.shift_c + r.c
     t.sum_c = job.partial + 2 * r.block * t.pitch + r.c
     t.square_c = t.sum_c + t.pitch
@@ -811,8 +838,7 @@ cdef cbn_tile tile_to_reduce(Job *job, Rectangle *r) noexcept nogil:
 cdef cbn_tile tile_to_map(Job *job, Rectangle *r) noexcept nogil:
     """A rectangle for a map."""
     cdef cbn_tile t = tile_of(job, r)
-    t.x, t.g, t.y = moved(job, job.x, r), moved(job, job.g, r), moved(job, job.y, r)
-    t.coef_c = job.coef_c + r.c
+    t.g, t.y = moved(job, job.h if job.backward and job.activated else job.g, r), moved(job, job.y, r)
     t.stream = job.stream
     return t
 
@@ -823,7 +849,7 @@ cdef void to_whole_lines(Job *job, cbn_tile *t, bint first, bint last) noexcept 
     The line that it shares with the tile before is its own, unless it is the `first` one, and that which it shares with
     the next is not, unless it is the `last` one: so no line is stored in parts.
     """
-    cdef Py_ssize_t width = t.n_channels * t.length * job.itemsize, lead, channels
+    cdef Py_ssize_t width = t.n_channels * t.length * job.itemsize, lead, channels, before
     if not t.stream or t.copies > 1 or t.y.n * job.itemsize % LINE:
         return
     lead = 0 if first else <Py_ssize_t>t.y.data % LINE // job.itemsize
@@ -832,9 +858,12 @@ cdef void to_whole_lines(Job *job, cbn_tile *t, bint first, bint last) noexcept 
     t.skip = channels * t.length - lead
     t.n_channels += channels
     t.coef_c -= channels
-    t.x.data -= channels * t.length * job.itemsize
-    t.g.data -= channels * t.length * job.itemsize
-    t.y.data -= channels * t.length * job.itemsize
+    before = channels * t.length * job.itemsize
+    t.x.data -= before
+    t.g.data -= before
+    t.y.data -= before
+    if t.z.data != NULL:
+        t.z.data -= before
 
 
 cdef void reduce_items(Job *job, Py_ssize_t begin, Py_ssize_t end, int thread) noexcept nogil:
@@ -882,9 +911,11 @@ cdef void map_tile(Job *job, cbn_tile *t, bint last) noexcept nogil:
         # A row of several copies is as many rows
         part.n_runs *= t.copies
         if t.copies > 1:
-            part.x.n = part.g.n = part.y.n = width
+            part.x.n = part.g.n = part.y.n = part.z.n = width
         if last:
-            part.x.c = part.g.c = part.y.c = t.length
+            part.x.c = part.g.c = part.y.c = part.z.c = t.length
+        if part.z.data != NULL:
+            part.z.data += (c - first) * part.z.c * job.itemsize
         part.x.data += (c - first) * part.x.c * job.itemsize
         part.g.data += (c - first) * part.g.c * job.itemsize
         part.y.data += (c - first) * part.y.c * job.itemsize
@@ -895,7 +926,7 @@ cdef void map_tile(Job *job, cbn_tile *t, bint last) noexcept nogil:
 cdef void pipeline(Job *job, Py_ssize_t begin, Py_ssize_t end, int thread) noexcept nogil:
     """Reduce and map some tiles, all channels' values of each at once: memory is read once, not twice.
 
-    While a tile is reduced its elements go into a copy that stays in the cache; from there the map takes them, while
+    While a tile is reduced its elements, or h in place of g, go into a copy that stays in the cache; from there the map takes them, while
     the next tile is reduced and takes their place. So reading and writing of memory overlap. The copy is contiguous,
     which the tile is not: lines that are a large power of two apart share few places of a cache.
     """
@@ -918,7 +949,9 @@ cdef void pipeline(Job *job, Py_ssize_t begin, Py_ssize_t end, int thread) noexc
                 before = rectangle(&job.reduction, item_of(&job.reduction, tile - 1, k))
                 map = tile_to_map(job, &before)
                 if job.copying:
-                    map.x, map.g = copied(job, x_copy, &before), copied(job, g_copy, &before)
+                    map.x = copied(job, x_copy, &before)
+                    if not job.keeps_h:
+                        map.g = copied(job, g_copy, &before)
                 else:
                     to_whole_lines(job, &map, tile - 1 == begin, tile == end)
                 if not together:
@@ -929,7 +962,9 @@ cdef void pipeline(Job *job, Py_ssize_t begin, Py_ssize_t end, int thread) noexc
                     first_values(job, r.c, r.c + r.n_channels)
                 reduction = tile_to_reduce(job, &r)
                 if job.copying:
-                    reduction.x_copy, reduction.g_copy = copied(job, x_copy, &r), copied(job, g_copy, &r)
+                    reduction.x_copy = copied(job, x_copy, &r)
+                    if not job.keeps_h:
+                        reduction.h = copied(job, g_copy, &r)
                 loop(&map if together else NULL, &reduction)
         if tile == end:
             return
@@ -1103,6 +1138,9 @@ cdef void choose_tiles(Job *job) noexcept nogil:
     job.copy_c = g.S if g.last else ceil_div(g.S * job.itemsize, LINE) * LINE // job.itemsize + LINE // job.itemsize
     job.copy_n = g.group * job.copy_c + 4 * LINE // job.itemsize
     job.copy_bytes = ceil_div(arrays * g.N * job.copy_n * job.itemsize, LINE) * LINE
+    if job.copying and not job.keeps_h:
+        job.h.data = NULL
+        job.stream = stores_past(job)
 
 
 cdef void reduce_and_map(Job *job) noexcept nogil:
@@ -1140,8 +1178,8 @@ cdef room_for(Job *job):
 
 
 def moments(Layout layout, cnp.ndarray x, cnp.ndarray y=None, cnp.ndarray weight=None, cnp.ndarray bias=None,
-            double eps=0, bint wide=False):
-    """(mean, m2, None) of every channel; with y, (mean, m2, invstd), and y = (x - mean)*invstd*weight + bias.
+            double eps=0, bint wide=False, cnp.ndarray residual=None, double negative_slope=1):
+    """(mean, m2, None) of every channel; with y, (mean, m2, invstd), and y = act(norm(x)*weight + bias + residual).
 
     weight and bias are contiguous float64 (C,) or None. No array may be empty.
     """
@@ -1157,6 +1195,7 @@ def moments(Layout layout, cnp.ndarray x, cnp.ndarray y=None, cnp.ndarray weight
     job.partial = job.shift_c + 4 * C
     if forward:
         job.coef_c = job.shift_c + C
+        activate(&job, layout, residual, negative_slope)
         write_to(&job, layout, y)
         choose_tiles(&job)
         _copies = room_for(&job)
@@ -1180,31 +1219,43 @@ def moving_average(cnp.ndarray old, cnp.ndarray batch, double divisor, double mo
     return new
 
 
-def apply(Layout layout, cnp.ndarray x, cnp.ndarray y, cnp.ndarray coef, bint wide=False):
-    """y = (x - mean)*scale + offset, coef (3, C) contiguous float64: mean, scale, offset."""
+def apply(Layout layout, cnp.ndarray x, cnp.ndarray y, cnp.ndarray coef, bint wide=False, cnp.ndarray residual=None,
+          double negative_slope=1):
+    """y = act((x - mean)*scale + offset + residual), coef (3, C) contiguous float64: mean, scale, offset."""
     cdef Job job = make_job(layout, x, wide)
     job.coef_c = doubles(coef, 3 * layout.C)
+    activate(&job, layout, residual, negative_slope)
     write_to(&job, layout, y)
     with nogil:
         run(map_items, &job, n_items(&job.map), threads_for(2 * job.n_bytes, n_items(&job.map)))
 
 
 def grad_moments(Layout layout, cnp.ndarray g, cnp.ndarray x, cnp.ndarray mean, cnp.ndarray invstd,
-                 cnp.ndarray dx=None, cnp.ndarray weight=None, bint wide=False):
+                 cnp.ndarray dx=None, cnp.ndarray weight=None, bint wide=False, cnp.ndarray bias=None,
+                 cnp.ndarray residual=None, double negative_slope=1, cnp.ndarray h=None, bint keeps_h=False):
     """(S(g), S(g*(x - mean))*invstd) of every channel; with dx, also the gradient through the batch statistics.
 
-    mean, invstd and weight are contiguous float64 (C,); weight may be None. No array may be empty.
+    mean, invstd, weight and bias are contiguous float64 (C,); weight and bias may be None. No array may be empty.
+    With h, what was normalized went through act(. + residual), and h = g times the slope of act takes the place of g.
+    It may be dx, or g; it need not be written where dx is wanted, unless `keeps_h`.
     """
     cdef Job job = make_job(layout, x, wide)
     cdef Py_ssize_t c, C = layout.C
     sums, products = new_doubles(C), new_doubles(C)
-    room = new_doubles(C * (4 + 2 * job.reduction.blocks * job.reduction.pieces))
+    room = new_doubles(C * (5 + 2 * job.reduction.blocks * job.reduction.pieces))
     job.backward, job.batch_statistics = True, dx is not None
     job.shift_c, job.weight_c, job.invstd_c = doubles(mean, C), doubles(weight, C), doubles(invstd, C)
     job.sum_c, job.square_c = doubles(sums, C), doubles(products, C)
     job.coef_c = doubles(room, room.size)
-    job.partial = job.coef_c + 4 * C
+    job.partial = job.coef_c + 5 * C
     job.g = layout.view(g)
+    if h is not None:
+        activate(&job, layout, residual, negative_slope)
+        job.h, job.keeps_h = layout.view(h), keeps_h or dx is None
+        job.bias_c = doubles(bias, C)
+        for c in range(C):
+            job.coef_c[C + c] = job.invstd_c[c] * (1 if weight is None else job.weight_c[c])
+            job.coef_c[4 * C + c] = 0 if bias is None else job.bias_c[c]
     if dx is not None:
         write_to(&job, layout, dx)
         choose_tiles(&job)
@@ -1269,7 +1320,7 @@ cdef class Plan:
     cdef Layout layout
 
     @staticmethod
-    def of(Layout layout, cnp.ndarray x, sources, values, cnp.ndarray coef, bint wide):
+    def of(Layout layout, cnp.ndarray x, sources, values, cnp.ndarray coef, bint wide, double negative_slope=1):
         """The plan for arrays like x, or None if there cannot be one.
 
         sources: running mean and variance, weight, bias, or None for those that are not there; values: copies of them;
@@ -1299,6 +1350,7 @@ cdef class Plan:
         self.seen = np.concatenate(parts) if parts else np.empty(0, np.uint8)
         self.job = make_job(layout, x, wide)
         self.job.coef_c = <double *>cnp.PyArray_DATA(coef)
+        activate(&self.job, layout, None, negative_slope)
         write_to(&self.job, layout, x)
         self.isa = active
         return self
@@ -1329,29 +1381,29 @@ cdef class Plan:
                 return False
         return True
 
-    cdef cnp.ndarray run(self, object x, object out):
+    cdef cnp.ndarray run(self, object x, object out, object residual):
         """y, or None if this plan is not for this call."""
         cdef Job job
         cdef cnp.ndarray y
-        cdef char *source
-        cdef char *target
         cdef int threads
         if self.isa != active or type(x) is not cnp.ndarray or not self.fits(x) or not self.is_current():
             return None
-        source = cnp.PyArray_BYTES(x)
+        if residual is not None and (type(residual) is not cnp.ndarray or not self.fits(residual)):
+            return None
         if out is None:
             y = empty_like(x)
         elif type(out) is cnp.ndarray:
             y = out
         else:
             return None
-        target = cnp.PyArray_BYTES(y)
-        if not self.fits(y) or not cnp.PyArray_ISWRITEABLE(y) \
-                or (target != source and target < source + self.extent and source < target + self.extent):
+        if not self.fits(y) or not cnp.PyArray_ISWRITEABLE(y) or self.overlaps_partly(x, y) \
+                or (residual is not None and self.overlaps_partly(residual, y)):
             return None
         job = self.job
-        job.x.data = job.g.data = source
-        job.y.data = target
+        job.x.data = job.g.data = cnp.PyArray_BYTES(x)
+        job.y.data = cnp.PyArray_BYTES(y)
+        if residual is not None:
+            activate(&job, self.layout, residual, job.negative_slope)
         job.stream = stores_past(&job)
         if job.n_bytes < SMALL:
             map_items(&job, 0, n_items(&job.map), 0)
@@ -1360,6 +1412,12 @@ cdef class Plan:
         with nogil:
             run(map_items, &job, n_items(&job.map), threads)
         return y
+
+    cdef bint overlaps_partly(self, cnp.ndarray a, cnp.ndarray b) noexcept:
+        """Whether two arrays that fit may share memory, but not element by element."""
+        cdef char *of_a = cnp.PyArray_BYTES(a)
+        cdef char *of_b = cnp.PyArray_BYTES(b)
+        return of_a != of_b and of_a < of_b + self.extent and of_b < of_a + self.extent
 
 
 @cython.auto_pickle(False)
@@ -1374,9 +1432,9 @@ cdef class Planned:
         cdef Plan plan = self.plan
         if plan is not None and len(args) == 1:
             if not kwargs:
-                y = plan.run(args[0], None)
-            elif len(kwargs) == 1 and "out" in kwargs:
-                y = plan.run(args[0], kwargs["out"])
+                y = plan.run(args[0], None, None)
+            elif len(kwargs) == ("out" in kwargs) + ("residual" in kwargs):
+                y = plan.run(args[0], kwargs.get("out"), kwargs.get("residual"))
             else:
                 y = None
             if y is not None:

@@ -21,6 +21,7 @@
 #define store_past LOOP(store_past)
 #define load_real LOOP(load_real)
 #define splat LOOP(splat)
+#define select LOOP(select)
 #define LANES ((ptrdiff_t)(VEC_BYTES / sizeof(REAL)))
 
 typedef ELEM elem;
@@ -224,6 +225,13 @@ INLINE vec splat(real a)
     return a - (vec){0}; /* a - 0 keeps a, also the sign of a zero */
 }
 
+/* Lane by lane a where the condition, a comparison of vectors, holds, else b. */
+INLINE vec select(__typeof__((vec){0} <= (vec){0}) condition, vec a, vec b)
+{
+    typedef __typeof__(condition) bits;
+    return (vec)(((bits)a & condition) | ((bits)b & ~condition));
+}
+
 #ifdef SUMS
 #define dvec LOOP(dvec)
 #define load_d LOOP(load_d)
@@ -231,6 +239,9 @@ INLINE vec splat(real a)
 #define load_double LOOP(load_double)
 #define store_double LOOP(store_double)
 #define splat_d LOOP(splat_d)
+#define select_d LOOP(select_d)
+#define store_d LOOP(store_d)
+#define copy LOOP(copy)
 #define first_lanes LOOP(first_lanes)
 #define total LOOP(total)
 #define DLANES ((ptrdiff_t)(VEC_BYTES / sizeof(double)))
@@ -301,6 +312,38 @@ INLINE dvec load_first_d(const elem *p, ptrdiff_t n)
 #else
     return (dvec){n > 0 ? p[0] : 0, 0};
 #endif
+}
+
+INLINE dvec select_d(__typeof__((dvec){0} <= (dvec){0}) condition, dvec a, dvec b)
+{
+    typedef __typeof__(condition) bits;
+    return (dvec)(((bits)a & condition) | ((bits)b & ~condition));
+}
+
+/* The first n lanes as elements. */
+INLINE void store_d(elem *p, dvec v, ptrdiff_t n)
+{
+#if ELEM_HALF
+    for (ptrdiff_t i = 0; i < n; i++)
+        p[i] = ELEM_HALF == F16 ? cbn_to_f16((float)v[i]) : cbn_to_bf16((float)v[i]);
+#else
+    typedef elem some __attribute__((vector_size(DLANES * sizeof(elem))));
+    const some e = __builtin_convertvector(v, some);
+    if (n == DLANES)
+        memcpy(p, &e, sizeof e);
+    else
+        for (ptrdiff_t i = 0; i < n; i++)
+            p[i] = e[i];
+#endif
+}
+
+INLINE void copy(elem *to, const elem *from, ptrdiff_t n)
+{
+    if (n == DLANES)
+        memcpy(to, from, DLANES * sizeof *to);
+    else
+        for (ptrdiff_t i = 0; i < n; i++)
+            to[i] = from[i];
 }
 
 /* The sum of the lanes, halves first: a fixed order. */

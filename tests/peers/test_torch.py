@@ -193,3 +193,33 @@ def test_tensors_are_read_without_a_copy(rng):
     t = torch.from_numpy(rng.standard_normal((8, 3)).astype(np.float32))
     inp = passes.Input(t, 1)
     assert inp.x.ctypes.data == t.data_ptr()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("activation", [None, "relu", ("leaky_relu", 0.1)])
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_activation_and_residual_as_separate_calls(rng, dtype, activation, with_residual, dims):
+    ours, theirs = pair(dims, dtype)
+    ours.activation = activation
+    act = {None: lambda a: a, "relu": torch.relu}.get(activation, lambda a: torch.nn.functional.leaky_relu(a, 0.1))
+    for shape in SHAPES[dims]:
+        arrays = [rng.standard_normal(shape).astype(dtype) for _ in range(3)]
+        x, z = (torch.from_numpy(a.copy()).requires_grad_() for a in arrays[:2])
+        expected = act(theirs(x) + z if with_residual else theirs(x))
+        theirs.zero_grad()
+        expected.backward(torch.from_numpy(arrays[2]))
+        y = ours(arrays[0], residual=arrays[1] if with_residual else None)
+        ours.zero_grad()
+        gradients = ours.backward(arrays[2])
+        np.testing.assert_allclose(y, expected.detach().numpy(), **TOLERANCE[dtype])
+        for got, want in zip(gradients if with_residual else [gradients], (x, z), strict=False):
+            np.testing.assert_allclose(got, want.grad.numpy(), **TOLERANCE[dtype])
+        np.testing.assert_allclose(ours.weight_grad, theirs.weight.grad.numpy(), **TOLERANCE[dtype])
+        np.testing.assert_allclose(ours.bias_grad, theirs.bias.grad.numpy(), **TOLERANCE[dtype])
+
+
+def test_relu_passes_nan_as_theirs_does():
+    x = np.array([[np.nan, 1.0], [-np.inf, -1.0], [np.inf, 0.0]])
+    y = batch_norm(x, np.zeros(2), np.ones(2), eps=0, activation="relu")
+    np.testing.assert_array_equal(y, torch.relu(torch.from_numpy(x)).numpy())
