@@ -59,7 +59,8 @@ def fuse_linear_bn(
         For a dtype that no layer has.
     ValueError
         For shapes that do not fit; for a layer in training mode, whose statistics are the batch's; for one without
-        running statistics, or with an activation; and where a folded value is beyond the dtype's range. The message names it.
+        running statistics, or with an activation; and where a folded value is beyond the dtype's range. The message
+        names it.
 
     References
     ----------

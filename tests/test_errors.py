@@ -379,7 +379,7 @@ def test_backward_says_why_not():
     ):
         layer.backward(x)
     layer.train()(x, out=x)
-    with pytest.raises(RuntimeError, match="input of the last forward has been overwritten"):
+    with pytest.raises(RuntimeError, match="the input or the residual of the last forward has been overwritten"):
         layer.backward(x)
     layer(x)
     layer.backward(x)

@@ -33,6 +33,7 @@
 #define RARE 0
 #endif
 #define AT(v, i, j) ((elem *)(v).data + (i) * (v).n + (j) * (v).c)
+#define NEXT(v) (c + 1 < last ? AT(v, n, c + 1) : AT(v, n + 1, first)) /* the run after that of n and c */
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
 
@@ -252,6 +253,14 @@ INLINE void LOOP(reduce_piece)(LOOP(source) p, ptrdiff_t begin, ptrdiff_t end, d
 }
 #endif
 
+/* Fetch what a piece will be that begins `ahead` elements behind the i-th of a run, or within the next run. */
+INLINE void LOOP(fetch)(const elem *run, const elem *next, ptrdiff_t i, ptrdiff_t ahead, ptrdiff_t length)
+{
+    const elem *p = i + ahead < length ? run + i + ahead : next + i + ahead - length;
+    for (ptrdiff_t l = 0; l < PIECE; l += LINE_ELEMS)
+        __builtin_prefetch(p + l, 0, 2);
+}
+
 INLINE void LOOP(first)(const cbn_tile *m, const cbn_tile *r, const int backward, const int mapping,
                         const int reducing)
 {
@@ -277,13 +286,14 @@ INLINE void LOOP(first)(const cbn_tile *m, const cbn_tile *r, const int backward
         for (ptrdiff_t n = 0; n < n_runs; n++)
             for (ptrdiff_t c = first; c < last; c++) {
                 const int maps = mapping && c < m_channels;
-                const elem *mx = NULL, *mg = NULL, *mz = NULL;
+                const elem *mx = NULL, *mg = NULL, *mz = NULL, *mz_next = NULL;
                 elem *y = NULL;
                 vec f[ALL_FACTORS] = {{0}};
                 ptrdiff_t head = 0, whole = length; /* whole lines lie between these */
                 if (maps) {
                     mx = AT(m->x, n, c), mg = AT(m->g, n, c), y = AT(m->y, n, c);
                     mz = m->z.data ? AT(m->z, n, c) : NULL;
+                    mz_next = NEXT(m->z);
                     for (int i = 0; i < FACTORS(backward); i++)
                         f[i] = splat(factors[i][c - first]);
                     if (past || length >= LONG)
@@ -296,20 +306,21 @@ INLINE void LOOP(first)(const cbn_tile *m, const cbn_tile *r, const int backward
                 }
 #ifdef SUMS
                 const int reduces = reducing && c < r_channels;
-                const elem *x_next = NULL, *g_next = NULL;
+                const elem *x_next = NULL, *g_next = NULL, *z_next = NULL;
                 LOOP(source) p = {NULL, NULL, NULL, NULL, NULL};
                 LOOP(sums) s;
                 dvec shift = {0}, scale = {0}, offset = {0};
                 if (reduces) {
                     p.x = AT(r->x, n, c), p.g = AT(r->g, n, c);
-                    x_next = c + 1 < last ? AT(r->x, n, c + 1) : AT(r->x, n + 1, first);
-                    g_next = c + 1 < last ? AT(r->g, n, c + 1) : AT(r->g, n + 1, first);
+                    x_next = NEXT(r->x);
+                    g_next = NEXT(r->g);
                     if (copying)
                         p.x_copy = AT(r->x_copy, n, c);
                     if (backward && (copying || act_r.on))
                         p.h = AT(r->h, n, c);
                     if (backward && act_r.on) {
                         p.z = r->z.data ? AT(r->z, n, c) : NULL;
+                        z_next = NEXT(r->z);
                         scale = splat_d(r->coef_c[r->pitch + c]);
                         offset = splat_d(r->coef_c[OFFSET * r->pitch + c]);
                     }
@@ -321,6 +332,8 @@ INLINE void LOOP(first)(const cbn_tile *m, const cbn_tile *r, const int backward
                 }
 #endif
                 for (ptrdiff_t i = 0; i < length; i += piece) {
+                    if (reducing && !backward && mz)
+                        LOOP(fetch)(mz, mz_next, i, AHEAD, length);
                     if (maps)
                         LOOP(map_piece)(mx, mg, mz, y, MIN(head + i, whole), MIN(head + i + piece, whole), f, act,
                                         backward, past);
@@ -329,16 +342,12 @@ INLINE void LOOP(first)(const cbn_tile *m, const cbn_tile *r, const int backward
                         LOOP(map_shared)(mx, mg, mz, y, whole, length, f, act, &shared, backward);
 #ifdef SUMS
                     if (reduces) {
-                        if (ahead) {
-                            const ptrdiff_t at = i + ahead < length ? i + ahead : i + ahead - length;
-                            const elem *xa = (i + ahead < length ? p.x : x_next) + at;
-                            const elem *ga = (i + ahead < length ? p.g : g_next) + at;
-                            for (ptrdiff_t l = 0; l < PIECE; l += LINE_ELEMS) {
-                                __builtin_prefetch(xa + l, 0, 2);
-                                if (backward)
-                                    __builtin_prefetch(ga + l, 0, 2);
-                            }
-                        }
+                        if (ahead)
+                            LOOP(fetch)(p.x, x_next, i, ahead, length);
+                        if (ahead && backward)
+                            LOOP(fetch)(p.g, g_next, i, ahead, length);
+                        if (ahead && backward && p.z)
+                            LOOP(fetch)(p.z, z_next, i, ahead, length);
                         LOOP(reduce_piece)(p, i, MIN(i + piece, length), shift, scale, offset, act_r, &s, backward,
                                            copying);
                     }
@@ -693,6 +702,7 @@ TARGET static void LOOP(backward_last)(const cbn_tile *m, const cbn_tile *r)
 #undef ROOM
 #undef TO_LINE
 #undef AT
+#undef NEXT
 #undef RARE
 #undef MIN
 #undef MAX
