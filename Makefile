@@ -76,7 +76,7 @@ bench-compare: $(VENV)/.with-bench ## BASE=file.json: which rows of cbn became s
 lint: $(VENV)/.with-lint ## ruff, cython-lint, mypy, and our C without warnings
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	PATH="$(abspath $(BIN)):$$PATH" cython-lint cbn
+	PATH="$(abspath $(BIN)):$$PATH" cython-lint cbn examples
 	$(BIN)/mypy
 	CBN_WERROR=1 $(BIN)/python setup.py -q build_ext --force -t build/lint -b build/lint
 

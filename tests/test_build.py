@@ -113,7 +113,7 @@ def test_a_wheel_from_the_sdist_passes_the_tests_in_an_empty_environment(sdist, 
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     assert not [n for n in names if n.endswith((".c", ".h", ".pyx"))]
-    for needed in ("cbn/py.typed", "cbn/kernels/passes.pyi"):
+    for needed in ("cbn/py.typed", "cbn/kernels/passes.pyi", "cbn/kernels/passes.pxd"):
         assert needed in names
     done = build(["-m", "venv", str(tmp_path / "venv")], tmp_path)
     assert done.returncode == 0, done.stderr

@@ -10,6 +10,7 @@ from cpython.object cimport PyObject_GenericSetAttr
 from cpython.pycapsule cimport PyCapsule_New
 from cython.parallel cimport prange
 from libc.math cimport fabs, isfinite, sqrt
+from libc.stdlib cimport free, malloc
 from libc.string cimport memcmp, memcpy
 
 import os
@@ -926,9 +927,9 @@ cdef void map_tile(Job *job, cbn_tile *t, bint last) noexcept nogil:
 cdef void pipeline(Job *job, Py_ssize_t begin, Py_ssize_t end, int thread) noexcept nogil:
     """Reduce and map some tiles, all channels' values of each at once: memory is read once, not twice.
 
-    While a tile is reduced its elements, or h in place of g, go into a copy that stays in the cache; from there the map takes them, while
-    the next tile is reduced and takes their place. So reading and writing of memory overlap. The copy is contiguous,
-    which the tile is not: lines that are a large power of two apart share few places of a cache.
+    While a tile is reduced its elements, or h in place of g, go into a copy that stays in the cache; from there the map
+    takes them, while the next tile is reduced and takes their place. So reading and writing of memory overlap. The copy
+    is contiguous, which the tile is not: lines that are a large power of two apart share few places of a cache.
     """
     cdef Py_ssize_t tile, k, blocks = job.reduction.blocks * job.reduction.pieces
     cdef Rectangle r, before
@@ -1451,3 +1452,111 @@ cdef class Planned:
         """Use this plan for calls like the last one, if nothing has been assigned since that version of the layer."""
         if version == self._version:
             self.plan = plan
+
+
+# ---- for compiled tools ----------------------------------------------------------------------------------------
+
+@cython.final
+cdef class Passes:
+    """The passes over arrays of one dtype, shape and strides, for compiled code: C pointers in, no GIL, no exception.
+
+    A tool cimports the class (passes.pxd), makes one with the GIL, and calls its C methods without. Pointers are to the
+    first element; per channel, everything is contiguous float64. Threads are cbn's, see `cbn.set_num_threads`. `apply`
+    may be called from many threads at once; the others keep their sums in the object, so that a thread has its own.
+
+        moments    mean_c and m2_c = S((x - mean)^2) of every channel of x
+        apply      y = (x - mean)*scale + offset, coef_c (3, C): mean, scale, offset. y may be x
+        normalize  training: mean_c, m2_c, invstd_c = 1/sqrt(m2/count + eps) of x, y = (x - mean)*invstd*weight + bias;
+                   weight_c and bias_c may be NULL. y may be x
+        backward   dx through the statistics of the batch, sum_c = S(dy), product_c = S(dy*(x - mean))*invstd: the
+                   gradients of bias and weight; weight_c may be NULL. dx may be dy or x
+
+    Parameters
+    ----------
+    like : ndarray
+        What the pointers will be to: its dtype, shape and strides count, its values do not.
+    channel_axis : int
+
+    Attributes
+    ----------
+    C, count : int
+        Channels, and values of each.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For what a layer would refuse, for an empty array, and for strides that would need a copy.
+    """
+    def __init__(self, like, channel_axis=1):
+        inp = Input(like, channel_axis, "like")
+        if inp.layout is None:
+            raise ValueError(f"like is empty, of shape {np.shape(like)}")
+        if cnp.PyArray_DATA(inp.x) != cnp.PyArray_DATA(np.asarray(like)):
+            raise ValueError(f"like has strides {np.asarray(like).strides}, which no loop reads: expected rows or runs")
+        cdef Job *job = <Job *>malloc(sizeof(Job))
+        if job == NULL:
+            raise MemoryError()
+        free(self.job)
+        self.job = job
+        job[0] = make_job(inp.layout, inp.x, False)
+        self.layout, self.C, self.count = inp.layout, inp.layout.C, inp.layout.count
+        self.room = new_doubles(self.C * (5 + 2 * job.reduction.blocks * job.reduction.pieces))
+        job.coef_c = doubles(self.room, self.room.size)
+        write_to(job, inp.layout, inp.x)
+
+    def __dealloc__(self):
+        free(self.job)
+
+    cdef void moments(self, const void *x, double *mean_c, double *m2_c) noexcept nogil:
+        cdef Job job = self.job[0]
+        job.x.data = <char *>x
+        job.shift_c = job.coef_c
+        job.partial = job.coef_c + 5 * self.C
+        job.coef_c = NULL
+        job.sum_c, job.square_c = mean_c, m2_c
+        reduce(&job)
+
+    cdef void apply(self, const void *x, void *y, const double *coef_c) noexcept nogil:
+        cdef Job job = self.job[0]
+        job.x.data = job.g.data = <char *>x
+        job.y.data = <char *>y
+        job.coef_c = <double *>coef_c
+        job.stream = stores_past(&job)
+        run(map_items, &job, n_items(&job.map), threads_for(2 * job.n_bytes, n_items(&job.map)))
+
+    cdef void normalize(self, const void *x, void *y, const double *weight_c, const double *bias_c, double eps,
+                        double *mean_c, double *m2_c, double *invstd_c) noexcept nogil:
+        cdef Job job = self.job[0]
+        job.x.data = job.g.data = <char *>x
+        job.y.data = <char *>y
+        job.shift_c = job.coef_c + 3 * self.C
+        job.partial = job.coef_c + 5 * self.C
+        job.weight_c, job.bias_c, job.eps = <double *>weight_c, <double *>bias_c, eps
+        job.sum_c, job.square_c, job.invstd_c = mean_c, m2_c, invstd_c
+        with_copies(&job)
+
+    cdef void backward(self, const void *dy, const void *x, void *dx, const double *weight_c, const double *mean_c,
+                       const double *invstd_c, double *sum_c, double *product_c) noexcept nogil:
+        cdef Job job = self.job[0]
+        cdef Py_ssize_t c
+        job.backward = job.batch_statistics = True
+        job.x.data, job.g.data, job.y.data = <char *>x, <char *>dy, <char *>dx
+        job.partial = job.coef_c + 5 * self.C
+        job.shift_c, job.invstd_c, job.weight_c = <double *>mean_c, <double *>invstd_c, <double *>weight_c
+        job.sum_c, job.square_c = sum_c, product_c
+        with_copies(&job)
+        for c in range(self.C):
+            product_c[c] *= invstd_c[c]
+
+
+cdef void with_copies(Job *job) noexcept nogil:
+    """`reduce_and_map` with memory of its own for the pipeline; where there is none, in two passes."""
+    cdef char *room = NULL
+    job.stream = stores_past(job)
+    choose_tiles(job)
+    if job.fused:
+        room = <char *>malloc(job.threads * job.copy_bytes + LINE)
+        job.fused = room != NULL
+        job.copy = room + (-<Py_ssize_t>room & (LINE - 1))
+    reduce_and_map(job)
+    free(room)

@@ -1,0 +1,109 @@
+"""The example of a compiled tool that cimports cbn's passes: built as its author would build it, and called."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import cbn
+from cbn import reference
+from cbn.kernels import passes
+
+from .conftest import error
+
+SOURCE = Path(__file__).parents[1] / "examples" / "extension"
+
+
+@pytest.fixture(scope="module")
+def frames(tmp_path_factory):
+    pytest.importorskip("Cython")
+    folder = tmp_path_factory.mktemp("extension")
+    for name in ("setup.py", "frames.pyx"):
+        shutil.copy(SOURCE / name, folder)
+    # cbn may be installed in a way that Cython does not follow (an editable install): it reads .pxd files from the path
+    environment = os.environ | {"PYTHONPATH": str(Path(cbn.__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
+        cwd=folder, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    (library,) = folder.glob("frames.*.so")
+    spec = importlib.util.spec_from_file_location("frames", library)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("shape", [(5, 300, 7), (3, 9000, 64), (2, 70, 3000), (2, 1, 4)])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_frames_are_normalized(frames, parallel, rng, shape, threads):
+    x = (rng.standard_normal(shape) + 5).astype(np.float32)
+    y = np.empty_like(x)
+    with cbn.num_threads(threads):
+        mean, var = frames.normalize_frames(x, y)
+    moments = [reference.moments(frame) for frame in x]
+    for frame, found, (n, frame_mean, m2) in zip(x, y, moments, strict=True):
+        assert error(found, reference.normalize(frame, frame_mean, m2 / n)) <= 1e-6
+    assert error(mean, np.mean([m[1] for m in moments], axis=0)) <= 1e-12
+    assert error(var, np.mean([m[2] / m[0] for m in moments], axis=0)) <= 1e-12
+    same = x.copy()
+    frames.normalize_frames(same, same)
+    assert (same == y).all()
+
+
+@pytest.mark.parametrize("shape", [(300, 7), (9000, 64), (70, 3000)])
+def test_gradient(frames, parallel, rng, shape):
+    x, dy = rng.standard_normal((2, *shape)).astype(np.float32)
+    n, mean, m2 = reference.moments(x)
+    passes.tune(l2_bytes=1 << 12, l3_bytes=1 << 24)  # the pipeline, which has copies of its own
+    assert error(frames.gradient(dy, x), reference.backward(dy, x, mean, m2 / n)[0]) <= 1e-5
+
+
+def test_apply(frames, rng):
+    x, coef = rng.standard_normal((50, 6)).astype(np.float32), rng.standard_normal((3, 6))
+    expected = (x - coef[0]) * coef[1] + coef[2]
+    frames.affine(x, coef)
+    assert error(x, expected) <= 1e-6
+
+
+def test_other_threads_run_meanwhile(frames):
+    """Without the GIL: a Python thread counts while the extension works."""
+    x = np.ones((400, 5000, 64), np.float32)
+    counted, done = [0], threading.Event()
+
+    def count():
+        while not done.is_set():
+            counted[0] += 1
+            time.sleep(0)
+
+    thread = threading.Thread(target=count)
+    thread.start()
+    try:
+        before = counted[0]
+        with cbn.num_threads(1):
+            frames.normalize_frames(x, x)
+        during = counted[0] - before
+    finally:
+        done.set()
+        thread.join()
+    assert during > 100
+
+
+def test_what_is_refused(frames):
+    with pytest.raises(ValueError, match="there are no frames"):
+        frames.normalize_frames(np.zeros((0, 3, 4), np.float32), np.zeros((0, 3, 4), np.float32))
+    with pytest.raises(ValueError, match=r"like is empty, of shape \(0, 4\)"):
+        passes.Passes(np.zeros((0, 4)))
+    with pytest.raises(TypeError, match="like has dtype int64"):
+        passes.Passes(np.zeros((2, 4), np.int64))
+    with pytest.raises(ValueError, match=r"like has strides \(64, 16\), which no loop reads: expected rows or runs"):
+        passes.Passes(np.zeros((4, 8))[:, ::2])
+    with pytest.raises(ValueError, match="channel_axis 2 is out of range"):
+        passes.Passes(np.zeros((4, 8)), channel_axis=2)
