@@ -5,6 +5,7 @@ Python's: ValueError for shapes and values, TypeError for dtypes and kinds of ob
 ValueError and a RuntimeError, where PyTorch raises RuntimeError.
 """
 
+import contextlib
 import math
 import operator
 from collections.abc import Callable
@@ -42,6 +43,26 @@ def later(name: str) -> Callable[..., Any]:
     function.__name__ = function.__qualname__ = name.rsplit(".", 1)[-1]
     function.__doc__ = "Not supported yet."
     return function
+
+
+def quantization(x: Array, scale: Any, zero_point: Any, out_dtype: Any) -> tuple[float, int, np.dtype[Any]]:
+    """(scale, zero point, dtype of y) of an 8-bit array, whose values stand for scale*(x - zero_point)."""
+    if scale is None:
+        raise TypeError(f"input has dtype {x.dtype}, whose values need a scale: x_scale=1/255, for example")
+    scale = number(scale, "x_scale", "a number")
+    if not (math.isfinite(scale) and scale > 0):
+        raise ValueError(f"x_scale must be finite and positive, but got {scale}")
+    zero_point = integer(0 if zero_point is None else zero_point, "x_zero_point", "an integer")
+    info = np.iinfo(x.dtype)
+    if not info.min <= zero_point <= info.max:
+        raise ValueError(f"x_zero_point must be a value of {x.dtype}, but got {zero_point}")
+    if out_dtype is None:
+        return scale, zero_point, FLOATS[0]
+    with contextlib.suppress(TypeError):
+        found = np.dtype(out_dtype)
+        if found == np.float32 or found.name == "bfloat16":
+            return scale, zero_point, found.newbyteorder("=")
+    raise TypeError(f"out_dtype must be float32 or bfloat16 (of ml_dtypes), not {out_dtype!r}")
 
 
 def native_float(dtype: np.dtype[Any]) -> np.dtype[Any] | None:
@@ -121,14 +142,14 @@ def rank(x: Array, ranks: tuple[int, ...] | None) -> None:
         raise ValueError(f"expected {expected} input (got {x.ndim}D input)")
 
 
-def output(out: Array | None, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+def output(out: Array | None, shape: tuple[int, ...], dtype: np.dtype[Any], expected: str = "as the input") -> None:
     """Refuse an `out` that is not exactly an array of this shape and dtype that can be written to."""
     if out is None:
         return
     if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
         raise TypeError(f"out must be a numpy array, not {type(out).__name__}")
     if out.dtype != dtype or not out.dtype.isnative:
-        raise TypeError(f"out has dtype {out.dtype.str!r}; expected {dtype.str!r}, as the input ({dtype})")
+        raise TypeError(f"out has dtype {out.dtype.str!r}; expected {dtype.str!r}, {expected} ({dtype})")
     if out.shape != shape:
         raise ValueError(f"out has shape {out.shape}; expected {shape}, as the input")
     if not out.flags.writeable:

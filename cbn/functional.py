@@ -181,7 +181,7 @@ def update_running(
 
 
 def check_parameters(
-    inp: passes.Input,
+    n: int,
     running_mean: npt.ArrayLike | None,
     running_var: npt.ArrayLike | None,
     weight: npt.ArrayLike | None,
@@ -189,8 +189,7 @@ def check_parameters(
     *,
     updated: bool,
 ) -> tuple[Array | Any, Array | Any, Array | Any, Array | Any]:
-    """The four per-channel arguments, checked in PyTorch's order."""
-    n = inp.n_channels
+    """The four per-channel arguments for n channels, checked in PyTorch's order."""
     return (
         checks.per_channel(running_mean, "running_mean", n, written=updated),
         checks.per_channel(running_var, "running_var", n, written=updated),
@@ -214,9 +213,9 @@ def batch_norm(
     activation: Activation = None,
     residual: npt.ArrayLike | None = None,
     mask: None = None,
-    x_scale: None = None,
-    x_zero_point: None = None,
-    out_dtype: None = None,
+    x_scale: float | None = None,
+    x_zero_point: int | None = None,
+    out_dtype: npt.DTypeLike | None = None,
 ) -> Array:
     """Normalize every channel of an array.
 
@@ -226,7 +225,8 @@ def batch_norm(
     Parameters
     ----------
     x : array_like
-        Two or more dimensions; float32, float64, float16 or bfloat16 (of ml_dtypes); any strides.
+        Two or more dimensions; float32, float64, float16 or bfloat16 (of ml_dtypes); any strides. With `x_scale` also
+        uint8 or int8.
     running_mean, running_var : (C,) ndarray or None
         Read if not `training`. If `training`, both None or both arrays that are updated in place, after all else has
         succeeded: ``running = (1 - momentum)*running + momentum*batch``, the variance with 1/(n - 1).
@@ -246,7 +246,13 @@ def batch_norm(
         What y goes through, in the same pass. NaN stays NaN.
     residual : array_like, optional
         Of x's shape and dtype; added before the activation, in the same pass.
-    mask, x_scale, x_zero_point, out_dtype
+    x_scale : float, optional
+        For 8-bit input, which stands for ``x_scale * (x - x_zero_point)``: 1/255 for images. Evaluation alone.
+    x_zero_point : int
+        A value of x's dtype; 0 by default.
+    out_dtype : float32 or bfloat16
+        Of y, for 8-bit input; float32 by default.
+    mask
         Not supported yet.
 
     Returns
@@ -279,9 +285,19 @@ def batch_norm(
     >>> mean, var
     (array([0.2, 0.1]), array([1.7, 0.9]))
     """
-    checks.not_yet(mask=mask, x_scale=x_scale, x_zero_point=x_zero_point, out_dtype=out_dtype)
+    checks.not_yet(mask=mask)
     slope = checks.negative_slope(activation)
     arrays = (weight, bias, running_mean, running_var)
+    a = np.asanyarray(x)
+    if a.dtype in (np.uint8, np.int8) and not training:
+        scale, zero_point, dtype = checks.quantization(a, x_scale, x_zero_point, out_dtype)
+        if residual is not None:
+            raise ValueError("residual cannot be added to 8-bit input; expected None")
+        return _batch_norm_bytes(a, *arrays, eps, channel_axis, out, slope, scale, zero_point, dtype)
+    for name, value in (("x_scale", x_scale), ("x_zero_point", x_zero_point), ("out_dtype", out_dtype)):
+        if value is not None:
+            words = f"{'training' if training else 'evaluation'} with input of dtype {a.dtype}"
+            raise TypeError(f"{name} is for evaluation with 8-bit input (uint8, int8), and this is {words}")
     return _batch_norm(x, *arrays, training, momentum, eps, channel_axis, out, residual, slope)[0]
 
 
@@ -308,7 +324,7 @@ def _batch_norm(
     else:
         checks.buffers_for_eval(running_mean, running_var)
     running_mean, running_var, weight, bias = check_parameters(
-        inp, running_mean, running_var, weight, bias, updated=bool(training)
+        inp.n_channels, running_mean, running_var, weight, bias, updated=bool(training)
     )
     eps = checks.epsilon_for(eps, training)
     residual = checks.residual(residual, inp.x)
@@ -325,6 +341,51 @@ def _batch_norm(
     if old is not None and inp.layout is not None:
         update_running(running_mean, running_var, inp.count, mean, m2, momentum, old=old)
     return y, mean, invstd
+
+
+def _batch_norm_bytes(
+    x: Array,
+    weight: npt.ArrayLike | None,
+    bias: npt.ArrayLike | None,
+    running_mean: Array | None,
+    running_var: Array | None,
+    eps: float,
+    channel_axis: int,
+    out: Array | None,
+    negative_slope: float,
+    scale: float,
+    zero_point: int,
+    dtype: np.dtype[Any],
+) -> Array:
+    """Evaluation of 8-bit input: the map with coefficients that hold the scale and the zero point."""
+    checks.unmasked(x, "input")
+    checks.rank(x, None)
+    axis = checks.axis_index(channel_axis, x.ndim)
+    checks.output(out, x.shape, dtype, "as out_dtype")
+    checks.buffers_for_eval(running_mean, running_var)
+    n = x.shape[axis]
+    mean, var, weight, bias = check_parameters(n, running_mean, running_var, weight, bias, updated=False)
+    coef = coefficients(mean, var, weight, bias, checks.epsilon_for(eps, False))
+    # (scale*(x - zero_point) - mean)*invstd = (x - (zero_point + mean/scale))*(scale*invstd)
+    with np.errstate(all="ignore"):
+        coef[0] = zero_point + coef[0] / scale
+        coef[1] *= scale
+    if not passes.fits_in_float32(coef):
+        wide = passes.Input(x.astype(np.float64), axis)
+        y = normalize(wide, coef, None, None, negative_slope)
+        with np.errstate(over="ignore"):
+            return delivered(y.astype(dtype), out)
+    layout = passes.Layout.of(x, axis) if x.size else None
+    if x.size and layout is None:
+        x = x.copy(order="K")
+        layout = passes.Layout.of(x, axis)
+    if layout and out is not None and out.flags.aligned and layout.fits(out) and not passes.overlaps(x, out):
+        y = out
+    else:
+        y = passes.empty_like(x, dtype)
+    if layout:
+        passes.apply(layout, x, y, coef, False, None, negative_slope)
+    return delivered(y, out)
 
 
 def native_batch_norm(

@@ -447,12 +447,6 @@ def test_functions_of_later_versions_say_so(function):
         function(1, 2, three=3)
 
 
-@pytest.mark.parametrize("name", ["x_scale", "x_zero_point", "out_dtype"])
-def test_eight_bit_input_is_not_supported_yet(name):
-    with pytest.raises(NotImplementedError, match=name):
-        batch_norm(f32(4, 3), f32(3), f32(3), **{name: 1})
-
-
 def test_masked_arrays_per_channel():
     masked = np.ma.masked_less(f32(3), 0)
     for name in ("weight", "bias", "running_mean", "running_var"):

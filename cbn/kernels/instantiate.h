@@ -5,7 +5,7 @@
  *   TARGET     the attribute that lets a function use the set's instructions
  *   VEC_BYTES  its vector's size: 16, 32 or 64
  *
- * Each inclusion of loops.h is a call of the template with (ELEM, REAL, TYPE, WIDENS, SUMS, ELEM_IS_DOUBLE, ELEM_HALF);
+ * Each inclusion of loops.h is a call of the template with (ELEM, OUT, REAL, TYPE, WIDENS, SUMS, FORWARD, ELEM_IS_DOUBLE, ELEM_HALF, ELEM_BYTE);
  * see there.
  */
 #include <stdint.h>
@@ -35,6 +35,10 @@ static const int64_t first_64[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
 #define BF16 1
 #define F16 2
 
+/* What ELEM_BYTE says of an 8-bit type. */
+#define U8 1
+#define I8 2
+
 /* The factors of a channel in the formulas of loops.h; forward has the first three. */
 enum { HIGH, SCALE, TERM, SLOPE, GHIGH, ALL_FACTORS };
 enum { OFFSET = 4 }; /* row of the coefficients, in backward */
@@ -46,6 +50,7 @@ enum { OFFSET = 4 }; /* row of the coefficients, in backward */
 #define SUMS
 #define ELEM_IS_DOUBLE 0
 #define ELEM_HALF 0
+#define ELEM_BYTE 0
 #include "loops.h"
 
 #define ELEM float
@@ -54,6 +59,7 @@ enum { OFFSET = 4 }; /* row of the coefficients, in backward */
 #define WIDENS
 #define ELEM_IS_DOUBLE 0
 #define ELEM_HALF 0
+#define ELEM_BYTE 0
 #include "loops.h"
 
 #define ELEM double
@@ -62,6 +68,7 @@ enum { OFFSET = 4 }; /* row of the coefficients, in backward */
 #define SUMS
 #define ELEM_IS_DOUBLE 1
 #define ELEM_HALF 0
+#define ELEM_BYTE 0
 #include "loops.h"
 
 #define ELEM uint16_t
@@ -70,6 +77,7 @@ enum { OFFSET = 4 }; /* row of the coefficients, in backward */
 #define SUMS
 #define ELEM_IS_DOUBLE 0
 #define ELEM_HALF BF16
+#define ELEM_BYTE 0
 #include "loops.h"
 
 #define ELEM uint16_t
@@ -78,6 +86,7 @@ enum { OFFSET = 4 }; /* row of the coefficients, in backward */
 #define WIDENS
 #define ELEM_IS_DOUBLE 0
 #define ELEM_HALF BF16
+#define ELEM_BYTE 0
 #include "loops.h"
 
 #define ELEM uint16_t
@@ -86,6 +95,7 @@ enum { OFFSET = 4 }; /* row of the coefficients, in backward */
 #define SUMS
 #define ELEM_IS_DOUBLE 0
 #define ELEM_HALF F16
+#define ELEM_BYTE 0
 #include "loops.h"
 
 #define ELEM uint16_t
@@ -94,6 +104,47 @@ enum { OFFSET = 4 }; /* row of the coefficients, in backward */
 #define WIDENS
 #define ELEM_IS_DOUBLE 0
 #define ELEM_HALF F16
+#define ELEM_BYTE 0
+#include "loops.h"
+
+#define ELEM uint8_t
+#define OUT float
+#define REAL float
+#define TYPE u8_f32
+#define FORWARD
+#define ELEM_IS_DOUBLE 0
+#define ELEM_HALF 0
+#define ELEM_BYTE U8
+#include "loops.h"
+
+#define ELEM uint8_t
+#define OUT uint16_t
+#define REAL float
+#define TYPE u8_bf16
+#define FORWARD
+#define ELEM_IS_DOUBLE 0
+#define ELEM_HALF BF16
+#define ELEM_BYTE U8
+#include "loops.h"
+
+#define ELEM int8_t
+#define OUT float
+#define REAL float
+#define TYPE i8_f32
+#define FORWARD
+#define ELEM_IS_DOUBLE 0
+#define ELEM_HALF 0
+#define ELEM_BYTE I8
+#include "loops.h"
+
+#define ELEM int8_t
+#define OUT uint16_t
+#define REAL float
+#define TYPE i8_bf16
+#define FORWARD
+#define ELEM_IS_DOUBLE 0
+#define ELEM_HALF BF16
+#define ELEM_BYTE I8
 #include "loops.h"
 
 #define NAMED(type, pass) PASTE(pass, type, ISA)
@@ -102,6 +153,7 @@ enum { OFFSET = 4 }; /* row of the coefficients, in backward */
         NAMED(type, forward_first), NAMED(type, forward_last),     \
         NAMED(type, backward_first), NAMED(type, backward_last),   \
     }
+#define FORWARD_LOOPS(type) {NAMED(type, forward_first), NAMED(type, forward_last), NULL, NULL}
 #define TABLE_(isa) cbn_##isa
 #define TABLE(isa) TABLE_(isa)
 #define STRING_(s) #s
@@ -116,4 +168,8 @@ const cbn_isa TABLE(ISA) = {
     .bf16_wide = LOOPS(bf16_wide),
     .f16 = LOOPS(f16),
     .f16_wide = LOOPS(f16_wide),
+    .u8_f32 = FORWARD_LOOPS(u8_f32),
+    .u8_bf16 = FORWARD_LOOPS(u8_bf16),
+    .i8_f32 = FORWARD_LOOPS(i8_f32),
+    .i8_bf16 = FORWARD_LOOPS(i8_bf16),
 };

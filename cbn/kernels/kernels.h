@@ -11,6 +11,7 @@
  *   type       f32  f64  elements and arithmetic alike; sums are of float64
  *              bf16 f16  16-bit elements, float32 arithmetic
  *              f32_wide  bf16_wide  f16_wide  float64 arithmetic on them: maps alone
+ *              u8_f32  u8_bf16  i8_f32  i8_bf16  8-bit input, float32 arithmetic, y of another type: forward maps alone
  *   isa        baseline  avx2  avx512
  *
  * act(a) = a where a > 0 or NaN, else a*negative_slope: 0 is ReLU, 1 no activation. Without z and act, h is g itself.
@@ -65,6 +66,7 @@ typedef struct {
 typedef struct {
     const char *name;
     cbn_loops f32, f32_wide, f64, bf16, bf16_wide, f16, f16_wide;
+    cbn_loops u8_f32, u8_bf16, i8_f32, i8_bf16;
 } cbn_isa;
 
 extern const cbn_isa cbn_baseline, cbn_avx2, cbn_avx512; /* the last two on x86-64 alone */

@@ -1,12 +1,14 @@
 /* loops.h: the loops over runs and over rows. A template; it opens no thread, allocates nothing and knows no Python.
  *
  * Parameters, undefined again at the end:
- *   ELEM    the element in memory             float   float     double  uint16_t   uint16_t
- *   REAL    the arithmetic of the maps        float   double    double  float      double      (no other combination)
- *   TYPE    its name in the symbols           f32     f32_wide  f64     bf16, f16  bf16_wide, f16_wide
- *   ELEM_HALF  which of the 16-bit types, or 0
- *   WIDENS  defined where REAL is wider than ELEM
+ *   ELEM    the element in memory             float   float     double  uint16_t   uint16_t             uint8_t, int8_t
+ *   OUT     that of y, if it is another one                                                             float, uint16_t
+ *   REAL    the arithmetic of the maps        float   double    double  float      double               float
+ *   TYPE    its name in the symbols           f32     f32_wide  f64     bf16, f16  bf16_wide, f16_wide  u8_f32, ...
+ *   ELEM_HALF  which of the 16-bit types the output is, or 0
+ *   WIDENS  defined where REAL is wider than a float or 16-bit ELEM
  *   SUMS    defined: the reductions too, whose arithmetic is float64 whatever the elements are
+ *   FORWARD defined: nothing of backward
  *
  * Both directions, forward and backward, and every combination of map, reduction, kind of store and copy are one text
  * for a layout: `backward`, `mapping`, `reducing` are constants of an inlined body, `past` and `copying` are tested once
@@ -22,17 +24,18 @@
 #define ROWS 4     /* rows side by side: amortize the trip of factors and accumulators to L1 */
 #define LONG 256   /* elements from which it pays to store whole lines */
 #define LINE 64    /* bytes that memory and caches exchange */
-#define LINE_ELEMS ((ptrdiff_t)(LINE / sizeof(elem)))
+#define LINE_ELEMS ((ptrdiff_t)(LINE / sizeof(elem_out)))
 #define COLUMNS (CBN_ROW_BYTES / MAX(sizeof(elem), sizeof(float)))      /* most columns of a row */
 #define ROOM (COLUMNS + 2 * LINE_ELEMS)                                 /* and what a vector may read beyond; not 4 KB, so that
                                                                            a store to one delays no load of another */
-#define TO_LINE(p) ((ptrdiff_t)(-(uintptr_t)(p) % LINE / sizeof(elem))) /* elements from p to the next line */
+#define TO_LINE(p) ((ptrdiff_t)(-(uintptr_t)(p) % LINE / sizeof(elem_out))) /* elements from p to the next line */
 #if defined(WIDENS) && ELEM_HALF
 #define RARE 1 /* values that only float64 holds, in 16 bits: no code for whole lines */
 #else
 #define RARE 0
 #endif
 #define AT(v, i, j) ((elem *)(v).data + (i) * (v).n + (j) * (v).c)
+#define Y_AT(v, i, j) ((elem_out *)(v).data + (i) * (v).n + (j) * (v).c)
 #define NEXT(v) (c + 1 < last ? AT(v, n, c + 1) : AT(v, n + 1, first)) /* the run after that of n and c */
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
@@ -138,7 +141,7 @@ INLINE dvec LOOP(masked)(dvec d, const elem *g, const elem *z, elem *h, ptrdiff_
 /* ---- first: runs of one channel ---------------------------------------------------------------------- */
 
 /* Elements begin to end of a run; with `past` these are whole lines. */
-INLINE void LOOP(map_piece)(const elem *x, const elem *g, const elem *z, elem *y, ptrdiff_t begin, ptrdiff_t end,
+INLINE void LOOP(map_piece)(const elem *x, const elem *g, const elem *z, elem_out *y, ptrdiff_t begin, ptrdiff_t end,
                             const vec *f, LOOP(activation) act, const int backward, const int past)
 {
     ptrdiff_t i = begin;
@@ -166,8 +169,8 @@ INLINE void LOOP(map_piece)(const elem *x, const elem *g, const elem *z, elem *y
 
 /* A line that two runs share waits here for the second one: a store of a part would read it from memory first. */
 typedef struct {
-    elem value[LINE_ELEMS] __attribute__((aligned(LINE)));
-    elem *line;  /* where it belongs; NULL: none waits */
+    elem_out value[LINE_ELEMS] __attribute__((aligned(LINE)));
+    elem_out *line;  /* where it belongs; NULL: none waits */
     ptrdiff_t begin, end; /* what of it is there */
 } LOOP(shared);
 
@@ -175,20 +178,20 @@ INLINE void LOOP(deliver)(LOOP(shared) *s)
 {
     if (s->line && s->begin == 0 && s->end == LINE_ELEMS)
         for (ptrdiff_t i = 0; i < LINE_ELEMS; i += LANES)
-            store_past(s->line + i, load(s->value + i));
+            store_past(s->line + i, load_out(s->value + i, LANES));
     else if (s->line)
         for (ptrdiff_t i = s->begin; i < s->end; i += LANES) {
             const ptrdiff_t n = MIN(s->end - i, LANES);
-            store_first(s->line + i, load_first(s->value + i, n), n);
+            store_first(s->line + i, load_out(s->value + i, n), n);
         }
     s->line = NULL;
 }
 
 /* Less than a line of a run, elements begin to end. */
-INLINE void LOOP(map_shared)(const elem *x, const elem *g, const elem *z, elem *y, ptrdiff_t begin, ptrdiff_t end,
+INLINE void LOOP(map_shared)(const elem *x, const elem *g, const elem *z, elem_out *y, ptrdiff_t begin, ptrdiff_t end,
                              const vec *f, LOOP(activation) act, LOOP(shared) *s, const int backward)
 {
-    const ptrdiff_t at = (ptrdiff_t)((uintptr_t)(y + begin) % LINE / sizeof(elem));
+    const ptrdiff_t at = (ptrdiff_t)((uintptr_t)(y + begin) % LINE / sizeof(elem_out));
     if (begin == end)
         return;
     if (s->line != y + begin - at || s->end != at) {
@@ -287,11 +290,11 @@ INLINE void LOOP(first)(const cbn_tile *m, const cbn_tile *r, const int backward
             for (ptrdiff_t c = first; c < last; c++) {
                 const int maps = mapping && c < m_channels;
                 const elem *mx = NULL, *mg = NULL, *mz = NULL, *mz_next = NULL;
-                elem *y = NULL;
+                elem_out *y = NULL;
                 vec f[ALL_FACTORS] = {{0}};
                 ptrdiff_t head = 0, whole = length; /* whole lines lie between these */
                 if (maps) {
-                    mx = AT(m->x, n, c), mg = AT(m->g, n, c), y = AT(m->y, n, c);
+                    mx = AT(m->x, n, c), mg = AT(m->g, n, c), y = Y_AT(m->y, n, c);
                     mz = m->z.data ? AT(m->z, n, c) : NULL;
                     mz_next = NEXT(m->z);
                     for (int i = 0; i < FACTORS(backward); i++)
@@ -424,7 +427,7 @@ INLINE void LOOP(map_part)(const cbn_tile *m, ptrdiff_t n, ptrdiff_t height, ptr
             f[i] = load_real(factors[i] + j);
         for (ptrdiff_t row = n; row < n + height; row++) {
             const elem *x = AT(m->x, row, 0), *g = AT(m->g, row, 0), *z = m->z.data ? AT(m->z, row, 0) : NULL;
-            elem *y = AT(m->y, row, 0);
+            elem_out *y = Y_AT(m->y, row, 0);
             if (lanes == LANES)
                 store(y + j, LOOP(value)(x, g, z, j, LANES, f, act, backward));
             else
@@ -452,7 +455,7 @@ INLINE void LOOP(map_line)(const cbn_tile *m, ptrdiff_t n, ptrdiff_t height, ptr
             if (fetching && backward)
                 __builtin_prefetch(g + ROWS * m->g.n, 0, 2);
             if (fetching && !past)
-                __builtin_prefetch(AT(m->y, n + row + ROWS, 0) + j + v * LANES, 1, 2);
+                __builtin_prefetch(Y_AT(m->y, n + row + ROWS, 0) + j + v * LANES, 1, 2);
             if (fetching && z)
                 __builtin_prefetch(z + ROWS * m->z.n, 0, 2);
             out[row][v] = LOOP(value)(x, g, z, 0, LANES, f[v], act, backward);
@@ -460,11 +463,11 @@ INLINE void LOOP(map_line)(const cbn_tile *m, ptrdiff_t n, ptrdiff_t height, ptr
     if (past)
         for (ptrdiff_t row = 0; row < height; row++)
             for (int v = 0; v < LINE_ELEMS / LANES; v++)
-                store_past(AT(m->y, n + row, 0) + j + v * LANES, out[row][v]);
+                store_past(Y_AT(m->y, n + row, 0) + j + v * LANES, out[row][v]);
     else
         for (ptrdiff_t row = 0; row < height; row++)
             for (int v = 0; v < LINE_ELEMS / LANES; v++)
-                store(AT(m->y, n + row, 0) + j + v * LANES, out[row][v]);
+                store(Y_AT(m->y, n + row, 0) + j + v * LANES, out[row][v]);
 }
 
 #ifdef SUMS
@@ -562,7 +565,7 @@ INLINE void LOOP(last)(const cbn_tile *m, const cbn_tile *r, const int backward,
     if (RARE)
         head = m_columns;
     else if (past || (mapping && m_columns >= LONG))
-        head = MIN(skip + TO_LINE((elem *)m->y.data + skip), m_columns);
+        head = MIN(skip + TO_LINE((elem_out *)m->y.data + skip), m_columns);
     /* Where a line of y begins, a vector of factors is aligned too. */
     real(*factors)[ROOM] = (void *)(room[0] + (-head & (LINE_ELEMS - 1)));
     ptrdiff_t columns = m_columns;
@@ -590,7 +593,7 @@ INLINE void LOOP(last)(const cbn_tile *m, const cbn_tile *r, const int backward,
     for (ptrdiff_t n = 0; n < n_runs; n += rows) {
         const ptrdiff_t height = MIN(rows, n_runs - n);
         if (past && rows == 1 && !RARE)
-            head = MIN(TO_LINE(AT(m->y, n, 0)), m_columns);
+            head = MIN(TO_LINE(Y_AT(m->y, n, 0)), m_columns);
         LOOP(map_part)(m, n, height, skip, head, factors, act, backward);
 #ifdef SUMS
         /* Rows to come: of this tile, or the first of the next one. */
@@ -651,7 +654,7 @@ INLINE void LOOP(any_first)(const cbn_tile *m, const cbn_tile *r, const int back
 INLINE void LOOP(any_last)(const cbn_tile *m, const cbn_tile *r, const int backward)
 {
     /* Whether rows of y begin alike in their lines. */
-    const int together = m && (!m->stream || m->y.n * (ptrdiff_t)sizeof(elem) % LINE == 0);
+    const int together = m && (!m->stream || m->y.n * (ptrdiff_t)sizeof(elem_out) % LINE == 0);
 #ifdef SUMS
     if (together && r) {
         LOOP(last)(m, r, backward, 1, 1, ROWS);
@@ -680,6 +683,7 @@ TARGET static void LOOP(forward_last)(const cbn_tile *m, const cbn_tile *r)
     LOOP(any_last)(m, r, 0);
 }
 
+#ifndef FORWARD
 TARGET static void LOOP(backward_first)(const cbn_tile *m, const cbn_tile *r)
 {
     LOOP(any_first)(m, r, 1);
@@ -689,6 +693,7 @@ TARGET static void LOOP(backward_last)(const cbn_tile *m, const cbn_tile *r)
 {
     LOOP(any_last)(m, r, 1);
 }
+#endif
 
 #undef UNROLL
 #undef PIECE
@@ -702,6 +707,7 @@ TARGET static void LOOP(backward_last)(const cbn_tile *m, const cbn_tile *r)
 #undef ROOM
 #undef TO_LINE
 #undef AT
+#undef Y_AT
 #undef NEXT
 #undef RARE
 #undef MIN
@@ -735,6 +741,12 @@ TARGET static void LOOP(backward_last)(const cbn_tile *m, const cbn_tile *r)
 #undef total
 #undef DLANES
 #undef ELEM
+#undef load_out
+#undef packed_out
+#undef elem_out
+#undef ELEM_BYTE
+#undef FORWARD
+#undef OUT
 #undef REAL
 #undef TYPE
 #undef SUMS

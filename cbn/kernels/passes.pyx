@@ -8,6 +8,7 @@ cimport cython
 cimport numpy as cnp
 from cpython.object cimport PyObject_GenericSetAttr
 from cpython.pycapsule cimport PyCapsule_New
+from cpython.ref cimport Py_INCREF
 from cython.parallel cimport prange
 from libc.math cimport fabs, isfinite, sqrt
 from libc.stdlib cimport free, malloc
@@ -43,6 +44,7 @@ cdef extern from "kernels.h" nogil:
     ctypedef struct cbn_isa:
         const char *name
         cbn_loops f32, f32_wide, f64, bf16, bf16_wide, f16, f16_wide
+        cbn_loops u8_f32, u8_bf16, i8_f32, i8_bf16
     enum: CBN_ROW_BYTES
     const cbn_isa *cbn_built[]
     int cbn_highest()
@@ -246,13 +248,19 @@ cdef object pool_capsule = PyCapsule_New(&pool, b"mem_handler", NULL)
 cdef size_t pool_limit = 0
 
 
-cpdef cnp.ndarray empty_like(cnp.ndarray x):
-    """A new array of x's shape, dtype and order in memory; a large one in memory that another one has left."""
-    if pool_limit == 0 or cnp.PyArray_NBYTES(x) < CBN_POOL_LEAST:
-        return PyArray_NewLikeArray(x, cnp.NPY_KEEPORDER, NULL, 0)
+cpdef cnp.ndarray empty_like(cnp.ndarray x, dtype=None):
+    """A new array of x's shape, order in memory and dtype, or another one; a large one in memory that one has left."""
+    cdef void *descr = NULL
+    cdef Py_ssize_t n_bytes = cnp.PyArray_NBYTES(x)
+    if dtype is not None:
+        n_bytes = cnp.PyArray_SIZE(x) * dtype.itemsize
+        Py_INCREF(dtype)    # numpy keeps it
+        descr = <void *>dtype
+    if pool_limit == 0 or n_bytes < CBN_POOL_LEAST:
+        return PyArray_NewLikeArray(x, cnp.NPY_KEEPORDER, descr, 0)
     before = cnp.PyDataMem_SetHandler(pool_capsule)
     try:
-        return PyArray_NewLikeArray(x, cnp.NPY_KEEPORDER, NULL, 0)
+        return PyArray_NewLikeArray(x, cnp.NPY_KEEPORDER, descr, 0)
     finally:
         cnp.PyDataMem_SetHandler(before)
 
@@ -689,7 +697,8 @@ cdef struct Job:
     bint fused                  # reduction and map go through the same tiles, as a pipeline
     int type_num                # of numpy; that of bfloat16 is made when ml_dtypes is imported
     Py_ssize_t itemsize
-    Py_ssize_t n_bytes          # of one array
+    Py_ssize_t y_itemsize       # another one for 8-bit input
+    Py_ssize_t n_bytes          # of one array, the larger one
     Grid reduction, map
     cbn_view x, y, g            # y is dx in backward
     cbn_view z                  # residual; data NULL: none
@@ -730,6 +739,7 @@ cdef Job make_job(Layout layout, cnp.ndarray x, bint wide):
     cdef Job job
     cdef bint rows
     job.itemsize = cnp.PyArray_ITEMSIZE(x)
+    job.y_itemsize = job.itemsize
     job.n_bytes = layout.C * layout.N * layout.S * job.itemsize
     job.all_wide = wide or job.itemsize == 8
     job.backward = job.batch_statistics = job.stream = job.fused = False
@@ -776,6 +786,14 @@ cdef void write_to(Job *job, Layout layout, cnp.ndarray y) noexcept:
     """The map's output, and a partition for the map, which decides no bit: an element depends on nothing but itself."""
     cdef bint joins
     job.y = layout.view(y)
+    if job.itemsize == 1:
+        job.y_itemsize = cnp.PyArray_ITEMSIZE(y)
+        job.n_bytes *= job.y_itemsize
+        if job.type_num == cnp.NPY_UBYTE:
+            job.narrow = &active.u8_f32 if job.y_itemsize == 4 else &active.u8_bf16
+        else:
+            job.narrow = &active.i8_f32 if job.y_itemsize == 4 else &active.i8_bf16
+        job.wide = job.narrow    # `apply` is not called where that would lose anything
     joins = run_follows_run(layout, job.y) and (job.reduction.copies == 1 or row_follows_row(layout, job.y))
     job.fused = joins or not job.reduction.last
     if job.fused and (job.reduction.last or abs(job.x.c) > abs(job.x.n)):
@@ -799,9 +817,9 @@ cdef void run(Work work, Job *job, Py_ssize_t items, int threads) noexcept nogil
 
 # ---- work on some items ----------------------------------------------------------------------------------------
 
-cdef inline cbn_view moved(Job *job, cbn_view v, Rectangle *r) noexcept nogil:
+cdef inline cbn_view moved(cbn_view v, Py_ssize_t itemsize, Rectangle *r) noexcept nogil:
     if v.data != NULL:
-        v.data += (r.c * v.c + r.n * v.n + r.s) * job.itemsize
+        v.data += (r.c * v.c + r.n * v.n + r.s) * itemsize
     v.n *= r.copies
     return v
 
@@ -811,7 +829,7 @@ cdef inline cbn_tile tile_of(Job *job, Rectangle *r) noexcept nogil:
     t.n_runs, t.n_channels, t.length, t.copies = r.n_runs // r.copies, r.n_channels, r.length, r.copies
     t.pitch = job.reduction.C
     t.skip = t.drop = 0
-    t.x, t.z = moved(job, job.x, r), moved(job, job.z, r)
+    t.x, t.z = moved(job.x, job.itemsize, r), moved(job.z, job.itemsize, r)
     t.activated, t.negative_slope = job.activated, job.negative_slope
     t.x_copy.data = t.h.data = NULL
     if job.coef_c != NULL:
@@ -828,7 +846,7 @@ cdef inline cbn_loop loop_of(Job *job, const cbn_loops *loops, bint last) noexce
 cdef cbn_tile tile_to_reduce(Job *job, Rectangle *r) noexcept nogil:
     """A rectangle for a reduction, which has its own place among the partial sums."""
     cdef cbn_tile t = tile_of(job, r)
-    t.g, t.h = moved(job, job.g, r), moved(job, job.h, r)
+    t.g, t.h = moved(job.g, job.itemsize, r), moved(job.h, job.itemsize, r)
     t.shift_c = job.shift_c + r.c
     t.sum_c = job.partial + 2 * r.block * t.pitch + r.c
     t.square_c = t.sum_c + t.pitch
@@ -839,7 +857,8 @@ cdef cbn_tile tile_to_reduce(Job *job, Rectangle *r) noexcept nogil:
 cdef cbn_tile tile_to_map(Job *job, Rectangle *r) noexcept nogil:
     """A rectangle for a map."""
     cdef cbn_tile t = tile_of(job, r)
-    t.g, t.y = moved(job, job.h if job.backward and job.activated else job.g, r), moved(job, job.y, r)
+    t.g = moved(job.h if job.backward and job.activated else job.g, job.itemsize, r)
+    t.y = moved(job.y, job.y_itemsize, r)
     t.stream = job.stream
     return t
 
@@ -850,19 +869,19 @@ cdef void to_whole_lines(Job *job, cbn_tile *t, bint first, bint last) noexcept 
     The line that it shares with the tile before is its own, unless it is the `first` one, and that which it shares with
     the next is not, unless it is the `last` one: so no line is stored in parts.
     """
-    cdef Py_ssize_t width = t.n_channels * t.length * job.itemsize, lead, channels, before
-    if not t.stream or t.copies > 1 or t.y.n * job.itemsize % LINE:
+    cdef Py_ssize_t width = t.n_channels * t.length * job.y_itemsize, lead, channels, before
+    if not t.stream or t.copies > 1 or t.y.n * job.y_itemsize % LINE:
         return
-    lead = 0 if first else <Py_ssize_t>t.y.data % LINE // job.itemsize
+    lead = 0 if first else <Py_ssize_t>t.y.data % LINE // job.y_itemsize
     channels = ceil_div(lead, t.length)
-    t.drop = 0 if last else <Py_ssize_t>(t.y.data + width) % LINE // job.itemsize
+    t.drop = 0 if last else <Py_ssize_t>(t.y.data + width) % LINE // job.y_itemsize
     t.skip = channels * t.length - lead
     t.n_channels += channels
     t.coef_c -= channels
     before = channels * t.length * job.itemsize
     t.x.data -= before
     t.g.data -= before
-    t.y.data -= before
+    t.y.data -= channels * t.length * job.y_itemsize
     if t.z.data != NULL:
         t.z.data -= before
 
@@ -919,7 +938,7 @@ cdef void map_tile(Job *job, cbn_tile *t, bint last) noexcept nogil:
             part.z.data += (c - first) * part.z.c * job.itemsize
         part.x.data += (c - first) * part.x.c * job.itemsize
         part.g.data += (c - first) * part.g.c * job.itemsize
-        part.y.data += (c - first) * part.y.c * job.itemsize
+        part.y.data += (c - first) * part.y.c * job.y_itemsize
         loop_of(job, job.wide if wide else job.narrow, last)(&part, NULL)
         c += n
 
@@ -1220,9 +1239,21 @@ def moving_average(cnp.ndarray old, cnp.ndarray batch, double divisor, double mo
     return new
 
 
+def fits_in_float32(cnp.ndarray coef):
+    """Whether float32 holds mean, scale and offset of every channel; coef (3, C) contiguous float64."""
+    cdef Job job
+    job.backward = False
+    job.reduction.C = cnp.PyArray_DIM(coef, 1)
+    job.coef_c = doubles(coef, 3 * job.reduction.C)
+    return all_fit_float32(&job, 0, job.reduction.C)
+
+
 def apply(Layout layout, cnp.ndarray x, cnp.ndarray y, cnp.ndarray coef, bint wide=False, cnp.ndarray residual=None,
           double negative_slope=1):
-    """y = act((x - mean)*scale + offset + residual), coef (3, C) contiguous float64: mean, scale, offset."""
+    """y = act((x - mean)*scale + offset + residual), coef (3, C) contiguous float64: mean, scale, offset.
+
+    x may be of uint8 or int8: then y is float32 or bfloat16, there is no residual, and coef `fits_in_float32`.
+    """
     cdef Job job = make_job(layout, x, wide)
     job.coef_c = doubles(coef, 3 * layout.C)
     activate(&job, layout, residual, negative_slope)

@@ -5,10 +5,17 @@
  * there for a load or a store that converts (gcc 12 makes four instructions of the eight-lane
  * __builtin_convertvector where the processor has one), for a part of a vector and for a store past the caches.
  *
- * Defines for loops.h: elem, real, vec, LANES, load, load_first, store, store_first, store_past, load_real, splat;
+ * Defines for loops.h: elem, elem_out, real, vec, LANES, load, load_first, load_out, store, store_first, store_past,
+ * load_real, splat;
  * with SUMS also dvec, DLANES, load_d, load_first_d, load_double, store_double, first_lanes, splat_d, total.
  */
 #define elem LOOP(elem)
+#define elem_out LOOP(elem_out)
+#define packed_out LOOP(packed_out)
+#define load_out LOOP(load_out)
+#ifndef OUT
+#define OUT ELEM
+#endif
 #define real LOOP(real)
 #define vec LOOP(vec)
 #define packed LOOP(packed)
@@ -25,9 +32,11 @@
 #define LANES ((ptrdiff_t)(VEC_BYTES / sizeof(REAL)))
 
 typedef ELEM elem;
+typedef OUT elem_out;
 typedef REAL real;
 typedef real vec __attribute__((vector_size(VEC_BYTES)));
 typedef elem packed __attribute__((vector_size(VEC_BYTES / sizeof(REAL) * sizeof(ELEM))));
+typedef elem_out packed_out __attribute__((vector_size(VEC_BYTES / sizeof(REAL) * sizeof(OUT))));
 
 #if ELEM_HALF && VEC_BYTES >= 32
 /* Four, eight or sixteen elements as float32. */
@@ -65,7 +74,17 @@ typedef uint32_t LOOP(bits) __attribute__((vector_size(VEC_BYTES)));
 
 INLINE vec unpack(packed e)
 {
-#if ELEM_HALF && (defined(WIDENS) || (ELEM_HALF == F16 && VEC_BYTES == 16))
+#if ELEM_BYTE && VEC_BYTES == 64
+    return (vec)_mm512_cvtepi32_ps(ELEM_BYTE == U8 ? _mm512_cvtepu8_epi32((__m128i)e) : _mm512_cvtepi8_epi32((__m128i)e));
+#elif ELEM_BYTE && VEC_BYTES == 32
+    const __m128i low = _mm_cvtsi64_si128((long long)e);
+    return (vec)_mm256_cvtepi32_ps(ELEM_BYTE == U8 ? _mm256_cvtepu8_epi32(low) : _mm256_cvtepi8_epi32(low));
+#elif ELEM_BYTE
+    vec v;
+    for (ptrdiff_t i = 0; i < LANES; i++)
+        v[i] = e[i];
+    return v;
+#elif ELEM_HALF && (defined(WIDENS) || (ELEM_HALF == F16 && VEC_BYTES == 16))
     return LOOP(unpack_each)(e);
 #elif ELEM_HALF == F16 && VEC_BYTES == 64
     return (vec)_mm512_cvtph_ps((__m256i)e);
@@ -87,35 +106,35 @@ INLINE vec unpack(packed e)
 }
 
 /* Rounded to nearest, ties to even. (The processor's own conversion to bfloat16 takes subnormal numbers for zeros.) */
-INLINE packed pack(vec v)
+INLINE packed_out pack(vec v)
 {
 #if ELEM_HALF && (defined(WIDENS) || (ELEM_HALF == F16 && VEC_BYTES == 16))
     return LOOP(pack_each)(v);
 #elif ELEM_HALF == F16 && VEC_BYTES == 64
-    return (packed)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    return (packed_out)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #elif ELEM_HALF == F16
-    return (packed)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+    return (packed_out)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
 #elif ELEM_HALF == BF16
     const LOOP(bits) b = (LOOP(bits))v, odd = b >> 16 & 1;
 #if VEC_BYTES == 64
     const __mmask16 nan = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q);
     const __m512i rounded = _mm512_mask_or_epi32((__m512i)(b + 0x7fff + odd), nan, (__m512i)b, _mm512_set1_epi32(1 << 22));
-    return (packed)_mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+    return (packed_out)_mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
 #else
     const LOOP(bits) nan = (LOOP(bits))(v != v), rounded = (((b + 0x7fff + odd) & ~nan) | ((b | 1 << 22) & nan)) >> 16;
 #if VEC_BYTES == 32
     const __m256i low = _mm256_packus_epi32((__m256i)rounded, (__m256i)rounded); /* in both halves of a half */
-    return (packed)_mm256_castsi256_si128(_mm256_permute4x64_epi64(low, 8));
+    return (packed_out)_mm256_castsi256_si128(_mm256_permute4x64_epi64(low, 8));
 #else
-    return __builtin_convertvector(rounded, packed);
+    return __builtin_convertvector(rounded, packed_out);
 #endif
 #endif
 #elif defined(WIDENS) && VEC_BYTES == 64
-    return (packed)_mm512_cvtpd_ps((__m512d)v);
+    return (packed_out)_mm512_cvtpd_ps((__m512d)v);
 #elif defined(WIDENS) && VEC_BYTES == 32
-    return (packed)_mm256_cvtpd_ps((__m256d)v);
+    return (packed_out)_mm256_cvtpd_ps((__m256d)v);
 #else
-    return __builtin_convertvector(v, packed);
+    return __builtin_convertvector(v, packed_out);
 #endif
 }
 
@@ -126,16 +145,21 @@ INLINE vec load(const elem *p)
     return unpack(e);
 }
 
-INLINE void store(elem *p, vec v)
+INLINE void store(elem_out *p, vec v)
 {
-    packed e = pack(v);
+    packed_out e = pack(v);
     memcpy(p, &e, sizeof e);
 }
 
 /* The first n <= LANES elements, and zeros; nothing beyond them is read, or written. */
 INLINE vec load_first(const elem *p, ptrdiff_t n)
 {
-#if ELEM_HALF && VEC_BYTES == 64 && !defined(WIDENS)
+#if ELEM_BYTE
+    packed e = {0};
+    for (ptrdiff_t i = 0; i < n; i++)
+        e[i] = p[i];
+    return unpack(e);
+#elif ELEM_HALF && VEC_BYTES == 64 && !defined(WIDENS)
     return unpack((packed)_mm256_maskz_loadu_epi16((__mmask16)((1u << n) - 1), p));
 #elif ELEM_HALF
     packed e = {0};
@@ -162,12 +186,12 @@ INLINE vec load_first(const elem *p, ptrdiff_t n)
 #endif
 }
 
-INLINE void store_first(elem *p, vec v, ptrdiff_t n)
+INLINE void store_first(elem_out *p, vec v, ptrdiff_t n)
 {
 #if ELEM_HALF && VEC_BYTES == 64 && !defined(WIDENS)
     _mm256_mask_storeu_epi16(p, (__mmask16)((1u << n) - 1), (__m256i)pack(v));
 #elif ELEM_HALF
-    packed e = pack(v);
+    packed_out e = pack(v);
     for (ptrdiff_t i = 0; i < n; i++)
         p[i] = e[i];
 #elif VEC_BYTES == 64 && ELEM_IS_DOUBLE
@@ -183,14 +207,14 @@ INLINE void store_first(elem *p, vec v, ptrdiff_t n)
 #elif VEC_BYTES == 32
     _mm256_maskstore_ps(p, _mm256_loadu_si256((const __m256i *)(first_32 + 8 - n)), (__m256)v);
 #else
-    packed e = pack(v);
+    packed_out e = pack(v);
     for (ptrdiff_t i = 0; i < n; i++)
         p[i] = e[i];
 #endif
 }
 
 /* A store that does not read the line from memory first, nor keep it in a cache; p is aligned to its size. */
-INLINE void store_past(elem *p, vec v)
+INLINE void store_past(elem_out *p, vec v)
 {
 #if !defined(__x86_64__) || (ELEM_HALF && (VEC_BYTES == 16 || defined(WIDENS)))
     store(p, v); /* of 8 bytes or less there is no such store from a vector */
@@ -210,6 +234,19 @@ INLINE void store_past(elem *p, vec v)
     store(p, v);
 #else
     _mm_stream_si128((__m128i *)p, (__m128i)v);
+#endif
+}
+
+/* What has been stored: the first n lanes of it. */
+INLINE vec load_out(const elem_out *p, ptrdiff_t n)
+{
+#if ELEM_BYTE
+    vec v = {0};
+    for (ptrdiff_t i = 0; i < n; i++)
+        v[i] = ELEM_HALF ? cbn_from_bf16((uint16_t)p[i]) : (float)p[i];
+    return v;
+#else
+    return n == LANES ? load(p) : load_first(p, n);
 #endif
 }
 

@@ -1,0 +1,149 @@
+"""8-bit input: dequantized and normalized in one pass."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import cbn
+from cbn import reference
+from cbn.functional import batch_norm
+from cbn.kernels import passes
+
+from .conftest import LAYOUTS, LIMIT, error, in_memory_order
+from .test_guard_pages import guarded
+
+BYTES = (np.uint8, np.int8)
+OUTPUTS = (np.float32, ml_dtypes.bfloat16)
+
+
+def drawn(rng, dtype, shape, order=None):
+    info = np.iinfo(dtype)
+    return in_memory_order(rng.integers(info.min, info.max, shape, dtype, endpoint=True), order)
+
+
+def parameters(rng, n_channels):
+    weight, bias, mean = rng.standard_normal((3, n_channels)).astype(np.float32)
+    return mean, rng.uniform(0.5, 2, n_channels).astype(np.float32), weight, bias
+
+
+def exact(x, arrays, scale, zero_point, axis=1):
+    return reference.normalize(scale * (x.astype(np.float64) - zero_point), *arrays, channel_axis=axis)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", BYTES)
+@pytest.mark.parametrize("out_dtype", OUTPUTS)
+@pytest.mark.parametrize("past", [False, True])
+def test_values(isa, parallel, rng, layout, dtype, out_dtype, past):
+    shape, axis, order = LAYOUTS[layout]
+    x, arrays = drawn(rng, dtype, shape, order), parameters(rng, shape[axis])
+    passes.tune(stream_bytes=0 if past else 1 << 40)
+    for scale, zero_point in ((1 / 255, 0), (0.05, np.iinfo(dtype).max), (3.0, 7)):
+        results = []
+        for n_threads in (1, 3):
+            with cbn.num_threads(n_threads):
+                y = batch_norm(
+                    x, *arrays, channel_axis=axis, x_scale=scale, x_zero_point=zero_point, out_dtype=out_dtype
+                )
+            results.append(y.tobytes())
+        assert results[0] == results[1]
+        assert y.dtype == out_dtype
+        assert [s // y.itemsize for s in y.strides] == list(x.strides)
+        assert error(y, exact(x, arrays, scale, zero_point, axis % x.ndim)) <= LIMIT[y.dtype]
+
+
+@pytest.mark.parametrize("dtype", BYTES)
+@pytest.mark.parametrize("shape", [(2, 3, 70001), (70, 9016), (9, 77, 49), (300, 1025), (33, 300)])
+def test_borders(isa, parallel, rng, dtype, shape):
+    x, arrays = drawn(rng, dtype, shape), parameters(rng, shape[1])
+    for past in (0, 1 << 40):
+        passes.tune(stream_bytes=past)
+        for out_dtype in OUTPUTS:
+            for offset in (0, 3):
+                out = np.empty(x.size + 3, out_dtype)[offset : offset + x.size].reshape(shape)
+                assert batch_norm(x, *arrays, x_scale=0.02, out=out, out_dtype=out_dtype) is out
+                assert error(out, exact(x, arrays, 0.02, 0)) <= LIMIT[out.dtype]
+
+
+@pytest.mark.parametrize("dtype", BYTES)
+def test_every_value(isa, dtype):
+    info = np.iinfo(dtype)
+    x = np.repeat(np.arange(info.min, info.max + 1).astype(dtype)[:, None], 5, 1)
+    y = batch_norm(x, np.zeros(5), np.ones(5), eps=0, x_scale=0.25, x_zero_point=3)
+    assert (y == (x.astype(np.float32) - 3) / 4).all()
+
+
+@pytest.mark.parametrize("dtype", BYTES)
+def test_coefficients_that_float32_cannot_hold(isa, rng, dtype):
+    x = drawn(rng, dtype, (20, 4))
+    for scale, arrays in ((1e-42, (np.zeros(4), np.full(4, 1e-90))), (1e-30, (np.full(4, 1e4), np.ones(4)))):
+        y = batch_norm(x, *arrays, eps=0, x_scale=scale)
+        assert error(y, exact(x, (*arrays, None, None, 0.0), scale, 0)) <= 1e-6
+
+
+def test_activation_and_strides(rng):
+    x, arrays = drawn(rng, np.uint8, (4, 6, 10)), parameters(rng, 6)
+    y = batch_norm(x, *arrays, x_scale=1 / 255, activation="relu")
+    assert error(y, np.maximum(exact(x, arrays, 1 / 255, 0), 0)) <= 1e-6
+    strided = np.repeat(x, 2, -1)[..., ::2]
+    assert (batch_norm(strided, *arrays, x_scale=1 / 255, activation="relu") == y).all()
+    out = np.empty((4, 6, 20), np.float32)[..., ::2]
+    assert batch_norm(x, *arrays, x_scale=1 / 255, activation="relu", out=out) is out
+    assert (out == y).all()
+    memory = np.empty(y.size * 4, np.uint8)
+    inside = memory[: x.size].reshape(x.shape)
+    inside[...] = x
+    there = memory.view(np.float32).reshape(x.shape)  # over its own input
+    assert (batch_norm(inside, *arrays, x_scale=1 / 255, activation="relu", out=there) == y).all()
+    assert batch_norm(x[:0], *arrays, x_scale=1.0).shape == (0, 6, 10)
+
+
+@pytest.mark.parametrize("at_end", [False, True])
+@pytest.mark.parametrize("dtype", BYTES)
+@pytest.mark.parametrize("shape", [(2, 3, 17), (9, 5, 49), (33, 7), (3, 130), (70, 1030), (64, 9, 129)])
+def test_nothing_outside_an_array_is_touched(isa, parallel, rng, dtype, shape, at_end):
+    x = guarded(shape, dtype, at_end)
+    x[...] = drawn(rng, dtype, shape)
+    for out_dtype in OUTPUTS:
+        y = guarded(shape, out_dtype, at_end)
+        for past in (0, 1 << 40):
+            passes.tune(stream_bytes=past)
+            for axis in {1, len(shape) - 1}:
+                arrays = np.zeros(shape[axis]), np.ones(shape[axis])
+                batch_norm(x, *arrays, channel_axis=axis, x_scale=1.0, out=y, out_dtype=out_dtype)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({}, TypeError, "input has dtype uint8, whose values need a scale: x_scale=1/255, for example"),
+        ({"x_scale": 0}, ValueError, "x_scale must be finite and positive, but got 0.0"),
+        ({"x_scale": np.inf}, ValueError, "x_scale must be finite and positive, but got inf"),
+        ({"x_scale": "1"}, TypeError, "x_scale must be a number, not '1'"),
+        ({"x_scale": 1, "x_zero_point": 0.5}, TypeError, "x_zero_point must be an integer, not 0.5"),
+        ({"x_scale": 1, "x_zero_point": 256}, ValueError, "x_zero_point must be a value of uint8, but got 256"),
+        ({"x_scale": 1, "x_zero_point": -1}, ValueError, "x_zero_point must be a value of uint8, but got -1"),
+        ({"x_scale": 1, "out_dtype": np.float64}, TypeError, "out_dtype must be float32 or bfloat16"),
+        ({"x_scale": 1, "out_dtype": "nonsense"}, TypeError, "out_dtype must be float32 or bfloat16"),
+        ({"x_scale": 1, "out": np.zeros((4, 3))}, TypeError, "out has dtype '<f8'; expected '<f4', as out_dtype"),
+        ({"x_scale": 1, "out": np.zeros((3, 4), "f4")}, ValueError, r"out has shape \(3, 4\); expected \(4, 3\)"),
+        ({"x_scale": 1, "residual": np.zeros((4, 3), "f4")}, ValueError, "residual cannot be added to 8-bit input"),
+        ({"x_scale": 1, "channel_axis": 2}, ValueError, "channel_axis 2 is out of range"),
+        ({"x_scale": 1, "training": True}, TypeError, "x_scale is for evaluation with 8-bit input .*training with"),
+    ],
+)
+def test_what_is_refused(arguments, error, words):
+    with pytest.raises(error, match=words):
+        batch_norm(np.zeros((4, 3), np.uint8), np.zeros(3), np.ones(3), **arguments)
+
+
+def test_other_types_have_no_scale():
+    for name, value in (("x_scale", 1.0), ("x_zero_point", 0), ("out_dtype", np.float32)):
+        with pytest.raises(TypeError, match=f"{name} is for evaluation with 8-bit input .*of dtype float32"):
+            batch_norm(np.zeros((4, 3), np.float32), np.zeros(3), np.ones(3), **{name: value})
+    with pytest.raises(TypeError, match="input has dtype int16"):
+        batch_norm(np.zeros((4, 3), np.int16), np.zeros(3), np.ones(3))
+    with pytest.raises(TypeError, match="input is a masked array"):
+        batch_norm(np.ma.zeros((4, 3), np.uint8), np.zeros(3), np.ones(3), x_scale=1)
+    with pytest.raises(ValueError, match="running_mean should contain 3 elements not 4"):
+        batch_norm(np.zeros((4, 3), np.uint8), np.zeros(4), np.ones(4), x_scale=1)
