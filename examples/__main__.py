@@ -1,5 +1,9 @@
-"""All five examples, one after the other; pictures and tables go to examples/out."""
+"""All six examples, one after the other; pictures and tables go to examples/out.
 
+The sixth trains in PyTorch, and is left out where that is not installed.
+"""
+
+import importlib.util
 import sys
 import time
 from pathlib import Path
@@ -7,7 +11,7 @@ from pathlib import Path
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script: find `examples` and `cbn`
 
-from examples import binary_logits, digits_mlp, embed, four_steps, report, sequences
+from examples import binary_logits, digits_mlp, embed, four_steps, pipeline, report, sequences
 
 ONCE = ("--seeds", "1", "--epochs", "1")
 EXAMPLES = {  # with the arguments that make it short
@@ -17,6 +21,7 @@ EXAMPLES = {  # with the arguments that make it short
     sequences: (*ONCE, "--batches", "32", "128"),
     embed: ("--seconds", "60", "--repeats", "2"),
 }
+WITH_TORCH = {pipeline: ("--epochs", "1", "--rounds", "1", "--milliseconds", "5")}
 
 
 def main(argv=None):
@@ -24,9 +29,19 @@ def main(argv=None):
     parser.add_argument("--quick", action="store_true", help="one seed and one epoch: to see that everything runs")
     args = parser.parse_args(argv)
     start = time.monotonic()
-    for i, (example, short) in enumerate(EXAMPLES.items(), 1):
-        print(f"[{i}/{len(EXAMPLES)}] {example.__doc__.splitlines()[0]}", file=sys.stderr)
+
+    def run(example, short, label):
+        print(f"[{label}] {example.__doc__.splitlines()[0]}", file=sys.stderr)
         example.main(["--out", str(args.out), *(short if args.quick else ())])
+
+    for i, (example, short) in enumerate(EXAMPLES.items(), 1):
+        run(example, short, f"{i}/{len(EXAMPLES)}")
+    for example, short in WITH_TORCH.items():
+        if importlib.util.find_spec("torch"):
+            run(example, short, "with PyTorch")
+        else:
+            script = Path(example.__file__).name
+            print(f"left out: {script}, which needs PyTorch: pip install torch", file=sys.stderr)
     print(f"{time.monotonic() - start:.0f} s; everything above is in {args.out}", file=sys.stderr)
 
 

@@ -31,6 +31,12 @@ static const int32_t first_32[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
 #endif
 static const int64_t first_64[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
 
+#if VEC_BYTES == 64
+/* The upper halves of the words of two vectors, as an index. */
+static const uint16_t odd_words[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+                                       33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+#endif
+
 /* What ELEM_HALF says of a 16-bit type. */
 #define BF16 1
 #define F16 2

@@ -9,7 +9,7 @@
  *   layout     first     runs of contiguous elements, each of one channel: coefficients are scalars
  *              last      rows of contiguous elements, of all channels of the tile: coefficients are vectors
  *   type       f32  f64  elements and arithmetic alike; sums are of float64
- *              bf16 f16  16-bit elements, float32 arithmetic
+ *              bf16 f16  16-bit elements, float32 arithmetic; forward sums of a few are of float32, the rest of float64
  *              f32_wide  bf16_wide  f16_wide  float64 arithmetic on them: maps alone
  *              u8_f32  u8_bf16  i8_f32  i8_bf16  8-bit input, float32 arithmetic, y of another type: forward maps alone
  *   isa        baseline  avx2  avx512
@@ -51,6 +51,7 @@ typedef struct {
     ptrdiff_t pitch;
     int stream;                /* map: store past the caches */
     int prefetch;              /* reduction: fetch what comes next */
+    int exact;                 /* forward reduction of 16-bit elements: no sums of float32, whose range is too small */
     const double *shift_c;     /* reduction: shift, or mean */
     double *sum_c, *square_c;  /* reduction: S(d) and S(d*d), or S(g) and S(g*d) */
     cbn_view x_copy;           /* first, reduction: where to put what it reads; data NULL: nowhere, and no map beside it */

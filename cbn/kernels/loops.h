@@ -18,8 +18,9 @@
 #include "vec.h"
 
 #define UNROLL 4   /* independent accumulators: an addition takes 3 to 4 cycles, and one can start each cycle */
-#define PIECE 64   /* elements of a run that are mapped, then reduced: reads and writes alternate faster than they queue */
-#define AHEAD 1024 /* elements between what is fetched and what is read: runs end where hardware prefetchers give up */
+#define PIECE MAX(64, (ptrdiff_t)(256 / sizeof(elem))) /* elements of a run that are mapped, then reduced: reads and writes
+                                                          alternate faster than they queue */
+#define AHEAD (16 * PIECE) /* elements between what is fetched and what is read: runs end where hardware prefetchers give up */
 #define GROUP 32   /* channels whose accumulators wait in L1 */
 #define ROWS 4     /* rows side by side: amortize the trip of factors and accumulators to L1 */
 #define LONG 256   /* elements from which it pays to store whole lines */
@@ -69,15 +70,15 @@ INLINE void LOOP(factors)(const double *coef_c, ptrdiff_t pitch, ptrdiff_t n_cha
     const double *scale_c = coef_c + pitch, *third_c = scale_c + pitch, *slope_c = third_c + pitch;
     for (ptrdiff_t c = 0; c < n_channels; c++) {
         const double low = LOOP(low_part)(coef_c[c]), scale = scale_c[c], third = third_c[c];
-        out[HIGH * out_pitch + c] = (real)coef_c[c];
-        out[SCALE * out_pitch + c] = (real)scale;
+        out[HIGH * out_pitch + c] = quiet((real)coef_c[c]);
+        out[SCALE * out_pitch + c] = quiet((real)scale);
         if (backward) {
             const double slope = slope_c[c] * scale, glow = LOOP(low_part)(third);
-            out[TERM * out_pitch + c] = (real)((low != 0 ? low * slope : 0) - (glow != 0 ? glow * scale : 0));
-            out[SLOPE * out_pitch + c] = (real)-slope;
-            out[GHIGH * out_pitch + c] = (real)third;
+            out[TERM * out_pitch + c] = quiet((real)((low != 0 ? low * slope : 0) - (glow != 0 ? glow * scale : 0)));
+            out[SLOPE * out_pitch + c] = quiet((real)-slope);
+            out[GHIGH * out_pitch + c] = quiet((real)third);
         } else
-            out[TERM * out_pitch + c] = (real)(low != 0 ? third - low * scale : third);
+            out[TERM * out_pitch + c] = quiet((real)(low != 0 ? third - low * scale : third));
     }
 }
 
@@ -149,12 +150,8 @@ INLINE void LOOP(map_piece)(const elem *x, const elem *g, const elem *z, elem_ou
         vec v[UNROLL];
         for (int u = 0; u < UNROLL; u++)
             v[u] = LOOP(value)(x, g, z, i + u * LANES, LANES, f, act, backward);
-        if (past)
-            for (int u = 0; u < UNROLL; u++)
-                store_past(y + i + u * LANES, v[u]);
-        else
-            for (int u = 0; u < UNROLL; u++)
-                store(y + i + u * LANES, v[u]);
+        for (int u = 0; u < UNROLL; u += 2)
+            store_two(y + i + u * LANES, v + u, past);
     }
     for (; i + LANES <= end; i += LANES) {
         const vec v = LOOP(value)(x, g, z, i, LANES, f, act, backward);
@@ -241,10 +238,45 @@ INLINE void LOOP(reduce_some)(LOOP(source) p, ptrdiff_t i, ptrdiff_t n, dvec shi
     LOOP(add)(sum, square, d, h, backward);
 }
 
+#if ELEM_HALF
+/* Forward, 16-bit elements: d = x - shift and the sums of a few d and d*d are of float32, whose 24 bits are many more than
+ * the 8 or 11 of x. Where they leave its range, which bfloat16 shares, the caller asks for an `exact` reduction. */
+enum { LOOP(VECTORS) = 8 };
+
+/* VECTORS vectors from the i-th element on. */
+INLINE void LOOP(reduce_vectors)(LOOP(source) p, ptrdiff_t i, vec shift, LOOP(sums) *s, const int copying)
+{
+    vec sum[2] = {{0}}, square[2] = {{0}};
+    if (copying)
+        memcpy(p.x_copy + i, p.x + i, LOOP(VECTORS) * LANES * sizeof(elem));
+    for (int u = 0; u < LOOP(VECTORS); u += 2) {
+        vec x[2];
+        load_two(p.x + i + u * LANES, x);
+        for (int k = 0; k < 2; k++) {
+            const vec d = x[k] - shift;
+            sum[k] += d;
+            square[k] += d * d;
+        }
+    }
+    s->sum[0] += lower_d(sum[0] + sum[1]);
+    s->sum[1] += upper_d(sum[0] + sum[1]);
+    s->square[0] += lower_d(square[0] + square[1]);
+    s->square[1] += upper_d(square[0] + square[1]);
+}
+#endif
+
 INLINE void LOOP(reduce_piece)(LOOP(source) p, ptrdiff_t begin, ptrdiff_t end, dvec shift, dvec scale, dvec offset,
-                               LOOP(activation) act, LOOP(sums) *s, const int backward, const int copying)
+                               LOOP(activation) act, LOOP(sums) *s, const int backward, const int copying,
+                               const int exact)
 {
     ptrdiff_t i = begin;
+#if ELEM_HALF
+    if (!backward && !exact)
+        for (const vec shift_ = splat((real)shift[0]); i + LOOP(VECTORS) * LANES <= end; i += LOOP(VECTORS) * LANES)
+            LOOP(reduce_vectors)(p, i, shift_, s, copying);
+#else
+    (void)exact;
+#endif
     for (; i + UNROLL * DLANES <= end; i += UNROLL * DLANES)
         for (int u = 0; u < UNROLL; u++)
             LOOP(reduce_some)(p, i + u * DLANES, DLANES, shift, scale, offset, act, &s->sum[u], &s->square[u], backward,
@@ -352,7 +384,7 @@ INLINE void LOOP(first)(const cbn_tile *m, const cbn_tile *r, const int backward
                         if (ahead && backward && p.z)
                             LOOP(fetch)(p.z, z_next, i, ahead, length);
                         LOOP(reduce_piece)(p, i, MIN(i + piece, length), shift, scale, offset, act_r, &s, backward,
-                                           copying);
+                                           copying, r->exact);
                     }
 #else
                     (void)copying;
@@ -460,20 +492,21 @@ INLINE void LOOP(map_line)(const cbn_tile *m, ptrdiff_t n, ptrdiff_t height, ptr
                 __builtin_prefetch(z + ROWS * m->z.n, 0, 2);
             out[row][v] = LOOP(value)(x, g, z, 0, LANES, f[v], act, backward);
         }
-    if (past)
-        for (ptrdiff_t row = 0; row < height; row++)
-            for (int v = 0; v < LINE_ELEMS / LANES; v++)
-                store_past(Y_AT(m->y, n + row, 0) + j + v * LANES, out[row][v]);
-    else
-        for (ptrdiff_t row = 0; row < height; row++)
-            for (int v = 0; v < LINE_ELEMS / LANES; v++)
-                store(Y_AT(m->y, n + row, 0) + j + v * LANES, out[row][v]);
+    for (ptrdiff_t row = 0; row < height; row++)
+        if (LINE_ELEMS / LANES % 2 == 0)
+            for (int v = 0; v < LINE_ELEMS / LANES; v += 2)
+                store_two(Y_AT(m->y, n + row, 0) + j + v * LANES, out[row] + v, past);
+        else if (past)
+            store_past(Y_AT(m->y, n + row, 0) + j, out[row][0]);
+        else
+            store(Y_AT(m->y, n + row, 0) + j, out[row][0]);
 }
 
 #ifdef SUMS
 /* What a value of each channel becomes for each column. */
 typedef struct {
     double shift[ROOM], scale[ROOM], offset[ROOM], sum[ROOM], square[ROOM];
+    real short_shift[ROOM]; /* 16-bit elements, forward */
 } LOOP(columns);
 
 INLINE LOOP(source) LOOP(row_source)(const cbn_tile *r, ptrdiff_t row, LOOP(activation) act, const int backward)
@@ -495,7 +528,28 @@ INLINE void LOOP(reduce_line)(const cbn_tile *r, ptrdiff_t n, ptrdiff_t height, 
         sum[v] = load_double(k->sum + j + v * DLANES);
         square[v] = load_double(k->square + j + v * DLANES);
     }
-    for (ptrdiff_t row = n; row < n + height; row++) {
+    const int exact = backward || !ELEM_HALF || r->exact;
+#if ELEM_HALF
+    if (!exact)
+        for (ptrdiff_t block = n; block < n + height; block += ROWS)
+            for (int v = 0; v < LINE_ELEMS / LANES; v++) {
+                const vec short_shift = load_real(k->short_shift + j + v * LANES);
+                vec s = {0}, q = {0};
+                for (ptrdiff_t row = block; row < MIN(block + ROWS, n + height); row++) {
+                    const elem *x = AT(r->x, row, 0) + j + v * LANES;
+                    if (v == 0)
+                        __builtin_prefetch(x + ahead_x, 0, 2);
+                    const vec d = load(x) - short_shift;
+                    s += d;
+                    q += d * d;
+                }
+                sum[2 * v] += lower_d(s);
+                sum[2 * v + 1] += upper_d(s);
+                square[2 * v] += lower_d(q);
+                square[2 * v + 1] += upper_d(q);
+            }
+#endif
+    for (ptrdiff_t row = n; exact && row < n + height; row++) {
         const LOOP(source) p = LOOP(row_source)(r, row, act, backward);
         __builtin_prefetch(p.x + j + ahead_x, 0, 2);
         if (backward)
@@ -582,6 +636,8 @@ INLINE void LOOP(last)(const cbn_tile *m, const cbn_tile *r, const int backward,
     if (reducing) {
         columns = MAX(columns, r_columns);
         LOOP(spread)(r, r->shift_c, of_column.shift);
+        for (ptrdiff_t j = 0; ELEM_HALF && !backward && j < r_columns; j++)
+            of_column.short_shift[j] = (real)of_column.shift[j];
         if (backward && act_r.on) {
             LOOP(spread)(r, r->coef_c + r->pitch, of_column.scale);
             LOOP(spread)(r, r->coef_c + OFFSET * r->pitch, of_column.offset);
@@ -724,8 +780,12 @@ TARGET static void LOOP(backward_last)(const cbn_tile *m, const cbn_tile *r)
 #undef store
 #undef store_first
 #undef store_past
+#undef store_two
+#undef load_two
+#undef rounded
 #undef load_real
 #undef splat
+#undef quiet
 #undef select
 #undef LANES
 #undef dvec
@@ -734,6 +794,8 @@ TARGET static void LOOP(backward_last)(const cbn_tile *m, const cbn_tile *r)
 #undef load_double
 #undef store_double
 #undef splat_d
+#undef lower_d
+#undef upper_d
 #undef select_d
 #undef store_d
 #undef copy

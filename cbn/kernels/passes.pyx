@@ -33,7 +33,7 @@ cdef extern from "kernels.h" nogil:
         Py_ssize_t n_runs, n_channels, length, copies, skip, drop
         const double *coef_c
         Py_ssize_t pitch
-        bint stream, prefetch
+        bint stream, prefetch, exact
         const double *shift_c
         double *sum_c
         double *square_c
@@ -703,6 +703,8 @@ cdef struct Job:
     cbn_view x, y, g            # y is dx in backward
     cbn_view z                  # residual; data NULL: none
     cbn_view h                  # backward, activated: g times the slope of the activation
+    bint exact                  # which reduction this is, see kernels.h
+    double *exact_c             # whether a channel takes it
     bint keeps_h                # whether somebody asks for h
     bint activated              # what is normalized goes through act(. + z)
     double negative_slope
@@ -745,11 +747,11 @@ cdef Job make_job(Layout layout, cnp.ndarray x, bint wide):
     job.backward = job.batch_statistics = job.stream = job.fused = False
     job.copy = NULL
     job.x = job.y = job.g = layout.view(x)
-    job.activated = job.keeps_h = False
+    job.activated = job.keeps_h = job.exact = False
     job.negative_slope = 1
     job.z.data = job.h.data = NULL
     job.weight_c = job.bias_c = job.shift_c = job.partial = job.sum_c = NULL
-    job.square_c = job.invstd_c = job.coef_c = NULL
+    job.square_c = job.invstd_c = job.coef_c = job.exact_c = NULL
     job.eps = 0
     job.type_num = cnp.PyArray_TYPE(x)
     if job.itemsize == 8:
@@ -850,7 +852,7 @@ cdef cbn_tile tile_to_reduce(Job *job, Rectangle *r) noexcept nogil:
     t.shift_c = job.shift_c + r.c
     t.sum_c = job.partial + 2 * r.block * t.pitch + r.c
     t.square_c = t.sum_c + t.pitch
-    t.prefetch = prefetch
+    t.prefetch, t.exact = prefetch, job.exact
     return t
 
 
@@ -954,6 +956,8 @@ cdef void pipeline(Job *job, Py_ssize_t begin, Py_ssize_t end, int thread) noexc
     cdef Rectangle r, before
     cdef cbn_tile reduction, map
     cdef cbn_view x_copy, g_copy
+    cdef int todo
+    cdef Job again
     cdef bint together, narrow = True, narrow_before = True    # whether the last tiles' channels all fit float32
     cdef cbn_loop loop = loop_of(job, job.narrow, job.reduction.last)
     x_copy.n, x_copy.c = job.copy_n, job.copy_c
@@ -988,16 +992,25 @@ cdef void pipeline(Job *job, Py_ssize_t begin, Py_ssize_t end, int thread) noexc
                 loop(&map if together else NULL, &reduction)
         if tile == end:
             return
-        settle(job, r.c, r.c + r.n_channels)
-        if digits_are_lost(job, r.c, r.c + r.n_channels):
+        todo = next_to_do(job, PLAIN, r.c, r.c + r.n_channels)
+        while todo:
+            # A job of its own: other threads have theirs
+            again = job[0]
+            again.exact = not todo & PLAIN
             for k in range(blocks):
                 r = rectangle(&job.reduction, item_of(&job.reduction, tile, k))
-                reduction = tile_to_reduce(job, &r)
+                reduction = tile_to_reduce(&again, &r)
                 if job.copying:
                     reduction.x = copied(job, x_copy, &r)
                 loop(NULL, &reduction)
-            settle(job, r.c, r.c + r.n_channels)
+            todo = next_to_do(&again, todo, r.c, r.c + r.n_channels)
         narrow = job.itemsize == 8 or (not job.all_wide and all_fit_float32(job, r.c, r.c + r.n_channels))
+
+
+cdef int next_to_do(Job *job, int todo, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
+    """What is left to do after one of these reductions of some channels, the plain one first."""
+    cdef int left = EXACT * settle(job, first, end) | (todo & EXACT if todo & PLAIN else 0)
+    return left if left else digits_are_lost(job, first, end)
 
 
 cdef inline cbn_view copied(Job *job, cbn_view copy, Rectangle *r) noexcept nogil:
@@ -1021,20 +1034,28 @@ cdef void first_values(Job *job, Py_ssize_t c, Py_ssize_t end) noexcept nogil:
             job.shift_c[c] = cbn_from_bf16((<cnp.npy_uint16 *>x)[c * job.x.c])
         if not isfinite(job.shift_c[c]):
             job.shift_c[c] = 0
+        job.exact_c[c] = False
 
 
-cdef void settle(Job *job, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
-    """Merge some channels' partial sums, in the order of their blocks, and make their coefficients from them."""
+cdef bint settle(Job *job, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
+    """Merge some channels' partial sums, in the order of their blocks, and make their coefficients from them.
+
+    Of a reduction that is `exact` those of the channels that take it, else those of the others. Returns whether some of
+    these now take it: 16-bit elements whose sums may have left the range of float32.
+    """
+    cdef bint left = False
     cdef Py_ssize_t c, _k, C = job.reduction.C
     cdef double n = <double>(job.reduction.N * job.reduction.S)
     cdef double s, invstd, w
     cdef double *sums = job.partial
     for c in range(first, end):
-        job.sum_c[c], job.square_c[c] = 0, 0
+        if job.backward or job.exact_c[c] == job.exact:
+            job.sum_c[c], job.square_c[c] = 0, 0
     for _k in range(job.reduction.blocks * job.reduction.pieces):
         for c in range(first, end):
-            job.sum_c[c] += sums[c]
-            job.square_c[c] += sums[C + c]
+            if job.backward or job.exact_c[c] == job.exact:
+                job.sum_c[c] += sums[c]
+                job.square_c[c] += sums[C + c]
         sums += 2 * C
     if job.backward:
         if job.batch_statistics:
@@ -1045,10 +1066,15 @@ cdef void settle(Job *job, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
                 job.coef_c[C + c] = invstd * w
                 job.coef_c[2 * C + c] = job.sum_c[c] / n
                 job.coef_c[3 * C + c] = job.square_c[c] / n * invstd * invstd
-        return
+        return False
     for c in range(first, end):
+        if job.exact_c[c] != job.exact:
+            continue
         # m2 = S(d*d) - S(d)^2/n. Rounding can take it below zero; where S(d*d) overflows it is inf and not inf - inf.
         s = job.sum_c[c]
+        if job.itemsize == 2 and not job.exact \
+                and (not isfinite(job.square_c[c]) or (job.square_c[c] < 1e-20 and s != 0)):
+            job.exact_c[c] = left = True
         job.sum_c[c] = job.shift_c[c] + s / n
         if isfinite(job.square_c[c]) or not isfinite(s):
             job.square_c[c] -= s * (s / n)
@@ -1060,10 +1086,18 @@ cdef void settle(Job *job, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
             job.coef_c[c] = job.sum_c[c]
             job.coef_c[C + c] = job.invstd_c[c] * w
             job.coef_c[2 * C + c] = 0 if job.bias_c == NULL else job.bias_c[c]
+    return left
 
 
-cdef bint digits_are_lost(Job *job, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
-    """Whether m2 = S(d*d) - S(d)^2/n of a channel has lost more than ten bits, as where its first value lies far out.
+cdef enum:
+    PLAIN = 1     # reductions that are to be done: of the channels that do not take an exact one,
+    EXACT = 2     # and of those that do
+
+
+cdef int digits_are_lost(Job *job, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
+    """Which channels have lost more than ten bits of m2 = S(d*d) - S(d)^2/n, as where the first value lies far out.
+
+    Five where some of the sums are of float32, which has fewer to lose.
 
     Then the mean becomes its shift, for a second reduction; where that finds the same values for the other channels,
     which keep theirs, nothing changes. It is the channel's own data that decides, so the bits depend neither on the
@@ -1071,14 +1105,16 @@ cdef bint digits_are_lost(Job *job, Py_ssize_t first, Py_ssize_t end) noexcept n
     """
     cdef Py_ssize_t c
     cdef double n = <double>(job.reduction.N * job.reduction.S), d
-    cdef bint lost = False
+    cdef int lost = 0, bits
     if job.backward:
-        return False
+        return 0
     for c in range(first, end):
         d = job.sum_c[c] - job.shift_c[c]
-        if n * d * d > 1024 * job.square_c[c] and isfinite(job.sum_c[c]):
-            job.shift_c[c] = job.sum_c[c]
-            lost = True
+        bits = 5 if job.itemsize == 2 and not job.exact_c[c] else 10
+        if n * d * d > (1 << bits) * job.square_c[c] and isfinite(job.sum_c[c]):
+            # Of 16-bit elements the differences are float32's: their shift too
+            job.shift_c[c] = <float>job.sum_c[c] if job.itemsize == 2 else job.sum_c[c]
+            lost |= EXACT if job.exact_c[c] else PLAIN
     return lost
 
 
@@ -1122,15 +1158,15 @@ cdef bint prefetch = True
 
 
 cdef void reduce(Job *job) noexcept nogil:
-    """Statistics of all channels; those that lost digits once more, with a better shift."""
+    """Statistics of all channels; once more with better shifts, or in float64 throughout, where that is needed."""
     cdef int threads = threads_for(job.n_bytes * (2 if job.backward else 1), n_items(&job.reduction))
     if not job.backward:
         first_values(job, 0, job.reduction.C)
-    run(reduce_items, job, n_items(&job.reduction), threads)
-    settle(job, 0, job.reduction.C)
-    if digits_are_lost(job, 0, job.reduction.C):
+    cdef int todo = PLAIN
+    while todo:
+        job.exact = not todo & PLAIN
         run(reduce_items, job, n_items(&job.reduction), threads)
-        settle(job, 0, job.reduction.C)
+        todo = next_to_do(job, todo, 0, job.reduction.C)
 
 
 cdef void choose_tiles(Job *job) noexcept nogil:
@@ -1208,11 +1244,11 @@ def moments(Layout layout, cnp.ndarray x, cnp.ndarray y=None, cnp.ndarray weight
     cdef bint forward = y is not None
     mean, m2 = new_doubles(C), new_doubles(C)
     invstd = new_doubles(C) if forward else None
-    room = new_doubles(C * (4 + 2 * job.reduction.blocks * job.reduction.pieces))
+    room = new_doubles(C * (5 + 2 * job.reduction.blocks * job.reduction.pieces))
     job.sum_c, job.square_c, job.invstd_c = doubles(mean, C), doubles(m2, C), doubles(invstd, C)
     job.weight_c, job.bias_c, job.eps = doubles(weight, C), doubles(bias, C), eps
     job.shift_c = doubles(room, room.size)
-    job.partial = job.shift_c + 4 * C
+    job.exact_c, job.partial = job.shift_c + 4 * C, job.shift_c + 5 * C
     if forward:
         job.coef_c = job.shift_c + C
         activate(&job, layout, residual, negative_slope)
@@ -1541,8 +1577,7 @@ cdef class Passes:
     cdef void moments(self, const void *x, double *mean_c, double *m2_c) noexcept nogil:
         cdef Job job = self.job[0]
         job.x.data = <char *>x
-        job.shift_c = job.coef_c
-        job.partial = job.coef_c + 5 * self.C
+        job.shift_c, job.exact_c, job.partial = job.coef_c, job.coef_c + self.C, job.coef_c + 5 * self.C
         job.coef_c = NULL
         job.sum_c, job.square_c = mean_c, m2_c
         reduce(&job)
@@ -1560,7 +1595,7 @@ cdef class Passes:
         cdef Job job = self.job[0]
         job.x.data = job.g.data = <char *>x
         job.y.data = <char *>y
-        job.shift_c = job.coef_c + 3 * self.C
+        job.shift_c, job.exact_c = job.coef_c + 3 * self.C, job.coef_c + 4 * self.C
         job.partial = job.coef_c + 5 * self.C
         job.weight_c, job.bias_c, job.eps = <double *>weight_c, <double *>bias_c, eps
         job.sum_c, job.square_c, job.invstd_c = mean_c, m2_c, invstd_c

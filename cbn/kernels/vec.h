@@ -26,6 +26,10 @@
 #define store LOOP(store)
 #define store_first LOOP(store_first)
 #define store_past LOOP(store_past)
+#define store_two LOOP(store_two)
+#define load_two LOOP(load_two)
+#define rounded LOOP(rounded)
+#define quiet LOOP(quiet)
 #define load_real LOOP(load_real)
 #define splat LOOP(splat)
 #define select LOOP(select)
@@ -105,7 +109,24 @@ INLINE vec unpack(packed e)
 #endif
 }
 
-/* Rounded to nearest, ties to even. (The processor's own conversion to bfloat16 takes subnormal numbers for zeros.) */
+#if ELEM_HALF == BF16 && !defined(WIDENS)
+/* The upper half of each lane is the bfloat16 nearest to it, ties to even. A NaN stays one: those that arithmetic gives are
+ * quiet, and carry what came in with a 16-bit element or `quiet` factor, the lower half of which is zero. (The processor's
+ * own conversion takes subnormal numbers for zeros.) */
+INLINE LOOP(bits) rounded(vec v)
+{
+    const LOOP(bits) b = (LOOP(bits))v;
+#if VEC_BYTES == 64
+    const __m512i up = _mm512_add_epi32((__m512i)b, _mm512_set1_epi32(0x7fff));
+    return (LOOP(bits))_mm512_mask_add_epi32(up, _mm512_test_epi32_mask((__m512i)b, _mm512_set1_epi32(1 << 16)), up,
+                                             _mm512_set1_epi32(1));
+#else
+    return b + 0x7fff + (b >> 16 & 1);
+#endif
+}
+#endif
+
+/* Rounded to nearest, ties to even. */
 INLINE packed_out pack(vec v)
 {
 #if ELEM_HALF && (defined(WIDENS) || (ELEM_HALF == F16 && VEC_BYTES == 16))
@@ -114,21 +135,13 @@ INLINE packed_out pack(vec v)
     return (packed_out)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #elif ELEM_HALF == F16
     return (packed_out)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
-#elif ELEM_HALF == BF16
-    const LOOP(bits) b = (LOOP(bits))v, odd = b >> 16 & 1;
-#if VEC_BYTES == 64
-    const __mmask16 nan = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q);
-    const __m512i rounded = _mm512_mask_or_epi32((__m512i)(b + 0x7fff + odd), nan, (__m512i)b, _mm512_set1_epi32(1 << 22));
-    return (packed_out)_mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
-#else
-    const LOOP(bits) nan = (LOOP(bits))(v != v), rounded = (((b + 0x7fff + odd) & ~nan) | ((b | 1 << 22) & nan)) >> 16;
-#if VEC_BYTES == 32
-    const __m256i low = _mm256_packus_epi32((__m256i)rounded, (__m256i)rounded); /* in both halves of a half */
+#elif ELEM_HALF == BF16 && VEC_BYTES == 64
+    return (packed_out)_mm512_cvtepi32_epi16((__m512i)(rounded(v) >> 16));
+#elif ELEM_HALF == BF16 && VEC_BYTES == 32
+    const __m256i r = (__m256i)(rounded(v) >> 16), low = _mm256_packus_epi32(r, r); /* in both halves of a half */
     return (packed_out)_mm256_castsi256_si128(_mm256_permute4x64_epi64(low, 8));
-#else
-    return __builtin_convertvector(rounded, packed_out);
-#endif
-#endif
+#elif ELEM_HALF == BF16
+    return __builtin_convertvector(rounded(v) >> 16, packed_out);
 #elif defined(WIDENS) && VEC_BYTES == 64
     return (packed_out)_mm512_cvtpd_ps((__m512d)v);
 #elif defined(WIDENS) && VEC_BYTES == 32
@@ -250,6 +263,47 @@ INLINE vec load_out(const elem_out *p, ptrdiff_t n)
 #endif
 }
 
+/* Two vectors, side by side. */
+INLINE void store_two(elem_out *p, const vec *v, const int past)
+{
+#if ELEM_HALF == BF16 && VEC_BYTES == 64 && !defined(WIDENS)
+    /* The upper halves of both */
+    const __m512i both = _mm512_permutex2var_epi16((__m512i)rounded(v[0]), _mm512_loadu_si512(odd_words),
+                                                   (__m512i)rounded(v[1]));
+    if (past)
+        _mm512_stream_si512((__m512i *)p, both);
+    else
+        _mm512_storeu_si512(p, both);
+#else
+    for (int i = 0; i < 2; i++)
+        if (past)
+            store_past(p + i * LANES, v[i]);
+        else
+            store(p + i * LANES, v[i]);
+#endif
+}
+
+#if ELEM_HALF && !ELEM_BYTE
+/* The elements of two vectors in some order, for sums. */
+INLINE void load_two(const elem *p, vec *v)
+{
+#if ELEM_HALF == BF16 && VEC_BYTES == 64 && !defined(WIDENS)
+    const __m512i both = _mm512_loadu_si512(p);
+    v[0] = (vec)_mm512_slli_epi32(both, 16);
+    v[1] = (vec)_mm512_and_si512(both, _mm512_set1_epi32((int)0xffff0000));
+#else
+    v[0] = load(p);
+    v[1] = load(p + LANES);
+#endif
+}
+#endif
+
+/* A factor; if it is NaN, one whose lower half is zero, see `rounded`. */
+INLINE real quiet(real a)
+{
+    return ELEM_HALF && a != a ? (real)NAN : a;
+}
+
 INLINE vec load_real(const real *p)
 {
     vec v;
@@ -276,6 +330,8 @@ INLINE vec select(__typeof__((vec){0} <= (vec){0}) condition, vec a, vec b)
 #define load_double LOOP(load_double)
 #define store_double LOOP(store_double)
 #define splat_d LOOP(splat_d)
+#define lower_d LOOP(lower_d)
+#define upper_d LOOP(upper_d)
 #define select_d LOOP(select_d)
 #define store_d LOOP(store_d)
 #define copy LOOP(copy)
@@ -305,6 +361,31 @@ INLINE dvec load_d(const elem *p)
     return (dvec){p[0], p[1]};
 #endif
 }
+
+#if ELEM_HALF
+/* Lanes of the lower and of the upper half. */
+INLINE dvec lower_d(vec v)
+{
+#if VEC_BYTES == 64
+    return (dvec)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)v));
+#elif VEC_BYTES == 32
+    return (dvec)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)v));
+#else
+    return (dvec){v[0], v[1]};
+#endif
+}
+
+INLINE dvec upper_d(vec v)
+{
+#if VEC_BYTES == 64
+    return (dvec)_mm512_cvtps_pd(_mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd((__m512)v), 1)));
+#elif VEC_BYTES == 32
+    return (dvec)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)v, 1));
+#else
+    return (dvec){v[2], v[3]};
+#endif
+}
+#endif
 
 INLINE dvec load_double(const double *p)
 {
@@ -360,18 +441,34 @@ INLINE dvec select_d(__typeof__((dvec){0} <= (dvec){0}) condition, dvec a, dvec 
 /* The first n lanes as elements. */
 INLINE void store_d(elem *p, dvec v, ptrdiff_t n)
 {
-#if ELEM_HALF
-    for (ptrdiff_t i = 0; i < n; i++)
-        p[i] = ELEM_HALF == F16 ? cbn_to_f16((float)v[i]) : cbn_to_bf16((float)v[i]);
-#else
     typedef elem some __attribute__((vector_size(DLANES * sizeof(elem))));
+#if ELEM_HALF == F16
+    some e;
+#if VEC_BYTES == 64
+    const __m128i bits = _mm256_cvtps_ph(_mm512_cvtpd_ps((__m512d)v), _MM_FROUND_TO_NEAREST_INT);
+    memcpy(&e, &bits, sizeof e);
+#elif VEC_BYTES == 32
+    const __m128i bits = _mm_cvtps_ph(_mm256_cvtpd_ps((__m256d)v), _MM_FROUND_TO_NEAREST_INT);
+    memcpy(&e, &bits, sizeof e);
+#else
+    for (ptrdiff_t i = 0; i < DLANES; i++)
+        e[i] = cbn_to_f16((float)v[i]);
+#endif
+#elif ELEM_HALF
+    typedef float floats __attribute__((vector_size(DLANES * sizeof(float))));
+    typedef uint32_t words __attribute__((vector_size(DLANES * sizeof(float))));
+    const floats f = __builtin_convertvector(v, floats);
+    const words bits = (words)f, nan = (words)(f != f);
+    const words rounded = ((bits + 0x7fff + (bits >> 16 & 1)) & ~nan) | ((bits | 1 << 22) & nan);
+    const some e = __builtin_convertvector(rounded >> 16, some);
+#else
     const some e = __builtin_convertvector(v, some);
+#endif
     if (n == DLANES)
         memcpy(p, &e, sizeof e);
     else
         for (ptrdiff_t i = 0; i < n; i++)
             p[i] = e[i];
-#endif
 }
 
 INLINE void copy(elem *to, const elem *from, ptrdiff_t n)
