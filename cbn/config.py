@@ -1,13 +1,15 @@
 """show_config: versions, compiler, OpenMP runtime, instruction sets, threads, memory; and the self-check."""
 
+import contextlib
 import os
 import platform
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
-from . import memory, reference, threads
+from . import checks, memory, reference, threads
 from .functional import native_batch_norm, native_batch_norm_backward
 from .kernels import passes
 
@@ -78,22 +80,33 @@ def self_check(report: Callable[[str], object] = print) -> bool:
     try:
         for isa in passes.available():
             passes.use_isa(isa)
-            for dtype, limit in ((np.float32, 1e-6), (np.float64, 1e-12)):
+            for dtype, limit in _types():
                 for layout, shape, axis in (("first", (7, 5, 113), 1), ("last", (211, 37), 1)):
-                    x = (rng.standard_normal(shape) + 1000).astype(dtype)
+                    # Of 16 bits, 1000 ± 1 would be a handful of values
+                    x = (rng.standard_normal(shape) + (10 if dtype.itemsize == 2 else 1000)).astype(dtype)
                     dy = rng.standard_normal(shape).astype(dtype)
-                    weight, bias = rng.standard_normal((2, shape[axis]))
+                    weight, bias = rng.standard_normal((2, shape[axis])).astype(checks.parameter_dtype(dtype))
                     worst = 0.0
                     for n in (1, 3):
                         with threads.num_threads(n):
-                            worst = max(worst, _largest_error(x, dy, weight.astype(dtype), bias.astype(dtype)))
+                            worst = max(worst, _largest_error(x, dy, weight, bias))
                     good &= worst <= limit
                     verdict = "ok" if worst <= limit else f"WRONG, more than {limit:.0e}"
-                    report(f"{isa:9} {np.dtype(dtype).name} channels {layout:5}  largest error {worst:.1e}  {verdict}")
+                    report(f"{isa:9} {dtype.name:8} channels {layout:5}  largest error {worst:.1e}  {verdict}")
     finally:
         passes.use_isa(before)
         passes.tune(**region)
     return good
+
+
+def _types() -> list[tuple[np.dtype[Any], float]]:
+    """Types of input with the largest error allowed; bfloat16 where ml_dtypes has it."""
+    types = [(np.dtype(np.float32), 1e-6), (np.dtype(np.float64), 1e-12), (np.dtype(np.float16), 2**-11)]
+    with contextlib.suppress(ImportError):
+        from ml_dtypes import bfloat16
+
+        types.append((np.dtype(bfloat16), 2**-8))
+    return types
 
 
 def _largest_error(x: reference.Array, dy: reference.Array, weight: reference.Array, bias: reference.Array) -> float:

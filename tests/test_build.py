@@ -46,7 +46,7 @@ def test_imports_run_one_way():
         "storage": {"batchnorm"},
         "fuse": {"batchnorm", "checks"},
         "convert": {"batchnorm", "checks"},
-        "config": {"functional", "kernels", "memory", "reference", "threads"},
+        "config": {"checks", "functional", "kernels", "memory", "reference", "threads"},
     }
     for path in (ROOT / "cbn").glob("*.py"):
         if path.stem.startswith("__"):

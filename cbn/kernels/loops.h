@@ -241,15 +241,15 @@ INLINE void LOOP(reduce_some)(LOOP(source) p, ptrdiff_t i, ptrdiff_t n, dvec shi
 #if ELEM_HALF
 /* Forward, 16-bit elements: d = x - shift and the sums of a few d and d*d are of float32, whose 24 bits are many more than
  * the 8 or 11 of x. Where they leave its range, which bfloat16 shares, the caller asks for an `exact` reduction. */
-enum { LOOP(VECTORS) = 8 };
 
-/* VECTORS vectors from the i-th element on. */
-INLINE void LOOP(reduce_vectors)(LOOP(source) p, ptrdiff_t i, vec shift, LOOP(sums) *s, const int copying)
+/* An even number of vectors from the i-th element on. */
+INLINE void LOOP(reduce_vectors)(LOOP(source) p, ptrdiff_t i, const int vectors, vec shift, LOOP(sums) *s,
+                                 const int copying)
 {
     vec sum[2] = {{0}}, square[2] = {{0}};
     if (copying)
-        memcpy(p.x_copy + i, p.x + i, LOOP(VECTORS) * LANES * sizeof(elem));
-    for (int u = 0; u < LOOP(VECTORS); u += 2) {
+        memcpy(p.x_copy + i, p.x + i, vectors * LANES * sizeof(elem));
+    for (int u = 0; u < vectors; u += 2) {
         vec x[2];
         load_two(p.x + i + u * LANES, x);
         for (int k = 0; k < 2; k++) {
@@ -271,9 +271,13 @@ INLINE void LOOP(reduce_piece)(LOOP(source) p, ptrdiff_t begin, ptrdiff_t end, d
 {
     ptrdiff_t i = begin;
 #if ELEM_HALF
-    if (!backward && !exact)
-        for (const vec shift_ = splat((real)shift[0]); i + LOOP(VECTORS) * LANES <= end; i += LOOP(VECTORS) * LANES)
-            LOOP(reduce_vectors)(p, i, shift_, s, copying);
+    if (!backward && !exact) {
+        const vec shift_ = splat((real)shift[0]);
+        for (; i + 8 * LANES <= end; i += 8 * LANES)
+            LOOP(reduce_vectors)(p, i, 8, shift_, s, copying);
+        for (; i + 2 * LANES <= end; i += 2 * LANES)
+            LOOP(reduce_vectors)(p, i, 2, shift_, s, copying);
+    }
 #else
     (void)exact;
 #endif
@@ -482,14 +486,15 @@ INLINE void LOOP(map_line)(const cbn_tile *m, ptrdiff_t n, ptrdiff_t height, ptr
         for (int v = 0; v < LINE_ELEMS / LANES; v++) {
             const elem *x = AT(m->x, n + row, 0) + j + v * LANES, *g = AT(m->g, n + row, 0) + j + v * LANES;
             const elem *z = m->z.data ? AT(m->z, n + row, 0) + j + v * LANES : NULL;
-            if (fetching)
+            if (fetching && v == 0) {
                 __builtin_prefetch(x + ROWS * m->x.n, 0, 2);
-            if (fetching && backward)
-                __builtin_prefetch(g + ROWS * m->g.n, 0, 2);
-            if (fetching && !past)
-                __builtin_prefetch(Y_AT(m->y, n + row + ROWS, 0) + j + v * LANES, 1, 2);
-            if (fetching && z)
-                __builtin_prefetch(z + ROWS * m->z.n, 0, 2);
+                if (backward)
+                    __builtin_prefetch(g + ROWS * m->g.n, 0, 2);
+                if (z)
+                    __builtin_prefetch(z + ROWS * m->z.n, 0, 2);
+                if (!past)
+                    __builtin_prefetch(Y_AT(m->y, n + row + ROWS, 0) + j, 1, 2);
+            }
             out[row][v] = LOOP(value)(x, g, z, 0, LANES, f[v], act, backward);
         }
     for (ptrdiff_t row = 0; row < height; row++)

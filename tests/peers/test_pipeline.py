@@ -11,9 +11,11 @@ import pytest
 
 import cbn
 
-torch = pytest.importorskip("torch")
+from . import peer
+
+torch = peer("torch")
 for package in ("sklearn", "matplotlib", "tqdm"):
-    pytest.importorskip(package, reason="the examples need scikit-learn, matplotlib and tqdm")
+    peer(package)
 
 from cbn.batchnorm import EvalPlan  # noqa: E402
 from examples import __main__ as demo  # noqa: E402
