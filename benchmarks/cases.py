@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from math import prod
 
+ITEMSIZE = {"bfloat16": 2, "float32": 4, "float64": 8}  # of the inputs; parameters of bfloat16 are float32
 OPS = ("eval", "train", "backward")
 LAYOUTS = ("first", "last")
 
@@ -37,7 +38,8 @@ class Case:
     """One thing to measure: an operation on a shape.
 
     `layout` is "first" (NCHW, NCL) or "last" (an NCHW-shaped array with NHWC memory, NLC, NC). `memory` is "out" where
-    the output's memory is given, "called" where the contender allocates it. `threads` 0 stands for all cores.
+    the output's memory is given, "called" where the contender allocates it. `threads` 0 stands for all cores. `fused`
+    is what follows a forward pass: "relu", "add+relu" (a residual, then ReLU), or nothing.
     """
 
     op: str
@@ -46,11 +48,13 @@ class Case:
     threads: int = 1
     memory: str = "out"
     dtype: str = "float32"
+    fused: str = ""
 
     @property
     def name(self):
         """As in results and on the command line: train-32x64x112x112-first-float32-out-1t."""
-        return f"{self.op}-{self.shape_name}-{self.layout}-{self.dtype}-{self.memory}-{self.threads}t"
+        op = f"{self.op}+{self.fused}" if self.fused else self.op
+        return f"{op}-{self.shape_name}-{self.layout}-{self.dtype}-{self.memory}-{self.threads}t"
 
     @property
     def shape_name(self):
@@ -59,7 +63,7 @@ class Case:
     @property
     def n_bytes(self):
         """Bytes of one array: a unit of traffic."""
-        return prod(self.shape) * {"float32": 4, "float64": 8}[self.dtype]
+        return prod(self.shape) * ITEMSIZE[self.dtype]
 
     @property
     def channel_bytes(self):
@@ -72,6 +76,9 @@ class Case:
         A channel (of x, in backward of x and dy) that stays in half a core's cache between the two passes is read
         once; else twice. In channels last every channel goes through every row, so it never stays.
         """
+        if self.fused == "add+relu":
+            units, why = replace(self, fused="").units(cache)
+            return units + 1, f"{why}; read the residual"
         if self.op == "eval":
             return 2, "read x, write y"
         arrays = 1 if self.op == "train" else 2
@@ -104,16 +111,22 @@ def short(cores):
     cases += of_shapes(((1, 64, 56, 56),), (1,), ("eval",))
     cases += of_shapes(((32, 256, 56, 56),), (1,))[:3]
     cases += [replace(c, memory="called") for c in of_shapes(((32, 256, 56, 56),), (cores,)) if c.layout == "first"]
+    cases += of_shapes(((32, 256, 56, 56),), (cores,), ("eval", "train"), dtype="bfloat16")
+    for fused in ("relu", "add+relu"):
+        cases += of_shapes(((32, 256, 56, 56),), (cores,), ("eval", "train"), fused=fused)[:2]
     return cases
 
 
 def full(cores):
-    """Everything: every shape, one core and all, memory given and as called, float64 too."""
+    """Everything: every shape, one core and all, memory given and as called, other types too."""
     counts = (1, cores) if cores > 1 else (1,)
     shapes = (*RESNET, *SINGLE, *NCL, *NC, *ODD)
     cases = of_shapes(shapes, counts)
     cases += of_shapes((*RESNET, *NCL, *NC), (cores,), memory="called")
-    cases += of_shapes((RESNET[1], RESNET[3], NC[0]), (cores,), dtype="float64")
+    for dtype in ("float64", "bfloat16"):
+        cases += of_shapes((RESNET[1], RESNET[3], NC[0]), (cores,), dtype=dtype)
+    for fused in ("relu", "add+relu"):
+        cases += of_shapes((*RESNET, NC[0]), counts, ("eval", "train"), fused=fused)
     return cases
 
 

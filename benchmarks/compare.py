@@ -33,7 +33,8 @@ def load(path):
 
 def case_of(benchmark):
     """The case of a row."""
-    fields = {k: benchmark["extra_info"][k] for k in Case.__dataclass_fields__}
+    found = benchmark["extra_info"]
+    fields = {k: found[k] for k in Case.__dataclass_fields__ if k in found}
     return Case(**{**fields, "shape": tuple(fields["shape"])})
 
 

@@ -21,11 +21,17 @@ class Data:
     def __init__(self, case):
         rng = np.random.default_rng(7)
         self.case = case
+        self.dtype = case.dtype
+        self.parameters = np.dtype("float32" if case.dtype == "bfloat16" else case.dtype)
+        if case.dtype == "bfloat16":
+            import ml_dtypes
+
+            self.dtype = ml_dtypes.bfloat16
         shape, n_channels = case.shape, case.shape[1]
         self.x, self.dy = self.array(rng), self.array(rng)
         self.x += 1
-        self.weight, self.bias, self.mean = rng.standard_normal((3, n_channels)).astype(case.dtype)
-        self.var = rng.uniform(0.5, 2, n_channels).astype(case.dtype)
+        self.weight, self.bias, self.mean = rng.standard_normal((3, n_channels)).astype(self.parameters)
+        self.var = rng.uniform(0.5, 2, n_channels).astype(self.parameters)
         self.shape = shape
 
     def array(self, rng=None):
@@ -33,12 +39,12 @@ class Data:
         shape = self.case.shape
         lying = (shape[0], *shape[2:], shape[1]) if self.case.layout == "last" else shape
         if rng is None:
-            a = np.empty(lying, self.case.dtype)
+            a = np.empty(lying, self.dtype)
         else:
             n = int(np.prod(lying))
             block = rng.standard_normal(min(n, 1 << 20), dtype=np.float32)
             # a period that no shape divides, so that channels do not repeat
-            a = np.resize(block[: len(block) - 1 if n > len(block) else n], n).astype(self.case.dtype).reshape(lying)
+            a = np.resize(block[: len(block) - 1 if n > len(block) else n], n).astype(self.dtype).reshape(lying)
         return np.moveaxis(a, -1, 1) if self.case.layout == "last" else a
 
     def per_channel(self, v):
@@ -47,6 +53,8 @@ class Data:
 
 class Contender:
     """What they share."""
+
+    fuses = False  # whether it can do what follows a forward pass, in the same call or in others
 
     def __init__(self, case, data):
         self.case, self.data = case, data
@@ -63,6 +71,7 @@ class Cbn(Contender):
     """The layer in evaluation, the functions in training and backward."""
 
     name = "cbn"
+    fuses = True
 
     @classmethod
     def version(cls):
@@ -80,12 +89,17 @@ class Cbn(Contender):
 
         d = data
         out = d.array() if case.memory == "out" else None
+        activation = "relu" if case.fused else None
+        residual = d.dy if case.fused == "add+relu" else None
         if case.op == "eval":
             import cbn
 
-            bn = cbn.BatchNorm(case.shape[1], eps=EPS, dtype=case.dtype).eval()
+            bn = cbn.BatchNorm(case.shape[1], eps=EPS, dtype=data.parameters, activation=activation).eval()
             bn.load_state_dict({"weight": d.weight, "bias": d.bias, "running_mean": d.mean, "running_var": d.var})
-            self.run = lambda: bn(d.x, out=out)
+            self.run = lambda: bn(d.x, out=out, residual=residual)
+        elif case.op == "train" and case.fused:
+            arrays = d.x, d.mean, d.var, d.weight, d.bias, True, 0.1, EPS
+            self.run = lambda: f.batch_norm(*arrays, out=out, activation=activation, residual=residual)
         elif case.op == "train":
             self.run = lambda: f.native_batch_norm(d.x, d.weight, d.bias, d.mean, d.var, True, 0.1, EPS, out=out)[0]
         else:
@@ -110,7 +124,8 @@ class Numpy(Contender):
 
     @classmethod
     def supports(cls, case):
-        return case.threads == 1 or case.op == "eval"  # it has one thread whatever is asked
+        # it has one thread whatever is asked, and bfloat16 an element at a time
+        return (case.threads == 1 or case.op == "eval") and case.dtype != "bfloat16"
 
     def __init__(self, case, data):
         super().__init__(case, data)
@@ -156,6 +171,7 @@ class Torch(Contender):
     """Its functions, with `out=` where memory is given; the module as called where it is not."""
 
     name = "PyTorch"
+    fuses = True
 
     @classmethod
     def version(cls):
@@ -167,16 +183,22 @@ class Torch(Contender):
     def supports(cls, case):
         return True
 
+    def tensor(self, a):
+        if a.dtype.name == "bfloat16":
+            return self.torch.from_numpy(a.view(np.uint16)).view(self.torch.bfloat16)
+        return self.torch.from_numpy(a)
+
     def __init__(self, case, data):
         super().__init__(case, data)
         import torch
 
+        self.torch = torch
         torch.set_num_threads(case.threads)
         torch.set_grad_enabled(False)
-        self.x, self.dy = torch.from_numpy(data.x), torch.from_numpy(data.dy)
-        w, b, m, v = (torch.from_numpy(a) for a in (data.weight, data.bias, data.mean, data.var))
+        self.x, self.dy = self.tensor(data.x), self.tensor(data.dy)
+        w, b, m, v = (self.tensor(a) for a in (data.weight, data.bias, data.mean, data.var))
         x, dy = self.x, self.dy
-        self.y = torch.from_numpy(data.array())
+        self.y = self.tensor(data.array())
         if len(case.shape) == 3 and case.layout == "last" and case.memory == "out":
             # With `out=` it takes (N, C, L) for contiguous, whatever its strides are, and the values come out wrong
             # (2.13); as (N, C, L, 1) they come out right.
@@ -193,15 +215,18 @@ class Torch(Contender):
         elif case.memory == "out":
             saved = (torch.empty(case.shape[1]), torch.empty(case.shape[1])) if case.op == "train" else (
                 torch.empty(0), torch.empty(0))  # fmt: skip
-            saved = tuple(s.to(x.dtype) for s in saved)
+            saved = tuple(s.to(w.dtype) for s in saved)
             training = case.op == "train"
             self.run = lambda: torch.native_batch_norm(x, w, b, m, v, training, 0.1, EPS, out=(self.y, *saved))[0]
         else:
             dims = {2: 1, 3: 1, 4: 2, 5: 3}[len(case.shape)]
-            module = getattr(torch.nn, f"BatchNorm{dims}d")(case.shape[1], eps=EPS, dtype=x.dtype)
+            module = getattr(torch.nn, f"BatchNorm{dims}d")(case.shape[1], eps=EPS, dtype=w.dtype)
             module.load_state_dict({"weight": w, "bias": b, "running_mean": m, "running_var": v}, strict=False)
             module.train(case.op == "train")
             self.run = lambda: module(x)
+        if case.fused:  # in place, as its users write it
+            norm, add = self.run, case.fused == "add+relu"
+            self.run = lambda: torch.relu_(norm().add_(dy) if add else norm())
 
     def results(self):
         found = self.run()
@@ -209,6 +234,7 @@ class Torch(Contender):
             found = dict(zip(("dx", "dweight", "dbias"), found, strict=True))
         else:
             found = {"y": found}
+        found = {k: t.float() if t.dtype == self.torch.bfloat16 else t for k, t in found.items()}
         return {k: t.numpy().reshape(self.case.shape if k in ("y", "dx") else -1) for k, t in found.items()}
 
 
@@ -474,11 +500,16 @@ class Limit(Contender):
     """What the memory can do on arrays of this size: not batch normalization, and compared with nothing."""
 
     kind = None
+    fuses = True
 
     @classmethod
     def version(cls):
         native.driver("limits")
         return ""
+
+    @classmethod
+    def supports(cls, case):
+        return True
 
     def __init__(self, case, data):
         super().__init__(case, data)
@@ -489,7 +520,7 @@ class Limit(Contender):
         x = flat.ctypes.data_as(ctypes.c_void_p)
         self.keep = flat, np.empty_like(flat)
         y = self.keep[1].ctypes.data_as(ctypes.c_void_p)
-        n, threads = ctypes.c_ssize_t(flat.size), ctypes.c_int(case.threads)
+        n, threads = ctypes.c_ssize_t(flat.nbytes // 4), ctypes.c_int(case.threads)  # of float32, whatever x is
         self.keep[1][...] = 0
         if self.kind == "read":
             self.run = lambda: lib.limit_read(x, n, threads)

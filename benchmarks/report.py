@@ -114,7 +114,8 @@ def table(head, rows, kind=""):
 
 
 def case_cells(case):
-    return [OP_WORDS[case.op], shape_words(case.shape), LAYOUT_WORDS[case.layout], case.threads,
+    op = f"{OP_WORDS[case.op]}, {case.fused}" if case.fused else OP_WORDS[case.op]
+    return [op, shape_words(case.shape), LAYOUT_WORDS[case.layout], case.threads,
             "given" if case.memory == "out" else "allocated", case.dtype]  # fmt: skip
 
 

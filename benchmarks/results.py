@@ -50,7 +50,7 @@ def read_rows(results):
     rows = []
     for b in results["benchmarks"]:
         e = b["extra_info"]
-        fields = {k: e[k] for k in Case.__dataclass_fields__}
+        fields = {k: e[k] for k in Case.__dataclass_fields__ if k in e}
         times = np.asarray(b["stats"]["data"], float)
         if np.isfinite(times).any():
             case = Case(**{**fields, "shape": tuple(e["shape"])})
@@ -90,8 +90,8 @@ class Results:
 
 
 def group_of(case):
-    """(op, layout) under which a case stands on the page; None for those of the growth plot and other types."""
-    if case.dtype != "float32" or case.shape in GROWTH_SHAPES:
+    """(op, layout) under which a case stands on the page; None for the growth plot, other types, fused."""
+    if case.dtype != "float32" or case.fused or case.shape in GROWTH_SHAPES:
         return None
     if case.shape in SMALL:
         return SMALL_CALLS if case.op == "eval" else None

@@ -107,7 +107,7 @@ class Exact:
         # channel by channel: float64 copies of all at once would not fit beside the contenders
         names = ("y",) if case.op != "backward" else ("dx", "dweight", "dbias")
         shapes = {"y": case.shape, "dx": case.shape, "dweight": case.shape[1:2], "dbias": case.shape[1:2]}
-        results = {name: np.empty(shapes[name], case.dtype) for name in names}
+        results = {name: np.empty(shapes[name], data.parameters) for name in names}
         step = max(1, case.shape[1] // max(1, case.n_bytes // (64 << 20)))
         for c in range(0, case.shape[1], step):
             part = slice(c, c + step)
@@ -120,7 +120,10 @@ class Exact:
                 found = reference.backward(data.dy[:, part], x, mean, var, weight, contenders.EPS)
                 results["dx"][:, part], results["dweight"][part], results["dbias"][part] = found
             else:
-                results["y"][:, part] = reference.normalize(x, mean, var, weight, data.bias[part], contenders.EPS)
+                y = reference.normalize(x, mean, var, weight, data.bias[part], contenders.EPS)
+                if case.fused:
+                    y = reference.activate(y, data.dy[:, part] if case.fused == "add+relu" else None, 0)
+                results["y"][:, part] = y
         self.files = {}
         for name, a in results.items():
             self.files[name] = str(Path(folder) / f"{name}.npy")
@@ -296,7 +299,8 @@ class Suite:
 
     def measure(self, case):
         """Time one case: all contenders that can do it, and the limits, turn by turn."""
-        names = [n for n in self.peers if contenders.ALL[n].supports(case)]
+        every = [n for n in self.peers if contenders.ALL[n].fuses or not case.fused]
+        names = [n for n in every if contenders.ALL[n].supports(case)]
         with self.prepared(case, names) as ready:
             turns = {name: [] for name in ready}
             for turn in range(self.turns):

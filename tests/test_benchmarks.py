@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("tqdm", reason="tqdm is not installed")
 from benchmarks import __main__ as command
-from benchmarks import cases, compare, contenders
+from benchmarks import cases, compare, contenders, suite
 from benchmarks.cases import Case
 
 ROOT = Path(__file__).parent.parent
@@ -216,3 +216,27 @@ def test_every_contender_agrees_with_float64_where_it_is_installed(tmp_path):
     found = json.loads((tmp_path / "results.json").read_text())
     assert not found["suite"]["wrong"]
     assert not found["suite"]["failed"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"fused": "relu"}, {"fused": "add+relu"}, {"dtype": "bfloat16"}, {"dtype": "float64", "fused": "add+relu"}],
+)
+@pytest.mark.parametrize("op", ["eval", "train"])
+@pytest.mark.parametrize("memory", ["out", "called"])
+def test_fused_cases_and_other_types(tmp_path, options, op, memory):
+    """cbn and PyTorch, where it is, against the exact results that the workers compare with."""
+    pytest.importorskip("ml_dtypes")
+    case = Case(op, (3, 5, 6, 7), "last", 1, memory, **options)
+    assert case.name.startswith(f"{op}+{case.fused}-" if case.fused else f"{op}-3x5x6x7-last-bfloat16")
+    exact = np.load(suite.Exact(case, tmp_path).files["y"])
+    for name in ("cbn", "PyTorch"):
+        contender = contenders.ALL[name]
+        try:
+            contender.version()
+        except ImportError:
+            continue
+        found = contender(case, contenders.Data(case)).results()["y"].astype(np.float64)
+        assert np.abs(found - exact).max() <= (2**-8 if "dtype" in options else 1e-5) * np.abs(exact).max()
+        assert (found.min() == 0) == bool(case.fused)
+    assert case.units(1 << 20)[0] == 2 + (op == "train") + (case.fused == "add+relu")
