@@ -518,7 +518,7 @@ class BatchNorm(passes.Planned):
         with _update_lock:
             for grad, sums in ((weight_grad, dweight), (bias_grad, dbias)):
                 if grad is not None:
-                    passes.assign(grad, passes.as_doubles(grad) + sums)
+                    passes.accumulate(grad, sums)
         if out is not None and any(passes.overlaps(a, out) for a in forward.read):
             self._saved = OVERWRITTEN
         return dx if forward.residual is None else (dx, dresidual)

@@ -234,10 +234,11 @@ def negative_slope(activation: Any) -> float:
     if isinstance(activation, str) and activation == "relu":
         return 0.0
     expected = "None, 'relu' or ('leaky_relu', slope)"
-    if isinstance(activation, (tuple, list)) and len(activation) == 2 and activation[0] == "leaky_relu":
+    named = isinstance(activation, (tuple, list)) and len(activation) == 2 and isinstance(activation[0], str)
+    if named and activation[0] == "leaky_relu":
         slope = number(activation[1], "the slope of leaky_relu", "a number")
-        if not math.isfinite(slope):
-            raise ValueError(f"the slope of leaky_relu must be finite, but got {slope}")
+        if not abs(slope) <= float(np.finfo(np.float32).max):
+            raise ValueError(f"the slope of leaky_relu must be finite, in float32 too, but got {slope}")
         return slope
     error = ValueError if isinstance(activation, (str, tuple, list)) else TypeError
     raise error(f"activation must be {expected}, not {activation!r}")

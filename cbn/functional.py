@@ -57,12 +57,12 @@ def normalize_batch(
 def coefficients(mean: Array, var: Array, weight: Array | None, bias: Array | None, eps: float) -> Doubles:
     """(3, C): mean, scale and offset of the map that normalizes with the statistics given."""
     coef = np.empty((3, len(mean)))
-    coef[0] = mean
-    coef[1] = inverse_std(var, eps)
-    if weight is not None:
-        with np.errstate(all="ignore"):
+    with np.errstate(all="ignore"):
+        coef[0] = mean
+        coef[1] = 1 / np.sqrt(np.asarray(var, dtype=np.float64) + eps)
+        if weight is not None:
             coef[1] *= weight
-    coef[2] = 0 if bias is None else bias
+        coef[2] = 0 if bias is None else bias
     return coef
 
 
@@ -115,12 +115,17 @@ def gradients(
     if inp.layout is None:
         dx = (passes.empty_like(inp.x) if out is None else out) if want_dx else None
         return dx, None if residual is None else passes.empty_like(inp.x), np.zeros(n_channels), np.zeros(n_channels)
-    dtype = inp.x.dtype
+    dtype, work = inp.x.dtype, inp.x.dtype
     if dy.dtype != dtype:
-        wider = passes.Input(inp.x.astype(np.float64, order="K"), inp.axis)
-        forward = replace(forward, inp=wider, residual=None if residual is None else residual.astype(np.float64))
-        dx, dresidual, sums, products = gradients(dy.astype(np.float64), forward, want_dx, want_sums, None)
-        with np.errstate(over="ignore"):
+        work = np.dtype(np.float64)
+    elif dtype.itemsize == 2 and forward.negative_slope not in (0, 1):
+        work = np.dtype(np.float32)  # h = dy*slope, which is kept in between, has more digits than 16 bits hold
+    if work != dtype:
+        wider = passes.Input(inp.x.astype(work, order="K"), inp.axis)
+        wider.wide = inp.wide
+        forward = replace(forward, inp=wider, residual=None if residual is None else residual.astype(work))
+        dx, dresidual, sums, products = gradients(dy.astype(work), forward, want_dx, want_sums, None)
+        with np.errstate(all="ignore"):
             if want_dx:
                 dx = delivered(dx.astype(dtype, order="K"), out)
             if residual is not None:
@@ -290,6 +295,7 @@ def batch_norm(
     arrays = (weight, bias, running_mean, running_var)
     a = np.asanyarray(x)
     if a.dtype in (np.uint8, np.int8) and not training:
+        checks.momentum_fraction(momentum)
         scale, zero_point, dtype = checks.quantization(a, x_scale, x_zero_point, out_dtype)
         if residual is not None:
             raise ValueError("residual cannot be added to 8-bit input; expected None")
@@ -367,14 +373,14 @@ def _batch_norm_bytes(
     mean, var, weight, bias = check_parameters(n, running_mean, running_var, weight, bias, updated=False)
     coef = coefficients(mean, var, weight, bias, checks.epsilon_for(eps, False))
     # (scale*(x - zero_point) - mean)*invstd = (x - (zero_point + mean/scale))*(scale*invstd)
+    folded = coef.copy()
     with np.errstate(all="ignore"):
-        coef[0] = zero_point + coef[0] / scale
-        coef[1] *= scale
-    if not passes.fits_in_float32(coef):
-        wide = passes.Input(x.astype(np.float64), axis)
-        y = normalize(wide, coef, None, None, negative_slope)
-        with np.errstate(over="ignore"):
-            return delivered(y.astype(dtype), out)
+        folded[0] = zero_point + coef[0] / scale
+        folded[1] *= scale
+    if not passes.fits_in_float32(folded):
+        wide = passes.Input(scale * (x.astype(np.float64) - zero_point), axis)
+        with np.errstate(all="ignore"):
+            return delivered(normalize(wide, coef, None, None, negative_slope).astype(dtype), out)
     layout = passes.Layout.of(x, axis) if x.size else None
     if x.size and layout is None:
         x = x.copy(order="K")
@@ -384,7 +390,7 @@ def _batch_norm_bytes(
     else:
         y = passes.empty_like(x, dtype)
     if layout:
-        passes.apply(layout, x, y, coef, False, None, negative_slope)
+        passes.apply(layout, x, y, folded, False, None, negative_slope)
     return delivered(y, out)
 
 

@@ -76,7 +76,14 @@ def test_every_value(isa, dtype):
 @pytest.mark.parametrize("dtype", BYTES)
 def test_coefficients_that_float32_cannot_hold(isa, rng, dtype):
     x = drawn(rng, dtype, (20, 4))
-    for scale, arrays in ((1e-42, (np.zeros(4), np.full(4, 1e-90))), (1e-30, (np.full(4, 1e4), np.ones(4)))):
+    ones = np.ones(4)
+    cases = [
+        (1e-42, 0 * ones, 1e-90 * ones),
+        (1e-30, 1e4 * ones, ones),
+        (1e-310, ones, ones),
+        (1e-300, 1e20 * ones, ones),
+    ]
+    for scale, *arrays in cases:
         y = batch_norm(x, *arrays, eps=0, x_scale=scale)
         assert error(y, exact(x, (*arrays, None, None, 0.0), scale, 0)) <= 1e-6
 
@@ -129,6 +136,7 @@ def test_nothing_outside_an_array_is_touched(isa, parallel, rng, dtype, shape, a
         ({"x_scale": 1, "out": np.zeros((3, 4), "f4")}, ValueError, r"out has shape \(3, 4\); expected \(4, 3\)"),
         ({"x_scale": 1, "residual": np.zeros((4, 3), "f4")}, ValueError, "residual cannot be added to 8-bit input"),
         ({"x_scale": 1, "channel_axis": 2}, ValueError, "channel_axis 2 is out of range"),
+        ({"x_scale": 1, "momentum": 5}, ValueError, r"momentum must be in \[0, 1\]"),
         ({"x_scale": 1, "training": True}, TypeError, "x_scale is for evaluation with 8-bit input .*training with"),
     ],
 )

@@ -105,5 +105,7 @@ def test_what_is_refused(frames):
         passes.Passes(np.zeros((2, 4), np.int64))
     with pytest.raises(ValueError, match=r"like has strides \(64, 16\), which no loop reads: expected rows or runs"):
         passes.Passes(np.zeros((4, 8))[:, ::2])
+    with pytest.raises(TypeError, match="argument"):
+        passes.Passes.__new__(passes.Passes)
     with pytest.raises(ValueError, match="channel_axis 2 is out of range"):
         passes.Passes(np.zeros((4, 8)), channel_axis=2)

@@ -94,6 +94,39 @@ def test_every_path_gives_the_same_bits(isa, parallel, rng, dtype, shape, with_r
                 assert results(offset) == first, (name, n_threads)
 
 
+@pytest.mark.parametrize("shape", [(8, 3, 128, 128), (4, 1, 256, 256), (8, 2, 128, 128), (32, 31, 32, 32)])
+@pytest.mark.parametrize("activation", ["relu", "leaky"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_few_channels_of_much(rng, shape, activation, dtype):
+    """As many threads as channels or more: too few tiles for the pipeline, with the caches that the system has."""
+    activation, slope = ACTIVATIONS[activation]
+    x, dy = rng.standard_normal((2, *shape)).astype(dtype)
+    for n_threads in (1, 2, 16):
+        bn = layer(np.random.default_rng(1), dtype, shape[1], activation=activation)
+        with cbn.num_threads(n_threads):
+            y, dx = bn(x), bn.backward(dy)
+    exact = expected(bn, x, dy, None, slope, 1)
+    assert error(y, exact[0]) <= LIMIT[x.dtype]
+    assert error(dx, exact[1]) <= GRADIENT_LIMIT[x.dtype]
+
+
+@pytest.mark.parametrize(
+    ("slope", "weight", "bias", "dy"), [(1e4, 1e-4, -10, 10), (0.01, 100, -1000, 2e-6), (1000, 0.5, -3, 100)]
+)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_what_a_slope_makes_of_float16_gradients(rng, slope, weight, bias, dy, frozen):
+    """Between mask and map dy*slope is neither infinite nor zero, whatever float16 would make of it."""
+    x = rng.standard_normal((64, 1)).astype(np.float16)
+    g = (dy * rng.uniform(0.5, 1, x.shape)).astype(np.float16)
+    bn = cbn.BatchNorm(1, activation=("leaky_relu", slope))
+    bn.weight[...], bn.bias[...] = weight, bias
+    if frozen:
+        bn.freeze()
+    exact = expected(bn, x, g, None, slope, 1)
+    bn(x)
+    np.testing.assert_allclose(bn.backward(g), exact[1], rtol=2e-3, atol=2e-3 * np.abs(exact[1]).max() + 6e-8)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_float64_parameters(isa, parallel, rng, layout):
     """float64 arithmetic on float32 input: all channels, or those alone whose coefficients float32 cannot hold."""
@@ -295,7 +328,9 @@ def test_plans(rng, dtype):
         ("gelu", ValueError, r"activation must be None, 'relu' or \('leaky_relu', slope\), not 'gelu'"),
         (("relu", 1), ValueError, r"not \('relu', 1\)"),
         (("leaky_relu",), ValueError, r"not \('leaky_relu',\)"),
-        (("leaky_relu", np.nan), ValueError, "the slope of leaky_relu must be finite, but got nan"),
+        (("leaky_relu", np.nan), ValueError, "the slope of leaky_relu must be finite, in float32 too, but got nan"),
+        (("leaky_relu", 1e39), ValueError, r"the slope of leaky_relu must be finite, in float32 too, but got 1e\+39"),
+        ((np.arange(2), 3), ValueError, "activation must be None, 'relu' or"),
         (("leaky_relu", "0.1"), TypeError, "the slope of leaky_relu must be a number, not '0.1'"),
         (("leaky_relu", True), TypeError, "the slope of leaky_relu must be a number, not True"),
         (np.tanh, TypeError, "activation must be None, 'relu' or"),

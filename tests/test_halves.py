@@ -154,3 +154,17 @@ def test_sums_that_leave_the_range_of_float32(isa, parallel, rng, dtype, shape, 
     for a, b in zip((y, save_mean, save_invstd), of_plain, strict=True):
         for c in (0, 2, 8):
             assert (a[:, c] == b[:, c]).all() if a.ndim > 1 else a[c] == b[c]
+
+
+def test_squares_that_vanish_in_float32(isa, dtype):
+    """A sum that cancels exactly must not hide them; a constant channel stays one."""
+    if dtype == np.float16:
+        pytest.skip("float32 holds the squares of all float16 numbers")
+    x = np.zeros((1, 3, 192), dtype)
+    x[0, 0] = np.array([0, 1e-25, -1e-25] * 64)
+    x[0, 1] = 1e-25
+    for a, axis in ((x, 1), (np.ascontiguousarray(np.moveaxis(x, 1, 2)), 2)):
+        m2 = cbn.moments(a, channel_axis=axis).m2
+        np.testing.assert_allclose(m2, reference.moments(a, axis)[2], rtol=1e-6, atol=0)
+        assert m2[0] > 0
+        assert (m2[1:] == 0).all()

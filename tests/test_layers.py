@@ -440,3 +440,32 @@ def test_bias_switched_off_gets_no_gradient(rng):
     bn.backward(batch(rng))
     assert not bn.bias_grad.any()
     assert bn.weight_grad.any()
+
+
+def test_gradients_add_up_without_warnings():
+    """inf - inf is NaN, whatever is made of warnings: an error in between would leave half of the gradients added."""
+    bn = cbn.BatchNorm1d(2)
+    x = np.arange(6, dtype=np.float32).reshape(3, 2)
+    dy = np.ones_like(x)
+    dy[0, 0] = np.inf
+    bn.bias_grad[...] = -np.inf
+    with np.errstate(all="raise"):
+        bn(x)
+        bn.backward(dy)
+    assert np.isnan(bn.bias_grad[0])
+    assert bn.bias_grad[1] == -np.inf
+
+
+def test_no_floating_point_errors_of_numpy(rng):
+    """Casts of gradients and parameters say nothing, whatever the caller has made of numpy's errors."""
+    x = rng.standard_normal((4, 2)).astype(np.float16)
+    with np.errstate(all="raise"):
+        bn = cbn.BatchNorm1d(2)
+        bn(x)
+        bn.backward(np.full((4, 2), 1e-30, np.float32))
+        for name in ("running_mean", "running_var", "weight", "bias"):
+            bn = cbn.BatchNorm1d(2).eval()
+            getattr(bn, name).view(np.uint32)[0] = 0x7F800001  # a signaling NaN
+            y = bn(x)
+            assert np.isnan(y[:, 0]).all()
+            assert np.isfinite(y[:, 1]).all()

@@ -93,11 +93,12 @@ INLINE vec LOOP(mapped)(vec x, vec g, const vec *f, const int backward)
 typedef struct {
     int on;
     real negative_slope;
+    double slope_d; /* the same, for float64 */
 } LOOP(activation);
 
 INLINE LOOP(activation) LOOP(activation_of)(const cbn_tile *t)
 {
-    return (LOOP(activation)){t->activated, (real)t->negative_slope};
+    return (LOOP(activation)){t->activated, (real)t->negative_slope, t->negative_slope};
 }
 
 /* n elements of y or dx from the i-th on; z may be NULL. */
@@ -133,7 +134,7 @@ INLINE dvec LOOP(masked)(dvec d, const elem *g, const elem *z, elem *h, ptrdiff_
     const dvec g_ = n == DLANES ? load_d(g + i) : load_first_d(g + i, n);
     if (z)
         a += n == DLANES ? load_d(z + i) : load_first_d(z + i, n);
-    const dvec h_ = select_d(a <= 0, act.negative_slope != 0 ? g_ * (double)act.negative_slope : (dvec){0}, g_);
+    const dvec h_ = select_d(a <= 0, act.slope_d != 0 ? g_ * act.slope_d : (dvec){0}, g_);
     store_d(h + i, h_, n);
     return h_;
 }

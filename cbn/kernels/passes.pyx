@@ -565,6 +565,16 @@ def assign(cnp.ndarray a, cnp.ndarray value):
     return a
 
 
+def accumulate(cnp.ndarray a, cnp.ndarray value):
+    """a += value, contiguous float64 (C,), in float64 and without a warning."""
+    cdef cnp.ndarray new = as_doubles(a)
+    cdef Py_ssize_t i
+    cdef double *of = doubles(value, new.size)
+    for i in range(new.size):
+        (<double *>cnp.PyArray_DATA(new))[i] += of[i]
+    assign(a, new)
+
+
 # ---- partition -------------------------------------------------------------------------------------------------
 #
 # A pass falls into items; an item is a rectangle of runs (or rows) and channels that one thread does. Reductions leave
@@ -1072,8 +1082,10 @@ cdef bint settle(Job *job, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
             continue
         # m2 = S(d*d) - S(d)^2/n. Rounding can take it below zero; where S(d*d) overflows it is inf and not inf - inf.
         s = job.sum_c[c]
-        if job.itemsize == 2 and not job.exact \
-                and (not isfinite(job.square_c[c]) or (job.square_c[c] < 1e-20 and s != 0)):
+        # All squares of float16 are within that range; of bfloat16 those of a channel that is constant, or seems to be
+        # because they are too small, are looked at again
+        if job.itemsize == 2 and job.type_num != NPY_HALF and not job.exact \
+                and not 1e-20 <= job.square_c[c] < 1e300:
             job.exact_c[c] = left = True
         job.sum_c[c] = job.shift_c[c] + s / n
         if isfinite(job.square_c[c]) or not isfinite(s):
@@ -1194,7 +1206,7 @@ cdef void choose_tiles(Job *job) noexcept nogil:
     job.copy_c = g.S if g.last else ceil_div(g.S * job.itemsize, LINE) * LINE // job.itemsize + LINE // job.itemsize
     job.copy_n = g.group * job.copy_c + 4 * LINE // job.itemsize
     job.copy_bytes = ceil_div(arrays * g.N * job.copy_n * job.itemsize, LINE) * LINE
-    if job.copying and not job.keeps_h:
+    if job.fused and job.copying and not job.keeps_h:
         job.h.data = NULL
         job.stream = stores_past(job)
 
@@ -1554,22 +1566,20 @@ cdef class Passes:
     TypeError, ValueError
         For what a layer would refuse, for an empty array, and for strides that would need a copy.
     """
-    def __init__(self, like, channel_axis=1):
+    def __cinit__(self, like, channel_axis=1):
         inp = Input(like, channel_axis, "like")
         if inp.layout is None:
             raise ValueError(f"like is empty, of shape {np.shape(like)}")
         if cnp.PyArray_DATA(inp.x) != cnp.PyArray_DATA(np.asarray(like)):
             raise ValueError(f"like has strides {np.asarray(like).strides}, which no loop reads: expected rows or runs")
-        cdef Job *job = <Job *>malloc(sizeof(Job))
-        if job == NULL:
+        self.job = <Job *>malloc(sizeof(Job))
+        if self.job == NULL:
             raise MemoryError()
-        free(self.job)
-        self.job = job
-        job[0] = make_job(inp.layout, inp.x, False)
+        self.job[0] = make_job(inp.layout, inp.x, False)
         self.layout, self.C, self.count = inp.layout, inp.layout.C, inp.layout.count
-        self.room = new_doubles(self.C * (5 + 2 * job.reduction.blocks * job.reduction.pieces))
-        job.coef_c = doubles(self.room, self.room.size)
-        write_to(job, inp.layout, inp.x)
+        self.room = new_doubles(self.C * (5 + 2 * self.job.reduction.blocks * self.job.reduction.pieces))
+        self.job.coef_c = doubles(self.room, self.room.size)
+        write_to(self.job, inp.layout, inp.x)
 
     def __dealloc__(self):
         free(self.job)
