@@ -101,7 +101,11 @@ def self_check(report: Callable[[str], object] = print) -> bool:
 
 def _types() -> list[tuple[np.dtype[Any], float]]:
     """Types of input with the largest error allowed; bfloat16 where ml_dtypes has it."""
-    types = [(np.dtype(np.float32), 1e-6), (np.dtype(np.float64), 1e-12), (np.dtype(np.float16), 2**-11)]
+    types: list[tuple[np.dtype[Any], float]] = [
+        (np.dtype(np.float32), 1e-6),
+        (np.dtype(np.float64), 1e-12),
+        (np.dtype(np.float16), 2**-11),
+    ]
     with contextlib.suppress(ImportError):
         from ml_dtypes import bfloat16
 
