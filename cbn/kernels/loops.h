@@ -473,8 +473,22 @@ INLINE void LOOP(map_part)(const cbn_tile *m, ptrdiff_t n, ptrdiff_t height, ptr
     }
 }
 
+/* Where a row of a tile begins, and how far away the next one. Copied out of the tile: of what is behind its pointer the
+ * compiler believes that every store may have changed it. */
+typedef struct {
+    const elem *x, *g, *z;
+    elem_out *y;
+    ptrdiff_t x_n, g_n, z_n, y_n;
+} LOOP(row_of);
+
+INLINE LOOP(row_of) LOOP(row_at)(const cbn_tile *m, ptrdiff_t n)
+{
+    return (LOOP(row_of)){AT(m->x, n, 0), AT(m->g, n, 0), m->z.data ? AT(m->z, n, 0) : NULL, Y_AT(m->y, n, 0),
+                          m->x.n, m->g.n, m->z.n, m->y.n};
+}
+
 /* One line of columns of some rows. */
-INLINE void LOOP(map_line)(const cbn_tile *m, ptrdiff_t n, ptrdiff_t height, ptrdiff_t j, real (*factors)[ROOM],
+INLINE void LOOP(map_line)(LOOP(row_of) at, ptrdiff_t height, ptrdiff_t j, real (*factors)[ROOM],
                            LOOP(activation) act, const int backward, const int past, const int fetching)
 {
     vec f[LINE_ELEMS / LANES][ALL_FACTORS] = {{{0}}};
@@ -483,29 +497,31 @@ INLINE void LOOP(map_line)(const cbn_tile *m, ptrdiff_t n, ptrdiff_t height, ptr
             f[v][i] = load_real(factors[i] + j + v * LANES);
     /* All rows are loaded, then stored: on rows 4 KB apart a load would wait for a store to another row before it. */
     vec out[ROWS][LINE_ELEMS / LANES];
-    for (ptrdiff_t row = 0; row < height; row++)
-        for (int v = 0; v < LINE_ELEMS / LANES; v++) {
-            const elem *x = AT(m->x, n + row, 0) + j + v * LANES, *g = AT(m->g, n + row, 0) + j + v * LANES;
-            const elem *z = m->z.data ? AT(m->z, n + row, 0) + j + v * LANES : NULL;
-            if (fetching && v == 0) {
-                __builtin_prefetch(x + ROWS * m->x.n, 0, 2);
-                if (backward)
-                    __builtin_prefetch(g + ROWS * m->g.n, 0, 2);
-                if (z)
-                    __builtin_prefetch(z + ROWS * m->z.n, 0, 2);
-                if (!past)
-                    __builtin_prefetch(Y_AT(m->y, n + row + ROWS, 0) + j, 1, 2);
-            }
-            out[row][v] = LOOP(value)(x, g, z, 0, LANES, f[v], act, backward);
+    for (ptrdiff_t row = 0; row < height; row++) {
+        const elem *x = at.x + row * at.x_n + j, *g = at.g + row * at.g_n + j;
+        const elem *z = at.z ? at.z + row * at.z_n + j : NULL;
+        if (fetching) {
+            __builtin_prefetch(x + ROWS * at.x_n, 0, 2);
+            if (backward)
+                __builtin_prefetch(g + ROWS * at.g_n, 0, 2);
+            if (z)
+                __builtin_prefetch(z + ROWS * at.z_n, 0, 2);
+            if (!past)
+                __builtin_prefetch(at.y + (row + ROWS) * at.y_n + j, 1, 2);
         }
-    for (ptrdiff_t row = 0; row < height; row++)
+        for (int v = 0; v < LINE_ELEMS / LANES; v++)
+            out[row][v] = LOOP(value)(x, g, z, v * LANES, LANES, f[v], act, backward);
+    }
+    for (ptrdiff_t row = 0; row < height; row++) {
+        elem_out *y = at.y + row * at.y_n + j;
         if (LINE_ELEMS / LANES % 2 == 0)
             for (int v = 0; v < LINE_ELEMS / LANES; v += 2)
-                store_two(Y_AT(m->y, n + row, 0) + j + v * LANES, out[row] + v, past);
+                store_two(y + v * LANES, out[row] + v, past);
         else if (past)
-            store_past(Y_AT(m->y, n + row, 0) + j, out[row][0]);
+            store_past(y, out[row][0]);
         else
-            store(Y_AT(m->y, n + row, 0) + j, out[row][0]);
+            store(y, out[row][0]);
+    }
 }
 
 #ifdef SUMS
@@ -514,6 +530,11 @@ typedef struct {
     double shift[ROOM], scale[ROOM], offset[ROOM], sum[ROOM], square[ROOM];
     real short_shift[ROOM]; /* 16-bit elements, forward */
 } LOOP(columns);
+
+/* Elements from row to row. */
+typedef struct {
+    ptrdiff_t x, g, z, h;
+} LOOP(steps);
 
 INLINE LOOP(source) LOOP(row_source)(const cbn_tile *r, ptrdiff_t row, LOOP(activation) act, const int backward)
 {
@@ -525,8 +546,9 @@ INLINE LOOP(source) LOOP(row_source)(const cbn_tile *r, ptrdiff_t row, LOOP(acti
     return p;
 }
 
-INLINE void LOOP(reduce_line)(const cbn_tile *r, ptrdiff_t n, ptrdiff_t height, ptrdiff_t j, ptrdiff_t ahead_x,
-                              ptrdiff_t ahead_g, LOOP(columns) *k, LOOP(activation) act, const int backward)
+INLINE void LOOP(reduce_line)(LOOP(source) p, LOOP(steps) step, ptrdiff_t height, ptrdiff_t j, ptrdiff_t ahead_x,
+                              ptrdiff_t ahead_g, LOOP(columns) *k, LOOP(activation) act, const int backward,
+                              const int exact)
 {
     dvec shift[LINE_ELEMS / DLANES], sum[LINE_ELEMS / DLANES], square[LINE_ELEMS / DLANES];
     for (int v = 0; v < LINE_ELEMS / DLANES; v++) {
@@ -534,15 +556,14 @@ INLINE void LOOP(reduce_line)(const cbn_tile *r, ptrdiff_t n, ptrdiff_t height, 
         sum[v] = load_double(k->sum + j + v * DLANES);
         square[v] = load_double(k->square + j + v * DLANES);
     }
-    const int exact = backward || !ELEM_HALF || r->exact;
 #if ELEM_HALF
     if (!exact)
-        for (ptrdiff_t block = n; block < n + height; block += ROWS)
+        for (ptrdiff_t block = 0; block < height; block += ROWS)
             for (int v = 0; v < LINE_ELEMS / LANES; v++) {
                 const vec short_shift = load_real(k->short_shift + j + v * LANES);
                 vec s = {0}, q = {0};
-                for (ptrdiff_t row = block; row < MIN(block + ROWS, n + height); row++) {
-                    const elem *x = AT(r->x, row, 0) + j + v * LANES;
+                for (ptrdiff_t row = block; row < MIN(block + ROWS, height); row++) {
+                    const elem *x = p.x + row * step.x + j + v * LANES;
                     if (v == 0)
                         __builtin_prefetch(x + ahead_x, 0, 2);
                     const vec d = load(x) - short_shift;
@@ -555,14 +576,19 @@ INLINE void LOOP(reduce_line)(const cbn_tile *r, ptrdiff_t n, ptrdiff_t height, 
                 square[2 * v + 1] += upper_d(q);
             }
 #endif
-    for (ptrdiff_t row = n; exact && row < n + height; row++) {
-        const LOOP(source) p = LOOP(row_source)(r, row, act, backward);
+    for (ptrdiff_t row = 0; exact && row < height; row++) {
         __builtin_prefetch(p.x + j + ahead_x, 0, 2);
         if (backward)
             __builtin_prefetch(p.g + j + ahead_g, 0, 2);
         for (int v = 0; v < LINE_ELEMS / DLANES; v++)
             LOOP(reduce_some)(p, j + v * DLANES, DLANES, shift[v], load_double(k->scale + j + v * DLANES),
                               load_double(k->offset + j + v * DLANES), act, &sum[v], &square[v], backward, 0);
+        p.x += step.x;
+        p.g += step.g;
+        if (backward && act.on) {
+            p.h += step.h;
+            p.z = p.z ? p.z + step.z : NULL;
+        }
     }
     for (int v = 0; v < LINE_ELEMS / DLANES; v++) {
         store_double(k->sum + j + v * DLANES, sum[v]);
@@ -638,6 +664,8 @@ INLINE void LOOP(last)(const cbn_tile *m, const cbn_tile *r, const int backward,
 #ifdef SUMS
     LOOP(columns) of_column __attribute__((aligned(LINE)));
     const LOOP(activation) act_r = LOOP(activation_of)(reducing ? r : m);
+    const LOOP(steps) step = {reducing ? r->x.n : 0, reducing ? r->g.n : 0, reducing ? r->z.n : 0, reducing ? r->h.n : 0};
+    const int exact = backward || !ELEM_HALF || (reducing && r->exact);
     const ptrdiff_t r_columns = reducing ? r->copies * r->n_channels * r->length : 0;
     if (reducing) {
         columns = MAX(columns, r_columns);
@@ -657,7 +685,9 @@ INLINE void LOOP(last)(const cbn_tile *m, const cbn_tile *r, const int backward,
         if (past && rows == 1 && !RARE)
             head = MIN(TO_LINE(Y_AT(m->y, n, 0)), m_columns);
         LOOP(map_part)(m, n, height, skip, head, factors, act, backward);
+        const LOOP(row_of) at = LOOP(row_at)(mapping ? m : r, n);
 #ifdef SUMS
+        const LOOP(source) source = LOOP(row_source)(reducing ? r : m, n, act_r, backward);
         /* Rows to come: of this tile, or the first of the next one. */
         ptrdiff_t ahead_x = 0, ahead_g = 0;
         if (reducing && r->prefetch) {
@@ -670,19 +700,20 @@ INLINE void LOOP(last)(const cbn_tile *m, const cbn_tile *r, const int backward,
             const ptrdiff_t j = down ? (columns - 1) / LINE_ELEMS * LINE_ELEMS - k : k;
             if (mapping && !RARE && head + j + LINE_ELEMS <= m_columns) {
                 if (height == rows)
-                    LOOP(map_line)(m, n, rows, head + j, factors, act, backward, past, !reducing);
+                    LOOP(map_line)(at, rows, head + j, factors, act, backward, past, !reducing);
                 else
                     for (ptrdiff_t row = n; row < n + height; row++)
-                        LOOP(map_line)(m, row, 1, head + j, factors, act, backward, past, 0);
+                        LOOP(map_line)(LOOP(row_at)(m, row), 1, head + j, factors, act, backward, past, 0);
             }
             else if (mapping && head + j < m_columns)
                 LOOP(map_part)(m, n, height, head + j, m_columns, factors, act, backward);
 #ifdef SUMS
             if (reducing && j + LINE_ELEMS <= r_columns) {
                 if (height == rows)
-                    LOOP(reduce_line)(r, n, rows, j, ahead_x, ahead_g, &of_column, act_r, backward);
+                    LOOP(reduce_line)(source, step, rows, j, ahead_x, ahead_g, &of_column, act_r, backward, exact);
                 else
-                    LOOP(reduce_line)(r, n, height, j, ahead_x, ahead_g, &of_column, act_r, backward);
+                    LOOP(reduce_line)(source, step, height, j, ahead_x, ahead_g, &of_column, act_r, backward,
+                                      exact);
             }
             else if (reducing && j < r_columns)
                 LOOP(reduce_part)(r, n, height, j, r_columns, &of_column, act_r, backward);
