@@ -96,7 +96,9 @@ class Cbn(Contender):
 
             bn = cbn.BatchNorm(case.shape[1], eps=EPS, dtype=data.parameters, activation=activation).eval()
             bn.load_state_dict({"weight": d.weight, "bias": d.bias, "running_mean": d.mean, "running_var": d.var})
-            self.run = lambda: bn(d.x, out=out, residual=residual)
+            self.run = lambda: bn(d.x, out=out)
+            if residual is not None:
+                self.run = lambda: bn(d.x, out=out, residual=residual)
         elif case.op == "train" and case.fused:
             arrays = d.x, d.mean, d.var, d.weight, d.bias, True, 0.1, EPS
             self.run = lambda: f.batch_norm(*arrays, out=out, activation=activation, residual=residual)

@@ -1513,6 +1513,8 @@ cdef class Planned:
         if plan is not None and len(args) == 1:
             if not kwargs:
                 y = plan.run(args[0], None, None)
+            elif len(kwargs) == 1 and "out" in kwargs:
+                y = plan.run(args[0], kwargs["out"], None)
             elif len(kwargs) == ("out" in kwargs) + ("residual" in kwargs):
                 y = plan.run(args[0], kwargs.get("out"), kwargs.get("residual"))
             else:
