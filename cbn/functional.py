@@ -59,7 +59,7 @@ def coefficients(mean: Array, var: Array, weight: Array | None, bias: Array | No
     coef = np.empty((3, len(mean)))
     with np.errstate(all="ignore"):
         coef[0] = mean
-        coef[1] = 1 / np.sqrt(np.asarray(var, dtype=np.float64) + eps)
+        coef[1] = inverse_std(var, eps)
         if weight is not None:
             coef[1] *= weight
         coef[2] = 0 if bias is None else bias

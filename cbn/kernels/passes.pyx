@@ -1116,16 +1116,17 @@ cdef int digits_are_lost(Job *job, Py_ssize_t first, Py_ssize_t end) noexcept no
     partition of the work nor on its neighbours.
     """
     cdef Py_ssize_t c
-    cdef double n = <double>(job.reduction.N * job.reduction.S), d
+    cdef double n = <double>(job.reduction.N * job.reduction.S), d, shift
     cdef int lost = 0, bits
     if job.backward:
         return 0
     for c in range(first, end):
         d = job.sum_c[c] - job.shift_c[c]
         bits = 5 if job.itemsize == 2 and not job.exact_c[c] else 10
-        if n * d * d > (1 << bits) * job.square_c[c] and isfinite(job.sum_c[c]):
-            # Of 16-bit elements the differences are float32's: their shift too
-            job.shift_c[c] = <float>job.sum_c[c] if job.itemsize == 2 else job.sum_c[c]
+        # Of 16-bit elements the differences are float32's: their shift too. With the same shift nothing would change
+        shift = <float>job.sum_c[c] if job.itemsize == 2 else job.sum_c[c]
+        if n * d * d > (1 << bits) * job.square_c[c] and isfinite(job.sum_c[c]) and shift != job.shift_c[c]:
+            job.shift_c[c] = shift
             lost |= EXACT if job.exact_c[c] else PLAIN
     return lost
 
