@@ -167,9 +167,14 @@ def test_every_path_gives_the_same_bits(isa, parallel, rng, dtype, shape, wide):
         with np.errstate(all="ignore"):
             _, *saved = native_batch_norm(x, weight, bias, None, None, True, 0.1, 1e-5, out=y)
             _, *sums = native_batch_norm_backward(dy, x, weight, None, None, *saved, True, 1e-5, out=dx)
+            in_place = [x.copy(), dy.copy()]
+            native_batch_norm(in_place[0], weight, bias, None, None, True, 0.1, 1e-5, out=in_place[0])
+            native_batch_norm_backward(in_place[1], x, weight, None, None, *saved, True, 1e-5, out=in_place[1])
             evaluated = cbn.functional.batch_norm(x, mean, var, weight, bias)
         # A NaN is a NaN: which of two operands' payloads it has is the compiler's choice
-        return [np.where(np.isnan(a), np.nan, a).tobytes() for a in (y, dx, evaluated, *saved, *sums)]
+        found = [np.where(np.isnan(a), np.nan, a).tobytes() for a in (y, dx, *in_place, evaluated, *saved, *sums)]
+        assert found[:2] == found[2:4]
+        return found
 
     passes.tune(bytes_per_thread=1 << 40, **KNOBS["two passes"])
     expected = results(0)

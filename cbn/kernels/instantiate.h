@@ -25,10 +25,17 @@
 #define LOOP(pass) PASTE(pass, TYPE, ISA)
 #define INLINE TARGET static inline __attribute__((always_inline))
 
-/* From first_32 + 8 - n on: n lanes of ones, then zeros. */
 #if VEC_BYTES == 32
-static const int32_t first_32[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
+/* Lanes from begin to end: all bits, or none. */
+INLINE __m128i four_lanes(ptrdiff_t begin, ptrdiff_t end)
+{
+    const __m128i lane = _mm_set_epi32(3, 2, 1, 0);
+    return _mm_and_si128(_mm_cmpgt_epi32(lane, _mm_set1_epi32((int)begin - 1)),
+                         _mm_cmpgt_epi32(_mm_set1_epi32((int)end), lane));
+}
 #endif
+
+/* From first_64 + 8 - n on: n lanes of ones, then zeros. */
 static const int64_t first_64[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
 
 #if VEC_BYTES == 64

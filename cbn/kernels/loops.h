@@ -18,9 +18,10 @@
 #include "vec.h"
 
 #define UNROLL 4   /* independent accumulators: an addition takes 3 to 4 cycles, and one can start each cycle */
-#define PIECE MAX(64, (ptrdiff_t)(256 / sizeof(elem))) /* elements of a run that are mapped, then reduced: reads and writes
-                                                          alternate faster than they queue */
-#define AHEAD (16 * PIECE) /* elements between what is fetched and what is read: runs end where hardware prefetchers give up */
+#define PIECE (sizeof(elem) == 2 ? 256 : 64) /* elements of a run that are mapped, then reduced: reads and writes alternate
+                                                faster than they queue; of 16-bit ones as many as are summed in float32 */
+#define AHEAD MAX(1024, (ptrdiff_t)(4096 / sizeof(elem))) /* elements between what is fetched and what is read: runs end
+                                                             where hardware prefetchers give up */
 #define GROUP 32   /* channels whose accumulators wait in L1 */
 #define ROWS 4     /* rows side by side: amortize the trip of factors and accumulators to L1 */
 #define LONG 256   /* elements from which it pays to store whole lines */
@@ -101,16 +102,17 @@ INLINE LOOP(activation) LOOP(activation_of)(const cbn_tile *t)
     return (LOOP(activation)){t->activated, (real)t->negative_slope, t->negative_slope};
 }
 
-/* n elements of y or dx from the i-th on; z may be NULL. */
-INLINE vec LOOP(value)(const elem *x, const elem *g, const elem *z, ptrdiff_t i, ptrdiff_t n, const vec *f,
-                       LOOP(activation) act, const int backward)
+/* Lanes begin to end of y or dx from the i-th element on; z may be NULL. */
+INLINE vec LOOP(value)(const elem *x, const elem *g, const elem *z, ptrdiff_t i, ptrdiff_t begin, ptrdiff_t end,
+                       const vec *f, LOOP(activation) act, const int backward)
 {
-    const vec h = backward ? n == LANES ? load(g + i) : load_first(g + i, n) : f[0];
-    vec a = LOOP(mapped)(n == LANES ? load(x + i) : load_first(x + i, n), h, f, backward);
+    const int all = begin == 0 && end == LANES;
+    const vec h = backward ? all ? load(g + i) : load_part(g + i, begin, end) : f[0];
+    vec a = LOOP(mapped)(all ? load(x + i) : load_part(x + i, begin, end), h, f, backward);
     if (backward || !act.on)
         return a;
     if (z)
-        a += n == LANES ? load(z + i) : load_first(z + i, n);
+        a += all ? load(z + i) : load_part(z + i, begin, end);
     return select(a <= 0, act.negative_slope != 0 ? a * act.negative_slope : (vec){0}, a);
 }
 
@@ -150,38 +152,39 @@ INLINE void LOOP(map_piece)(const elem *x, const elem *g, const elem *z, elem_ou
     for (; i + UNROLL * LANES <= end; i += UNROLL * LANES) {
         vec v[UNROLL];
         for (int u = 0; u < UNROLL; u++)
-            v[u] = LOOP(value)(x, g, z, i + u * LANES, LANES, f, act, backward);
+            v[u] = LOOP(value)(x, g, z, i + u * LANES, 0, LANES, f, act, backward);
         for (int u = 0; u < UNROLL; u += 2)
             store_two(y + i + u * LANES, v + u, past);
     }
     for (; i + LANES <= end; i += LANES) {
-        const vec v = LOOP(value)(x, g, z, i, LANES, f, act, backward);
+        const vec v = LOOP(value)(x, g, z, i, 0, LANES, f, act, backward);
         if (past)
             store_past(y + i, v);
         else
             store(y + i, v);
     }
     if (i < end)
-        store_first(y + i, LOOP(value)(x, g, z, i, end - i, f, act, backward), end - i);
+        store_part(y + i, LOOP(value)(x, g, z, i, 0, end - i, f, act, backward), 0, end - i);
 }
 
-/* A line that two runs share waits here for the second one: a store of a part would read it from memory first. */
+/* A line that two runs share waits here for the second one: a store of a part would read it from memory first. It waits
+ * in registers. In memory the two parts could not be loaded as one until they are in L1, which they reach behind all
+ * stores past the caches: 66 cycles a line (Zen 4). */
 typedef struct {
-    elem_out value[LINE_ELEMS] __attribute__((aligned(LINE)));
+    vec value[LINE_ELEMS / LANES];
     elem_out *line;  /* where it belongs; NULL: none waits */
     ptrdiff_t begin, end; /* what of it is there */
 } LOOP(shared);
 
 INLINE void LOOP(deliver)(LOOP(shared) *s)
 {
-    if (s->line && s->begin == 0 && s->end == LINE_ELEMS)
-        for (ptrdiff_t i = 0; i < LINE_ELEMS; i += LANES)
-            store_past(s->line + i, load_out(s->value + i, LANES));
-    else if (s->line)
-        for (ptrdiff_t i = s->begin; i < s->end; i += LANES) {
-            const ptrdiff_t n = MIN(s->end - i, LANES);
-            store_first(s->line + i, load_out(s->value + i, n), n);
-        }
+    for (int v = 0; s->line && v < LINE_ELEMS / LANES; v++) {
+        const ptrdiff_t begin = MAX(s->begin - v * LANES, 0), end = MIN(s->end - v * LANES, LANES);
+        if (s->begin == 0 && s->end == LINE_ELEMS)
+            store_past(s->line + v * LANES, s->value[v]);
+        else if (begin < end)
+            store_part(s->line + v * LANES, s->value[v], begin, end);
+    }
     s->line = NULL;
 }
 
@@ -197,14 +200,13 @@ INLINE void LOOP(map_shared)(const elem *x, const elem *g, const elem *z, elem_o
         s->line = y + begin - at;
         s->begin = at;
     }
-    for (ptrdiff_t i = begin; i < end; i += LANES) {
-        const ptrdiff_t n = MIN(end - i, LANES);
-        if (n == LANES)
-            store(s->value + at + i - begin, LOOP(value)(x, g, z, i, LANES, f, act, backward));
-        else
-            store_first(s->value + at + i - begin, LOOP(value)(x, g, z, i, n, f, act, backward), n);
-    }
     s->end = at + end - begin;
+    for (int v = 0; v < LINE_ELEMS / LANES; v++) {
+        const ptrdiff_t from = MAX(at - v * LANES, 0), to = MIN(s->end - v * LANES, LANES);
+        if (from < to)
+            s->value[v] = blend(LOOP(value)(x, g, z, begin - at + v * LANES, from, to, f, act, backward), s->value[v],
+                                from, to);
+    }
     if (s->end == LINE_ELEMS)
         LOOP(deliver)(s);
 }
@@ -264,6 +266,26 @@ INLINE void LOOP(reduce_vectors)(LOOP(source) p, ptrdiff_t i, const int vectors,
     s->square[0] += lower_d(square[0] + square[1]);
     s->square[1] += upper_d(square[0] + square[1]);
 }
+
+/* Elements begin to end, less than two vectors. */
+INLINE void LOOP(reduce_rest)(LOOP(source) p, ptrdiff_t begin, ptrdiff_t end, vec shift, LOOP(sums) *s,
+                              const int copying)
+{
+    vec sum = {0}, square = {0};
+    for (ptrdiff_t i = begin; i < end; i += LANES) {
+        const ptrdiff_t n = MIN(end - i, LANES);
+        const vec d = n == LANES ? load(p.x + i) - shift
+                                 : blend(load_part(p.x + i, 0, n) - shift, (vec){0}, 0, n);
+        sum += d;
+        square += d * d;
+    }
+    for (ptrdiff_t i = begin; copying && i < end; i += DLANES)
+        copy(p.x_copy + i, p.x + i, MIN(end - i, DLANES));
+    s->sum[0] += lower_d(sum);
+    s->sum[1] += upper_d(sum);
+    s->square[0] += lower_d(square);
+    s->square[1] += upper_d(square);
+}
 #endif
 
 INLINE void LOOP(reduce_piece)(LOOP(source) p, ptrdiff_t begin, ptrdiff_t end, dvec shift, dvec scale, dvec offset,
@@ -274,10 +296,15 @@ INLINE void LOOP(reduce_piece)(LOOP(source) p, ptrdiff_t begin, ptrdiff_t end, d
 #if ELEM_HALF
     if (!backward && !exact) {
         const vec shift_ = splat((real)shift[0]);
+        for (; i + 16 * LANES <= end; i += 16 * LANES)
+            LOOP(reduce_vectors)(p, i, 16, shift_, s, copying);
         for (; i + 8 * LANES <= end; i += 8 * LANES)
             LOOP(reduce_vectors)(p, i, 8, shift_, s, copying);
         for (; i + 2 * LANES <= end; i += 2 * LANES)
             LOOP(reduce_vectors)(p, i, 2, shift_, s, copying);
+        if (i < end)
+            LOOP(reduce_rest)(p, i, end, shift_, s, copying);
+        return;
     }
 #else
     (void)exact;
@@ -304,7 +331,7 @@ INLINE void LOOP(fetch)(const elem *run, const elem *next, ptrdiff_t i, ptrdiff_
 INLINE void LOOP(first)(const cbn_tile *m, const cbn_tile *r, const int backward, const int mapping,
                         const int reducing)
 {
-    const int past = mapping && m->stream, copying = reducing && (mapping || r->x_copy.data);
+    const int past = mapping && m->stream, copying = reducing && r->x_copy.data;
     const ptrdiff_t length = mapping ? m->length : r->length, n_runs = mapping ? m->n_runs : r->n_runs;
     const ptrdiff_t m_channels = mapping ? m->n_channels : 0, r_channels = reducing ? r->n_channels : 0;
     const ptrdiff_t n_channels = MAX(m_channels, r_channels), group = GROUP;
@@ -316,7 +343,8 @@ INLINE void LOOP(first)(const cbn_tile *m, const cbn_tile *r, const int backward
     const LOOP(activation) act_r = LOOP(activation_of)(reducing ? r : m);
 #endif
 #ifdef SUMS
-    const ptrdiff_t ahead = !reducing || !r->prefetch ? 0 : mapping ? AHEAD : 2 * AHEAD;
+    /* Twice as far where nothing is stored; half as far for two arrays */
+    const ptrdiff_t ahead = !reducing || !r->prefetch ? 0 : AHEAD * (mapping ? 1 : 2) / (backward ? 2 : 1);
     LOOP(sums) sums[GROUP];
 #endif
     for (ptrdiff_t first = 0; first < n_channels; first += group) {
@@ -466,9 +494,9 @@ INLINE void LOOP(map_part)(const cbn_tile *m, ptrdiff_t n, ptrdiff_t height, ptr
             const elem *x = AT(m->x, row, 0), *g = AT(m->g, row, 0), *z = m->z.data ? AT(m->z, row, 0) : NULL;
             elem_out *y = Y_AT(m->y, row, 0);
             if (lanes == LANES)
-                store(y + j, LOOP(value)(x, g, z, j, LANES, f, act, backward));
+                store(y + j, LOOP(value)(x, g, z, j, 0, LANES, f, act, backward));
             else
-                store_first(y + j, LOOP(value)(x, g, z, j, lanes, f, act, backward), lanes);
+                store_part(y + j, LOOP(value)(x, g, z, j, 0, lanes, f, act, backward), 0, lanes);
         }
     }
 }
@@ -510,7 +538,7 @@ INLINE void LOOP(map_line)(LOOP(row_of) at, ptrdiff_t height, ptrdiff_t j, real 
                 __builtin_prefetch(at.y + (row + ROWS) * at.y_n + j, 1, 2);
         }
         for (int v = 0; v < LINE_ELEMS / LANES; v++)
-            out[row][v] = LOOP(value)(x, g, z, v * LANES, LANES, f[v], act, backward);
+            out[row][v] = LOOP(value)(x, g, z, v * LANES, 0, LANES, f[v], act, backward);
     }
     for (ptrdiff_t row = 0; row < height; row++) {
         elem_out *y = at.y + row * at.y_n + j;
@@ -813,9 +841,15 @@ TARGET static void LOOP(backward_last)(const cbn_tile *m, const cbn_tile *r)
 #undef unpack
 #undef pack
 #undef load
-#undef load_first
+#undef lane_int
+#undef lane_bits
+#undef some_lanes
+#undef blend
+#undef load_part
+#undef MASK
+#undef some_words
 #undef store
-#undef store_first
+#undef store_part
 #undef store_past
 #undef store_two
 #undef load_two
@@ -840,7 +874,6 @@ TARGET static void LOOP(backward_last)(const cbn_tile *m, const cbn_tile *r)
 #undef total
 #undef DLANES
 #undef ELEM
-#undef load_out
 #undef packed_out
 #undef elem_out
 #undef ELEM_BYTE

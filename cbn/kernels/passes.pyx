@@ -722,7 +722,7 @@ cdef struct Job:
     char *copy                  # a copy of a tile for each of them,
     Py_ssize_t copy_bytes       # of this size
     Py_ssize_t copy_n, copy_c   # and with these strides
-    bint copying                # runs; rows stay in the cache where they are
+    bint copying                # what the tile's map will read
     double eps
     double *weight_c            # C, or NULL: ones
     double *bias_c              # C, or NULL: zeros
@@ -787,10 +787,15 @@ cdef void activate(Job *job, Layout layout, cnp.ndarray z, double negative_slope
         job.z = layout.view(z)
 
 
+cdef bint leaves_the_caches(Job *job) noexcept nogil:
+    """Whether the output would not stay in a cache with what the call reads."""
+    return (3 if job.backward or job.z.data != NULL else 2) * job.n_bytes >= stream_bytes
+
+
 cdef bint stores_past(Job *job) noexcept nogil:
-    """Whether the output goes past the caches: where it would not stay there with what the call reads."""
+    """Whether the output goes past the caches: where it would not stay there, and is not at the place of an input."""
     cdef char *g = job.g.data if job.h.data == NULL else job.h.data
-    return (3 if job.backward or job.z.data != NULL else 2) * job.n_bytes >= stream_bytes \
+    return leaves_the_caches(job) \
         and job.y.data != job.x.data and job.y.data != g and job.y.data != job.z.data
 
 
@@ -958,9 +963,10 @@ cdef void map_tile(Job *job, cbn_tile *t, bint last) noexcept nogil:
 cdef void pipeline(Job *job, Py_ssize_t begin, Py_ssize_t end, int thread) noexcept nogil:
     """Reduce and map some tiles, all channels' values of each at once: memory is read once, not twice.
 
-    While a tile is reduced its elements, or h in place of g, go into a copy that stays in the cache; from there the map
-    takes them, while the next tile is reduced and takes their place. So reading and writing of memory overlap. The copy
-    is contiguous, which the tile is not: lines that are a large power of two apart share few places of a cache.
+    While a tile is mapped the next one is reduced, so that reading and writing of memory overlap. Where the arrays
+    leave the caches, the elements of runs, or h in place of g, go into a copy that stays in the cache; from there the
+    map takes them, and those of the next tile take their place. The copy is contiguous, which the tile is not: lines
+    that are a large power of two apart share few places of a cache.
     """
     cdef Py_ssize_t tile, k, blocks = job.reduction.blocks * job.reduction.pieces
     cdef Rectangle r, before
@@ -986,7 +992,7 @@ cdef void pipeline(Job *job, Py_ssize_t begin, Py_ssize_t end, int thread) noexc
                     map.x = copied(job, x_copy, &before)
                     if not job.keeps_h:
                         map.g = copied(job, g_copy, &before)
-                else:
+                elif job.reduction.last:
                     to_whole_lines(job, &map, tile - 1 == begin, tile == end)
                 if not together:
                     map_tile(job, &map, job.reduction.last)
@@ -1185,17 +1191,17 @@ cdef void reduce(Job *job) noexcept nogil:
 cdef void choose_tiles(Job *job) noexcept nogil:
     """Whether reduction and map go through tiles of whole channels, one after the other, and how large these are.
 
-    They do where two tiles or more are left to each thread, the array does not stay in the cache anyway, and a tile
-    does: in half of a core's L2, or of its share of L3. Runs are joined to longer ones of several channels, for the
-    prefetchers of the hardware, as far as that allows.
+    They do where two tiles or more are left to each thread, the array is more than a quarter of a core's L2, and a tile
+    stays in the cache: in half of L2, or of the core's share of L3. Runs are joined to longer ones of several channels,
+    for the prefetchers of the hardware, as far as that allows.
     """
     cdef Grid *g = &job.reduction
     cdef Py_ssize_t arrays = 2 if job.backward else 1, n_bytes = arrays * job.n_bytes, channel_bytes = n_bytes // g.C
     cdef int threads = threads_for(n_bytes, g.tiles)
     cdef Py_ssize_t cache = max(l2_bytes // 2, l3_bytes // 4 // threads)
     job.threads = threads
-    job.copying = not g.last
-    job.fused = job.fused and n_bytes > l2_bytes and g.group * channel_bytes <= cache
+    job.copying = not g.last and leaves_the_caches(job)
+    job.fused = job.fused and n_bytes > l2_bytes // 4 and g.group * channel_bytes <= cache
     if not job.fused:
         return
     if not g.last:
@@ -1238,7 +1244,7 @@ cdef cnp.ndarray new_doubles(cnp.npy_intp n):
 
 cdef room_for(Job *job):
     """The memory of the pipeline's copies; whoever calls keeps it until the job is done."""
-    if not job.fused:
+    if not (job.fused and job.copying):
         return None
     room = np.empty(job.threads * job.copy_bytes + LINE, np.int8)
     job.copy = cnp.PyArray_BYTES(room)

@@ -5,14 +5,13 @@
  * there for a load or a store that converts (gcc 12 makes four instructions of the eight-lane
  * __builtin_convertvector where the processor has one), for a part of a vector and for a store past the caches.
  *
- * Defines for loops.h: elem, elem_out, real, vec, LANES, load, load_first, load_out, store, store_first, store_past,
+ * Defines for loops.h: elem, elem_out, real, vec, LANES, load, load_part, store, store_part, store_past, blend,
  * load_real, splat;
  * with SUMS also dvec, DLANES, load_d, load_first_d, load_double, store_double, first_lanes, splat_d, total.
  */
 #define elem LOOP(elem)
 #define elem_out LOOP(elem_out)
 #define packed_out LOOP(packed_out)
-#define load_out LOOP(load_out)
 #ifndef OUT
 #define OUT ELEM
 #endif
@@ -22,9 +21,15 @@
 #define unpack LOOP(unpack)
 #define pack LOOP(pack)
 #define load LOOP(load)
-#define load_first LOOP(load_first)
+#define lane_int LOOP(lane_int)
+#define lane_bits LOOP(lane_bits)
+#define some_lanes LOOP(some_lanes)
+#define some_words LOOP(some_words)
+#define blend LOOP(blend)
+#define load_part LOOP(load_part)
 #define store LOOP(store)
-#define store_first LOOP(store_first)
+#define store_part LOOP(store_part)
+#define MASK(begin, end) ((1u << (end)) - (1u << (begin)))
 #define store_past LOOP(store_past)
 #define store_two LOOP(store_two)
 #define load_two LOOP(load_two)
@@ -39,6 +44,8 @@ typedef ELEM elem;
 typedef OUT elem_out;
 typedef REAL real;
 typedef real vec __attribute__((vector_size(VEC_BYTES)));
+typedef __typeof__(__builtin_choose_expr(sizeof(REAL) == 8, (int64_t)0, (int32_t)0)) lane_int;
+typedef lane_int lane_bits __attribute__((vector_size(VEC_BYTES))); /* what holds in each lane: all bits, or none */
 typedef elem packed __attribute__((vector_size(VEC_BYTES / sizeof(REAL) * sizeof(ELEM))));
 typedef elem_out packed_out __attribute__((vector_size(VEC_BYTES / sizeof(REAL) * sizeof(OUT))));
 
@@ -164,64 +171,86 @@ INLINE void store(elem_out *p, vec v)
     memcpy(p, &e, sizeof e);
 }
 
-/* The first n <= LANES elements, and zeros; nothing beyond them is read, or written. */
-INLINE vec load_first(const elem *p, ptrdiff_t n)
+#if ELEM_HALF && !ELEM_BYTE && VEC_BYTES == 32
+/* Elements from begin to end <= 4. Put together in a register: what is stored in parts cannot be loaded as a whole until
+ * it is in L1. */
+INLINE long long some_words(const elem *p, ptrdiff_t begin, ptrdiff_t end)
 {
-#if ELEM_BYTE
-    packed e = {0};
-    for (ptrdiff_t i = 0; i < n; i++)
-        e[i] = p[i];
-    return unpack(e);
-#elif ELEM_HALF && VEC_BYTES == 64 && !defined(WIDENS)
-    return unpack((packed)_mm256_maskz_loadu_epi16((__mmask16)((1u << n) - 1), p));
-#elif ELEM_HALF
-    packed e = {0};
-    for (ptrdiff_t i = 0; i < n; i++)
-        e[i] = p[i];
-    return unpack(e);
+    uint64_t words = 0;
+    for (ptrdiff_t i = begin; i < end; i++)
+        words |= (uint64_t)p[i] << 16 * i;
+    return (long long)words;
+}
+#endif
+
+/* Lane by lane a where the condition, a comparison of vectors, holds, else b. */
+INLINE vec select(lane_bits condition, vec a, vec b)
+{
+    return (vec)(((lane_bits)a & condition) | ((lane_bits)b & ~condition));
+}
+
+/* Lanes from begin to end. */
+INLINE lane_bits some_lanes(ptrdiff_t begin, ptrdiff_t end)
+{
+    lane_bits lane;
+    for (int i = 0; i < LANES; i++)
+        lane[i] = i;
+    return (lane >= (lane_int)begin) & (lane < (lane_int)end);
+}
+
+/* Lanes from begin to end of a, the others of b. */
+INLINE vec blend(vec a, vec b, ptrdiff_t begin, ptrdiff_t end)
+{
+    return select(some_lanes(begin, end), a, b);
+}
+
+/* Elements from begin to end <= LANES in their lanes, and zeros; no other is read, or written. */
+INLINE vec load_part(const elem *p, ptrdiff_t begin, ptrdiff_t end)
+{
+#if VEC_BYTES == 64 && ELEM_HALF && !ELEM_BYTE && !defined(WIDENS)
+    return unpack((packed)_mm256_maskz_loadu_epi16((__mmask16)MASK(begin, end), p));
 #elif VEC_BYTES == 64 && ELEM_IS_DOUBLE
-    return (vec)_mm512_maskz_loadu_pd((__mmask8)((1u << n) - 1), p);
-#elif VEC_BYTES == 64 && defined(WIDENS)
-    return unpack((packed)_mm256_maskz_loadu_ps((__mmask8)((1u << n) - 1), p));
-#elif VEC_BYTES == 64
-    return (vec)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
+    return (vec)_mm512_maskz_loadu_pd((__mmask8)MASK(begin, end), p);
+#elif VEC_BYTES == 64 && defined(WIDENS) && !ELEM_HALF
+    return unpack((packed)_mm256_maskz_loadu_ps((__mmask8)MASK(begin, end), p));
+#elif VEC_BYTES == 64 && !ELEM_HALF && !ELEM_BYTE
+    return (vec)_mm512_maskz_loadu_ps((__mmask16)MASK(begin, end), p);
 #elif VEC_BYTES == 32 && ELEM_IS_DOUBLE
-    return (vec)_mm256_maskload_pd(p, _mm256_loadu_si256((const __m256i *)(first_64 + 8 - n)));
-#elif VEC_BYTES == 32 && defined(WIDENS)
-    return unpack((packed)_mm_maskload_ps(p, _mm_loadu_si128((const __m128i *)(first_32 + 8 - n))));
-#elif VEC_BYTES == 32
-    return (vec)_mm256_maskload_ps(p, _mm256_loadu_si256((const __m256i *)(first_32 + 8 - n)));
+    return (vec)_mm256_maskload_pd(p, (__m256i)some_lanes(begin, end));
+#elif VEC_BYTES == 32 && defined(WIDENS) && !ELEM_HALF
+    return unpack((packed)_mm_maskload_ps(p, four_lanes(begin, end)));
+#elif VEC_BYTES == 32 && !ELEM_HALF && !ELEM_BYTE
+    return (vec)_mm256_maskload_ps(p, (__m256i)some_lanes(begin, end));
+#elif VEC_BYTES == 32 && ELEM_HALF && !ELEM_BYTE && !defined(WIDENS)
+    return unpack((packed)_mm_set_epi64x(some_words(p + 4, begin > 4 ? begin - 4 : 0, end - 4),
+                                         some_words(p, begin, end < 4 ? end : 4)));
 #else
     packed e = {0};
-    for (ptrdiff_t i = 0; i < n; i++)
+    for (ptrdiff_t i = begin; i < end; i++)
         e[i] = p[i];
     return unpack(e);
 #endif
 }
 
-INLINE void store_first(elem_out *p, vec v, ptrdiff_t n)
+INLINE void store_part(elem_out *p, vec v, ptrdiff_t begin, ptrdiff_t end)
 {
-#if ELEM_HALF && VEC_BYTES == 64 && !defined(WIDENS)
-    _mm256_mask_storeu_epi16(p, (__mmask16)((1u << n) - 1), (__m256i)pack(v));
-#elif ELEM_HALF
-    packed_out e = pack(v);
-    for (ptrdiff_t i = 0; i < n; i++)
-        p[i] = e[i];
+#if VEC_BYTES == 64 && ELEM_HALF && !defined(WIDENS)
+    _mm256_mask_storeu_epi16(p, (__mmask16)MASK(begin, end), (__m256i)pack(v));
 #elif VEC_BYTES == 64 && ELEM_IS_DOUBLE
-    _mm512_mask_storeu_pd(p, (__mmask8)((1u << n) - 1), (__m512d)v);
-#elif VEC_BYTES == 64 && defined(WIDENS)
-    _mm256_mask_storeu_ps(p, (__mmask8)((1u << n) - 1), (__m256)pack(v));
-#elif VEC_BYTES == 64
-    _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)v);
+    _mm512_mask_storeu_pd(p, (__mmask8)MASK(begin, end), (__m512d)v);
+#elif VEC_BYTES == 64 && defined(WIDENS) && !ELEM_HALF
+    _mm256_mask_storeu_ps(p, (__mmask8)MASK(begin, end), (__m256)pack(v));
+#elif VEC_BYTES == 64 && !ELEM_HALF
+    _mm512_mask_storeu_ps(p, (__mmask16)MASK(begin, end), (__m512)v);
 #elif VEC_BYTES == 32 && ELEM_IS_DOUBLE
-    _mm256_maskstore_pd(p, _mm256_loadu_si256((const __m256i *)(first_64 + 8 - n)), (__m256d)v);
-#elif VEC_BYTES == 32 && defined(WIDENS)
-    _mm_maskstore_ps(p, _mm_loadu_si128((const __m128i *)(first_32 + 8 - n)), (__m128)pack(v));
-#elif VEC_BYTES == 32
-    _mm256_maskstore_ps(p, _mm256_loadu_si256((const __m256i *)(first_32 + 8 - n)), (__m256)v);
+    _mm256_maskstore_pd(p, (__m256i)some_lanes(begin, end), (__m256d)v);
+#elif VEC_BYTES == 32 && defined(WIDENS) && !ELEM_HALF
+    _mm_maskstore_ps(p, four_lanes(begin, end), (__m128)pack(v));
+#elif VEC_BYTES == 32 && !ELEM_HALF
+    _mm256_maskstore_ps(p, (__m256i)some_lanes(begin, end), (__m256)v);
 #else
     packed_out e = pack(v);
-    for (ptrdiff_t i = 0; i < n; i++)
+    for (ptrdiff_t i = begin; i < end; i++)
         p[i] = e[i];
 #endif
 }
@@ -247,19 +276,6 @@ INLINE void store_past(elem_out *p, vec v)
     store(p, v);
 #else
     _mm_stream_si128((__m128i *)p, (__m128i)v);
-#endif
-}
-
-/* What has been stored: the first n lanes of it. */
-INLINE vec load_out(const elem_out *p, ptrdiff_t n)
-{
-#if ELEM_BYTE
-    vec v = {0};
-    for (ptrdiff_t i = 0; i < n; i++)
-        v[i] = ELEM_HALF ? cbn_from_bf16((uint16_t)p[i]) : (float)p[i];
-    return v;
-#else
-    return n == LANES ? load(p) : load_first(p, n);
 #endif
 }
 
@@ -314,13 +330,6 @@ INLINE vec load_real(const real *p)
 INLINE vec splat(real a)
 {
     return a - (vec){0}; /* a - 0 keeps a, also the sign of a zero */
-}
-
-/* Lane by lane a where the condition, a comparison of vectors, holds, else b. */
-INLINE vec select(__typeof__((vec){0} <= (vec){0}) condition, vec a, vec b)
-{
-    typedef __typeof__(condition) bits;
-    return (vec)(((bits)a & condition) | ((bits)b & ~condition));
 }
 
 #ifdef SUMS
@@ -416,17 +425,18 @@ INLINE dvec first_lanes(dvec v, ptrdiff_t n)
 /* The first n < DLANES elements as float64, and zeros. */
 INLINE dvec load_first_d(const elem *p, ptrdiff_t n)
 {
-#if ELEM_HALF
-    elem e[8] = {0};
-    for (ptrdiff_t i = 0; i < n; i++)
-        e[i] = p[i];
-    return load_d(e);
+#if ELEM_HALF && VEC_BYTES == 64
+    return (dvec)_mm512_cvtps_pd(LOOP(floats_256)(_mm_maskz_loadu_epi16((__mmask8)((1u << n) - 1), p)));
+#elif ELEM_HALF && VEC_BYTES == 32
+    return (dvec)_mm256_cvtps_pd(LOOP(floats_128)(_mm_cvtsi64_si128(some_words(p, 0, n))));
+#elif ELEM_HALF
+    return (dvec){n == 0 ? 0 : ELEM_HALF == F16 ? cbn_from_f16(p[0]) : cbn_from_bf16(p[0]), 0};
 #elif ELEM_IS_DOUBLE
-    return load_first(p, n);
+    return load_part(p, 0, n);
 #elif VEC_BYTES == 64
     return (dvec)_mm512_cvtps_pd(_mm256_maskz_loadu_ps((__mmask8)((1u << n) - 1), p));
 #elif VEC_BYTES == 32
-    return (dvec)_mm256_cvtps_pd(_mm_maskload_ps(p, _mm_loadu_si128((const __m128i *)(first_32 + 8 - n))));
+    return (dvec)_mm256_cvtps_pd(_mm_maskload_ps(p, four_lanes(0, n)));
 #else
     return (dvec){n > 0 ? p[0] : 0, 0};
 #endif
