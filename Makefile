@@ -86,7 +86,9 @@ sanitize: $(VENV)/.with-test ## the kernels' tests under the address and undefin
 	cp -r tests conftest.py pyproject.toml build/sanitize/
 	cd build/sanitize && LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
-	  ../../$(BIN)/python -m pytest -q -p no:cacheprovider tests/test_kernels.py tests/test_accuracy.py tests/test_functional.py
+	  ../../$(BIN)/python -m pytest -q -p no:cacheprovider \
+	  tests/test_kernels.py tests/test_accuracy.py tests/test_functional.py tests/test_halves.py tests/test_fusion.py \
+	  tests/test_bytes.py tests/test_guard_pages.py
 
 self-check: $(VENV)/.built ## what this build is, and every instruction set against the reference
 	$(BIN)/python -m cbn

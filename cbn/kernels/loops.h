@@ -361,7 +361,7 @@ INLINE void LOOP(first)(const cbn_tile *m, const cbn_tile *r, const int backward
                 if (maps) {
                     mx = AT(m->x, n, c), mg = AT(m->g, n, c), y = Y_AT(m->y, n, c);
                     mz = m->z.data ? AT(m->z, n, c) : NULL;
-                    mz_next = NEXT(m->z);
+                    mz_next = mz ? NEXT(m->z) : NULL;
                     for (int i = 0; i < FACTORS(backward); i++)
                         f[i] = splat(factors[i][c - first]);
                     if (past || length >= LONG)
@@ -388,7 +388,7 @@ INLINE void LOOP(first)(const cbn_tile *m, const cbn_tile *r, const int backward
                         p.h = AT(r->h, n, c);
                     if (backward && act_r.on) {
                         p.z = r->z.data ? AT(r->z, n, c) : NULL;
-                        z_next = NEXT(r->z);
+                        z_next = p.z ? NEXT(r->z) : NULL;
                         scale = splat_d(r->coef_c[r->pitch + c]);
                         offset = splat_d(r->coef_c[OFFSET * r->pitch + c]);
                     }

@@ -847,6 +847,7 @@ cdef inline cbn_tile tile_of(Job *job, Rectangle *r) noexcept nogil:
     t.pitch = job.reduction.C
     t.skip = t.drop = 0
     t.x, t.z = moved(job.x, job.itemsize, r), moved(job.z, job.itemsize, r)
+    t.g = t.y = t.x    # where they have no meaning, a place that there is
     t.activated, t.negative_slope = job.activated, job.negative_slope
     t.x_copy.data = t.h.data = NULL
     if job.coef_c != NULL:
