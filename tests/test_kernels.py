@@ -139,6 +139,8 @@ PATH_SHAPES = {
     "rows of short runs, not of whole lines": (9, 77, 49),
     "rows of very short runs": (300, 77, 4),
     "rows": (300, 40),
+    "rows of whole lines": (301, 64),
+    "wide rows of whole lines": (23, 1024),
     "rows, tiles of columns": (70, 9001),
     "rows not of whole lines": (70, 9016),
 }

@@ -708,11 +708,22 @@ INLINE void LOOP(last)(const cbn_tile *m, const cbn_tile *r, const int backward,
         memset(of_column.square, 0, (size_t)(r_columns + DLANES - 1) / DLANES * DLANES * sizeof(double));
     }
 #endif
-    for (ptrdiff_t n = 0; n < n_runs; n += rows) {
-        const ptrdiff_t height = MIN(rows, n_runs - n);
+    /* A row may end with the head of the next one where nothing lies between them: else the line that they share would be
+     * stored in two parts, each of which reads it from memory first. The last row is then one of its own. */
+    const int wraps = past && !reducing && !RARE && rows > 1 && skip == 0 && m_columns % LINE_ELEMS == 0 &&
+                      m->y.n == m_columns && m->x.n == m_columns && (!backward || m->g.n == m_columns) &&
+                      (!m->z.data || m->z.n == m_columns);
+    for (int i = 0; wraps && i < FACTORS(backward); i++)
+        memcpy(factors[i] + m_columns, factors[i], (size_t)head * sizeof(real));
+    ptrdiff_t height = 0;
+    for (ptrdiff_t n = 0; n < n_runs; n += height) {
+        const int last_row = n == n_runs - 1;
+        height = MIN(rows, wraps && !last_row ? n_runs - 1 - n : n_runs - n);
+        const ptrdiff_t end = m_columns + (wraps && !last_row ? head : 0);
         if (past && rows == 1 && !RARE)
             head = MIN(TO_LINE(Y_AT(m->y, n, 0)), m_columns);
-        LOOP(map_part)(m, n, height, skip, head, factors, act, backward);
+        if (!wraps || n == 0)
+            LOOP(map_part)(m, n, wraps ? 1 : height, skip, head, factors, act, backward);
         const LOOP(row_of) at = LOOP(row_at)(mapping ? m : r, n);
 #ifdef SUMS
         const LOOP(source) source = LOOP(row_source)(reducing ? r : m, n, act_r, backward);
@@ -726,15 +737,15 @@ INLINE void LOOP(last)(const cbn_tile *m, const cbn_tile *r, const int backward,
 #endif
         for (ptrdiff_t k = 0; k < columns; k += LINE_ELEMS) {
             const ptrdiff_t j = down ? (columns - 1) / LINE_ELEMS * LINE_ELEMS - k : k;
-            if (mapping && !RARE && head + j + LINE_ELEMS <= m_columns) {
+            if (mapping && !RARE && head + j + LINE_ELEMS <= end) {
                 if (height == rows)
                     LOOP(map_line)(at, rows, head + j, factors, act, backward, past, !reducing);
                 else
                     for (ptrdiff_t row = n; row < n + height; row++)
                         LOOP(map_line)(LOOP(row_at)(m, row), 1, head + j, factors, act, backward, past, 0);
             }
-            else if (mapping && head + j < m_columns)
-                LOOP(map_part)(m, n, height, head + j, m_columns, factors, act, backward);
+            else if (mapping && head + j < end)
+                LOOP(map_part)(m, n, height, head + j, end, factors, act, backward);
 #ifdef SUMS
             if (reducing && j + LINE_ELEMS <= r_columns) {
                 if (height == rows)
