@@ -55,7 +55,9 @@ class BuildPasses(build_ext):
                 "their vector extension and need one of the two: set the environment variable CC, as in CC=gcc."
             )
         # -g0: debug information, which Python's own flags ask for, takes a third of the compiler's time
-        flags = ["-O3", "-std=gnu11", "-fno-math-errno", "-fvisibility=hidden", "-g0", "-Wall", "-Wextra"]
+        # No flags of exceptions: a loop with a condition, as `factors` in loops.h, becomes one of vectors
+        flags = ["-O3", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math"]
+        flags += ["-fvisibility=hidden", "-g0", "-Wall", "-Wextra"]
         link_flags = []
         if "__clang__" not in macros:
             # What a loop tests once for some vectors (kind of store, copy) is not worth a body for each case
@@ -108,7 +110,7 @@ class BuildPasses(build_ext):
 
 sources = ["passes.pyx", "select.c", "pool.c", "baseline.c"]
 if platform.machine().lower() in ("x86_64", "amd64"):
-    sources += ["avx2.c", "avx512.c"]
+    sources += ["avx2.c", "avx512.c", "avx512_bf16.c"]
 
 extension = Extension(
     "cbn.kernels.passes",

@@ -66,7 +66,7 @@ def train(data, epochs, batch=32, seed=0):
 
     x, labels = torch.from_numpy(data.x_train).reshape(-1, 1, SIDE, SIDE), torch.from_numpy(data.y_train).long()
     steps = len(x) // batch
-    with torch.random.fork_rng(devices=[]), report.progress(epochs * steps, "training") as bar:
+    with torch.enable_grad(), torch.random.fork_rng(devices=[]), report.progress(epochs * steps, "training") as bar:
         torch.manual_seed(seed)
         net = network().train()
         adam = torch.optim.Adam(net.parameters(), lr=3e-3)

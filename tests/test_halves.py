@@ -126,6 +126,39 @@ def test_constants_give_exactly_the_bias(isa, dtype):
         )
 
 
+@pytest.mark.parametrize("spread", [1, 0.3, 0.1, 0.03, 0.01, 0.002])
+def test_a_spread_small_beside_the_mean(isa, rng, dtype, spread):
+    """Down to neighbouring values; a mean at the end of a binade, so that x*x has most digits; a few values far out."""
+    x = rng.standard_normal((3000, 12)) * spread
+    x += rng.choice([1, 1.4, 1.99, 2], 12)
+    x[7:40:9] *= 1e-2
+    x = x.astype(dtype)
+    for a, axis in ((x, 1), (np.ascontiguousarray(x.T), 0)):
+        found = cbn.moments(a, channel_axis=axis)
+        _, mean, m2 = reference.moments(a, axis)
+        np.testing.assert_allclose(found.mean, mean, rtol=1e-6, atol=0)
+        np.testing.assert_allclose(found.m2, m2, rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("layout", ["NCL", "NLC"])
+def test_what_follows_may_be_subnormal(isa, dtype, layout):
+    """Where the normalized values cannot be; a conversion that takes subnormal numbers for zero would show."""
+    smallest = np.finfo(np.float32).smallest_normal if dtype != np.float16 else 2**-14
+    bias = np.full(40, 2.0**-60 if dtype != np.float16 else 2**-12, np.float32)
+    shape, axis = ((1, 40, 203), 1) if layout == "NCL" else ((1, 203, 40), 2)
+    arrays = np.zeros_like(bias), np.ones_like(bias), None, bias
+    x = np.full(shape, -bias[0]).astype(dtype)
+    z = np.resize(np.arange(-101, 102) * smallest / 128, shape).astype(dtype)
+    assert np.count_nonzero(z) == 40 * 202
+    assert batch_norm(x, *arrays, eps=0, channel_axis=axis, residual=z).tobytes() == z.tobytes()
+    rectified = batch_norm(x, *arrays, eps=0, channel_axis=axis, residual=z, activation="relu")
+    assert (rectified == np.maximum(z, 0)).all()
+    slope = float(smallest / 8 / bias[0])
+    y = batch_norm(2 * x, *arrays, eps=0, channel_axis=axis, activation=("leaky_relu", slope))
+    assert (y < 0).all()
+    assert (y == np.array(-smallest / 8, dtype)).all()
+
+
 @pytest.mark.parametrize("shape", [(40, 9, 300), (3000, 9), (90, 200, 9, 5)])
 @pytest.mark.parametrize("path", ["two passes", "pipeline", "pipeline, past the caches"])
 def test_sums_that_leave_the_range_of_float32(isa, parallel, rng, dtype, shape, path):

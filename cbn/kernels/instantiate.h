@@ -4,6 +4,8 @@
  *   ISA        the set's name, last part of every symbol
  *   TARGET     the attribute that lets a function use the set's instructions
  *   VEC_BYTES  its vector's size: 16, 32 or 64
+ *   HAS_BF16   defined: it converts and multiplies bfloat16
+ *   BASE       defined: the set whose loops serve for types that have nothing to do with bfloat16
  *
  * Each inclusion of loops.h is a call of the template with (ELEM, OUT, REAL, TYPE, WIDENS, SUMS, FORWARD, ELEM_IS_DOUBLE, ELEM_HALF, ELEM_BYTE);
  * see there.
@@ -57,6 +59,7 @@ enum { HIGH, SCALE, TERM, SLOPE, GHIGH, ALL_FACTORS };
 enum { OFFSET = 4 }; /* row of the coefficients, in backward */
 #define FACTORS(backward) ((backward) ? ALL_FACTORS : SLOPE)
 
+#ifndef BASE
 #define ELEM float
 #define REAL float
 #define TYPE f32
@@ -81,15 +84,6 @@ enum { OFFSET = 4 }; /* row of the coefficients, in backward */
 #define SUMS
 #define ELEM_IS_DOUBLE 1
 #define ELEM_HALF 0
-#define ELEM_BYTE 0
-#include "loops.h"
-
-#define ELEM uint16_t
-#define REAL float
-#define TYPE bf16
-#define SUMS
-#define ELEM_IS_DOUBLE 0
-#define ELEM_HALF BF16
 #define ELEM_BYTE 0
 #include "loops.h"
 
@@ -130,16 +124,6 @@ enum { OFFSET = 4 }; /* row of the coefficients, in backward */
 #define ELEM_BYTE U8
 #include "loops.h"
 
-#define ELEM uint8_t
-#define OUT uint16_t
-#define REAL float
-#define TYPE u8_bf16
-#define FORWARD
-#define ELEM_IS_DOUBLE 0
-#define ELEM_HALF BF16
-#define ELEM_BYTE U8
-#include "loops.h"
-
 #define ELEM int8_t
 #define OUT float
 #define REAL float
@@ -148,6 +132,26 @@ enum { OFFSET = 4 }; /* row of the coefficients, in backward */
 #define ELEM_IS_DOUBLE 0
 #define ELEM_HALF 0
 #define ELEM_BYTE I8
+#include "loops.h"
+#endif
+
+#define ELEM uint16_t
+#define REAL float
+#define TYPE bf16
+#define SUMS
+#define ELEM_IS_DOUBLE 0
+#define ELEM_HALF BF16
+#define ELEM_BYTE 0
+#include "loops.h"
+
+#define ELEM uint8_t
+#define OUT uint16_t
+#define REAL float
+#define TYPE u8_bf16
+#define FORWARD
+#define ELEM_IS_DOUBLE 0
+#define ELEM_HALF BF16
+#define ELEM_BYTE U8
 #include "loops.h"
 
 #define ELEM int8_t
@@ -160,13 +164,13 @@ enum { OFFSET = 4 }; /* row of the coefficients, in backward */
 #define ELEM_BYTE I8
 #include "loops.h"
 
-#define NAMED(type, pass) PASTE(pass, type, ISA)
-#define LOOPS(type)                                                \
-    {                                                              \
-        NAMED(type, forward_first), NAMED(type, forward_last),     \
-        NAMED(type, backward_first), NAMED(type, backward_last),   \
-    }
-#define FORWARD_LOOPS(type) {NAMED(type, forward_first), NAMED(type, forward_last), NULL, NULL}
+#ifdef BASE
+#define IN(type) PASTE(loops, type, BASE)
+extern const cbn_loops IN(f32), IN(f32_wide), IN(f64), IN(bf16_wide), IN(f16), IN(f16_wide), IN(u8_f32), IN(i8_f32);
+#else
+#define IN(type) OWN(type)
+#endif
+#define OWN(type) PASTE(loops, type, ISA)
 #define TABLE_(isa) cbn_##isa
 #define TABLE(isa) TABLE_(isa)
 #define STRING_(s) #s
@@ -174,15 +178,15 @@ enum { OFFSET = 4 }; /* row of the coefficients, in backward */
 
 const cbn_isa TABLE(ISA) = {
     .name = STRING(ISA),
-    .f32 = LOOPS(f32),
-    .f32_wide = LOOPS(f32_wide),
-    .f64 = LOOPS(f64),
-    .bf16 = LOOPS(bf16),
-    .bf16_wide = LOOPS(bf16_wide),
-    .f16 = LOOPS(f16),
-    .f16_wide = LOOPS(f16_wide),
-    .u8_f32 = FORWARD_LOOPS(u8_f32),
-    .u8_bf16 = FORWARD_LOOPS(u8_bf16),
-    .i8_f32 = FORWARD_LOOPS(i8_f32),
-    .i8_bf16 = FORWARD_LOOPS(i8_bf16),
+    .f32 = &IN(f32),
+    .f32_wide = &IN(f32_wide),
+    .f64 = &IN(f64),
+    .bf16 = &OWN(bf16),
+    .bf16_wide = &IN(bf16_wide),
+    .f16 = &IN(f16),
+    .f16_wide = &IN(f16_wide),
+    .u8_f32 = &IN(u8_f32),
+    .u8_bf16 = &OWN(u8_bf16),
+    .i8_f32 = &IN(i8_f32),
+    .i8_bf16 = &OWN(i8_bf16),
 };

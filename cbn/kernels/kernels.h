@@ -12,7 +12,7 @@
  *              bf16 f16  16-bit elements, float32 arithmetic; forward sums of a few are of float32, the rest of float64
  *              f32_wide  bf16_wide  f16_wide  float64 arithmetic on them: maps alone
  *              u8_f32  u8_bf16  i8_f32  i8_bf16  8-bit input, float32 arithmetic, y of another type: forward maps alone
- *   isa        baseline  avx2  avx512
+ *   isa        baseline  avx2  avx512  avx512_bf16
  *
  * act(a) = a where a > 0 or NaN, else a*negative_slope: 0 is ReLU, 1 no activation. Without z and act, h is g itself.
  *
@@ -52,7 +52,7 @@ typedef struct {
     int stream;                /* map: store past the caches */
     int prefetch;              /* reduction: fetch what comes next */
     int exact;                 /* forward reduction of 16-bit elements: no sums of float32, whose range is too small */
-    const double *shift_c;     /* reduction: shift, or mean */
+    const double *shift_c;     /* reduction: shift, or mean; of bfloat16, if not `exact`, zeros */
     double *sum_c, *square_c;  /* reduction: S(d) and S(d*d), or S(g) and S(g*d) */
     cbn_view x_copy;           /* first, reduction: where to put what it reads; data NULL: nowhere, and no map beside it */
     cbn_view h;                /* backward reduction: where to put h, if there is an x_copy or if it is activated */
@@ -66,11 +66,11 @@ typedef struct {
 
 typedef struct {
     const char *name;
-    cbn_loops f32, f32_wide, f64, bf16, bf16_wide, f16, f16_wide;
-    cbn_loops u8_f32, u8_bf16, i8_f32, i8_bf16;
+    const cbn_loops *f32, *f32_wide, *f64, *bf16, *bf16_wide, *f16, *f16_wide;
+    const cbn_loops *u8_f32, *u8_bf16, *i8_f32, *i8_bf16;
 } cbn_isa;
 
-extern const cbn_isa cbn_baseline, cbn_avx2, cbn_avx512; /* the last two on x86-64 alone */
+extern const cbn_isa cbn_baseline, cbn_avx2, cbn_avx512, cbn_avx512_bf16; /* all but the first on x86-64 alone */
 
 /* The sets that were built, lowest first, whether this processor has them or not; NULL ends the list. */
 extern const cbn_isa *const cbn_built[];

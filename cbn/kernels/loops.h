@@ -116,6 +116,20 @@ INLINE vec LOOP(value)(const elem *x, const elem *g, const elem *z, ptrdiff_t i,
     return select(a <= 0, act.negative_slope != 0 ? a * act.negative_slope : (vec){0}, a);
 }
 
+/* Whether no y = fma(d, scale, term) is subnormal, so that the processor may convert it to bfloat16. Where d*scale is less
+ * than half of term, y is more than 1e-20/2. Else it is a multiple of the last places of d and scale, 2^-46 of d*scale at
+ * least, so 2^-46*1e-20/2 > 2^-114, or zero. */
+INLINE int LOOP(stays_normal)(const cbn_tile *m, real term, LOOP(activation) act, const int backward)
+{
+    const int selects = !act.on || act.negative_slope == 0;
+#ifdef HAS_BF16
+    return !backward && !m->z.data && selects && (term >= 1e-20f || term <= -1e-20f);
+#else
+    (void)m, (void)term, (void)backward, (void)selects;
+    return 0;
+#endif
+}
+
 #ifdef SUMS
 /* S(d) and S(d*d) of d = x - shift, from which m2 = S(d*d) - S(d)^2/n. The subtraction costs log2(S(d*d)/m2) =
  * log2(1 + (shift - mean)^2/var) bits. The shift is a value of the channel, so that a constant one gives d = 0 and
@@ -146,7 +160,7 @@ INLINE dvec LOOP(masked)(dvec d, const elem *g, const elem *z, elem *h, ptrdiff_
 
 /* Elements begin to end of a run; with `past` these are whole lines. */
 INLINE void LOOP(map_piece)(const elem *x, const elem *g, const elem *z, elem_out *y, ptrdiff_t begin, ptrdiff_t end,
-                            const vec *f, LOOP(activation) act, const int backward, const int past)
+                            const vec *f, LOOP(activation) act, const int backward, const int past, const int normal)
 {
     ptrdiff_t i = begin;
     for (; i + UNROLL * LANES <= end; i += UNROLL * LANES) {
@@ -154,7 +168,7 @@ INLINE void LOOP(map_piece)(const elem *x, const elem *g, const elem *z, elem_ou
         for (int u = 0; u < UNROLL; u++)
             v[u] = LOOP(value)(x, g, z, i + u * LANES, 0, LANES, f, act, backward);
         for (int u = 0; u < UNROLL; u += 2)
-            store_two(y + i + u * LANES, v + u, past);
+            store_two(y + i + u * LANES, v + u, past, normal);
     }
     for (; i + LANES <= end; i += LANES) {
         const vec v = LOOP(value)(x, g, z, i, 0, LANES, f, act, backward);
@@ -243,48 +257,30 @@ INLINE void LOOP(reduce_some)(LOOP(source) p, ptrdiff_t i, ptrdiff_t n, dvec shi
 
 #if ELEM_HALF
 /* Forward, 16-bit elements: d = x - shift and the sums of a few d and d*d are of float32, whose 24 bits are many more than
- * the 8 or 11 of x. Where they leave its range, which bfloat16 shares, the caller asks for an `exact` reduction. */
+ * the 8 or 11 of x. Where they leave its range, which bfloat16 shares, the caller asks for an `exact` reduction.
+ *
+ * Of bfloat16 d is x, so that the processor's products of pairs will do. S(x*x) - S(x)^2/n costs digits where the mean is
+ * large beside the spread; but then x lies between mean/2 and 2*mean, so x*x is a multiple of mean^2/2^18, and a sum of 32,
+ * less than 64*mean^2, is exact. A value further off, that ends this, adds mean^2/4 or more to m2, beside which a rounding
+ * of such a sum is less than 2^-16. */
 
-/* An even number of vectors from the i-th element on. */
-INLINE void LOOP(reduce_vectors)(LOOP(source) p, ptrdiff_t i, const int vectors, vec shift, LOOP(sums) *s,
-                                 const int copying)
+/* Elements begin to end, sixteen vectors at most. */
+INLINE void LOOP(reduce_short)(LOOP(source) p, ptrdiff_t begin, ptrdiff_t end, vec shift, LOOP(sums) *s,
+                               const int copying)
 {
     vec sum[2] = {{0}}, square[2] = {{0}};
-    if (copying)
-        memcpy(p.x_copy + i, p.x + i, vectors * LANES * sizeof(elem));
-    for (int u = 0; u < vectors; u += 2) {
-        vec x[2];
-        load_two(p.x + i + u * LANES, x);
-        for (int k = 0; k < 2; k++) {
-            const vec d = x[k] - shift;
-            sum[k] += d;
-            square[k] += d * d;
-        }
+    ptrdiff_t i = begin;
+    for (; i + 4 * LANES <= end; i += 4 * LANES) {
+        if (copying)
+            memcpy(p.x_copy + i, p.x + i, 4 * LANES * sizeof(elem));
+        add_four(p.x + i, 4 * LANES, shift, sum, square);
     }
-    s->sum[0] += lower_d(sum[0] + sum[1]);
-    s->sum[1] += upper_d(sum[0] + sum[1]);
-    s->square[0] += lower_d(square[0] + square[1]);
-    s->square[1] += upper_d(square[0] + square[1]);
-}
-
-/* Elements begin to end, less than two vectors. */
-INLINE void LOOP(reduce_rest)(LOOP(source) p, ptrdiff_t begin, ptrdiff_t end, vec shift, LOOP(sums) *s,
-                              const int copying)
-{
-    vec sum = {0}, square = {0};
-    for (ptrdiff_t i = begin; i < end; i += LANES) {
-        const ptrdiff_t n = MIN(end - i, LANES);
-        const vec d = n == LANES ? load(p.x + i) - shift
-                                 : blend(load_part(p.x + i, 0, n) - shift, (vec){0}, 0, n);
-        sum += d;
-        square += d * d;
-    }
-    for (ptrdiff_t i = begin; copying && i < end; i += DLANES)
+    if (i < end)
+        add_four(p.x + i, end - i, shift, sum, square);
+    for (; copying && i < end; i += DLANES)
         copy(p.x_copy + i, p.x + i, MIN(end - i, DLANES));
-    s->sum[0] += lower_d(sum);
-    s->sum[1] += upper_d(sum);
-    s->square[0] += lower_d(square);
-    s->square[1] += upper_d(square);
+    s->sum[0] += folded_d(sum[0] + sum[1]);
+    s->square[0] += folded_d(square[0] + square[1]);
 }
 #endif
 
@@ -297,13 +293,9 @@ INLINE void LOOP(reduce_piece)(LOOP(source) p, ptrdiff_t begin, ptrdiff_t end, d
     if (!backward && !exact) {
         const vec shift_ = splat((real)shift[0]);
         for (; i + 16 * LANES <= end; i += 16 * LANES)
-            LOOP(reduce_vectors)(p, i, 16, shift_, s, copying);
-        for (; i + 8 * LANES <= end; i += 8 * LANES)
-            LOOP(reduce_vectors)(p, i, 8, shift_, s, copying);
-        for (; i + 2 * LANES <= end; i += 2 * LANES)
-            LOOP(reduce_vectors)(p, i, 2, shift_, s, copying);
+            LOOP(reduce_short)(p, i, i + 16 * LANES, shift_, s, copying);
         if (i < end)
-            LOOP(reduce_rest)(p, i, end, shift_, s, copying);
+            LOOP(reduce_short)(p, i, end, shift_, s, copying);
         return;
     }
 #else
@@ -358,19 +350,21 @@ INLINE void LOOP(first)(const cbn_tile *m, const cbn_tile *r, const int backward
                 elem_out *y = NULL;
                 vec f[ALL_FACTORS] = {{0}};
                 ptrdiff_t head = 0, whole = length; /* whole lines lie between these */
+                int normal = 0;
                 if (maps) {
                     mx = AT(m->x, n, c), mg = AT(m->g, n, c), y = Y_AT(m->y, n, c);
                     mz = m->z.data ? AT(m->z, n, c) : NULL;
                     mz_next = mz ? NEXT(m->z) : NULL;
                     for (int i = 0; i < FACTORS(backward); i++)
                         f[i] = splat(factors[i][c - first]);
+                    normal = LOOP(stays_normal)(m, factors[TERM][c - first], act, backward);
                     if (past || length >= LONG)
                         head = MIN(TO_LINE(y), length);
                     if (past) {
                         whole = head + (length - head) / LINE_ELEMS * LINE_ELEMS;
                         LOOP(map_shared)(mx, mg, mz, y, 0, head, f, act, &shared, backward);
                     } else
-                        LOOP(map_piece)(mx, mg, mz, y, 0, head, f, act, backward, 0);
+                        LOOP(map_piece)(mx, mg, mz, y, 0, head, f, act, backward, 0, normal);
                 }
 #ifdef SUMS
                 const int reduces = reducing && c < r_channels;
@@ -404,7 +398,7 @@ INLINE void LOOP(first)(const cbn_tile *m, const cbn_tile *r, const int backward
                         LOOP(fetch)(mz, mz_next, i, AHEAD, length);
                     if (maps)
                         LOOP(map_piece)(mx, mg, mz, y, MIN(head + i, whole), MIN(head + i + piece, whole), f, act,
-                                        backward, past);
+                                        backward, past, normal);
                     /* What is left, once, before the copy of what is reduced takes its place. */
                     if (maps && past && head + i + piece >= whole && (i == 0 || head + i < whole))
                         LOOP(map_shared)(mx, mg, mz, y, whole, length, f, act, &shared, backward);
@@ -439,15 +433,16 @@ INLINE void LOOP(first)(const cbn_tile *m, const cbn_tile *r, const int backward
 /* ---- last: rows of all channels ---------------------------------------------------------------------- */
 
 /* A value of each channel, made a value of each column in its place. */
-#define SPREAD(t, value)                                                         \
-    do {                                                                         \
-        const ptrdiff_t wide_ = (t)->n_channels * (t)->length;                   \
-        if ((t)->length > 1)                                                     \
-            for (ptrdiff_t c = (t)->n_channels - 1; c >= 0; c--)                 \
-                for (ptrdiff_t i_ = (t)->length - 1; i_ >= 0; i_--)              \
-                    (value)[c * (t)->length + i_] = (value)[c];                  \
-        for (ptrdiff_t k_ = 1; k_ < (t)->copies; k_++)                           \
-            memcpy((value) + k_ * wide_, (value), (size_t)wide_ * sizeof *(value)); \
+#define SPREAD(t, value)                                                                                       \
+    do {                                                                                                       \
+        const ptrdiff_t wide_ = (t)->n_channels * (t)->length, all_ = (t)->copies * wide_;                     \
+        for (ptrdiff_t c = (t)->n_channels - 1; c >= 0 && (t)->length > 1; c--) {                              \
+            const __typeof__(*(value)) of_c_ = (value)[c];                                                     \
+            for (ptrdiff_t i_ = 0; i_ < (t)->length; i_++)                                                     \
+                (value)[c * (t)->length + i_] = of_c_;                                                         \
+        }                                                                                                      \
+        for (ptrdiff_t there_ = wide_; there_ < all_; there_ *= 2) /* twice as many copies each time */        \
+            memcpy((value) + there_, (value), (size_t)MIN(there_, all_ - there_) * sizeof *(value));           \
     } while (0)
 
 #ifdef SUMS
@@ -464,12 +459,11 @@ INLINE void LOOP(spread)(const cbn_tile *t, const double *of_channel, double *of
 INLINE void LOOP(fold)(const cbn_tile *t, const double *column, double *sum_c)
 {
     memset(sum_c, 0, (size_t)t->n_channels * sizeof *sum_c);
-    for (ptrdiff_t k = 0; k < t->copies; k++)
+    for (ptrdiff_t k = 0; k < t->copies && t->length == 1; k++, column += t->n_channels)
+        for (ptrdiff_t c = 0; c < t->n_channels; c++)
+            sum_c[c] += column[c];
+    for (ptrdiff_t k = 0; k < t->copies && t->length > 1; k++)
         for (ptrdiff_t c = 0; c < t->n_channels; c++, column += t->length) {
-            if (t->length == 1) {
-                sum_c[c] += *column;
-                continue;
-            }
             dvec sum = {0};
             ptrdiff_t i = 0;
             for (; i + DLANES <= t->length; i += DLANES)
@@ -517,7 +511,8 @@ INLINE LOOP(row_of) LOOP(row_at)(const cbn_tile *m, ptrdiff_t n)
 
 /* One line of columns of some rows. */
 INLINE void LOOP(map_line)(LOOP(row_of) at, ptrdiff_t height, ptrdiff_t j, real (*factors)[ROOM],
-                           LOOP(activation) act, const int backward, const int past, const int fetching)
+                           LOOP(activation) act, const int backward, const int past, const int fetching,
+                           const int normal)
 {
     vec f[LINE_ELEMS / LANES][ALL_FACTORS] = {{{0}}};
     for (int v = 0; v < LINE_ELEMS / LANES; v++)
@@ -544,7 +539,7 @@ INLINE void LOOP(map_line)(LOOP(row_of) at, ptrdiff_t height, ptrdiff_t j, real 
         elem_out *y = at.y + row * at.y_n + j;
         if (LINE_ELEMS / LANES % 2 == 0)
             for (int v = 0; v < LINE_ELEMS / LANES; v += 2)
-                store_two(y + v * LANES, out[row] + v, past);
+                store_two(y + v * LANES, out[row] + v, past, normal);
         else if (past)
             store_past(y, out[row][0]);
         else
@@ -584,7 +579,26 @@ INLINE void LOOP(reduce_line)(LOOP(source) p, LOOP(steps) step, ptrdiff_t height
         sum[v] = load_double(k->sum + j + v * DLANES);
         square[v] = load_double(k->square + j + v * DLANES);
     }
-#if ELEM_HALF
+#if ELEM_HALF && defined(HAS_BF16)
+    if (!exact) {
+        vec s[2] = {{0}}, q[2] = {{0}};
+        for (ptrdiff_t row = 0; row < height; row += 2) {
+            const elem *x = p.x + row * step.x + j, *below = row + 1 < height ? x + step.x : NULL;
+            __builtin_prefetch(x + ahead_x, 0, 2);
+            if (below)
+                __builtin_prefetch(below + ahead_x, 0, 2);
+            add_rows(x, below, s, q);
+        }
+        in_order(s);
+        in_order(q);
+        for (int v = 0; v < LINE_ELEMS / LANES; v++) {
+            sum[2 * v] += lower_d(s[v]);
+            sum[2 * v + 1] += upper_d(s[v]);
+            square[2 * v] += lower_d(q[v]);
+            square[2 * v + 1] += upper_d(q[v]);
+        }
+    }
+#elif ELEM_HALF
     if (!exact)
         for (ptrdiff_t block = 0; block < height; block += ROWS)
             for (int v = 0; v < LINE_ELEMS / LANES; v++) {
@@ -594,7 +608,7 @@ INLINE void LOOP(reduce_line)(LOOP(source) p, LOOP(steps) step, ptrdiff_t height
                     const elem *x = p.x + row * step.x + j + v * LANES;
                     if (v == 0)
                         __builtin_prefetch(x + ahead_x, 0, 2);
-                    const vec d = load(x) - short_shift;
+                    const vec d = ELEM_HALF == BF16 ? load(x) : load(x) - short_shift;
                     s += d;
                     q += d * d;
                 }
@@ -684,8 +698,11 @@ INLINE void LOOP(last)(const cbn_tile *m, const cbn_tile *r, const int backward,
     real(*factors)[ROOM] = (void *)(room[0] + (-head & (LINE_ELEMS - 1)));
     ptrdiff_t columns = m_columns;
     const int down = mapping && LOOP(downwards)(m, reducing ? r : NULL, backward);
+    int normal = 1;
     if (mapping) {
         LOOP(factors)(m->coef_c, m->pitch, m->n_channels, factors[0], ROOM, backward);
+        for (ptrdiff_t c = 0; c < m->n_channels; c++)
+            normal &= LOOP(stays_normal)(m, factors[TERM][c], act, backward);
         for (int i = 0; i < FACTORS(backward); i++)
             SPREAD(m, factors[i]);
     }
@@ -739,10 +756,11 @@ INLINE void LOOP(last)(const cbn_tile *m, const cbn_tile *r, const int backward,
             const ptrdiff_t j = down ? (columns - 1) / LINE_ELEMS * LINE_ELEMS - k : k;
             if (mapping && !RARE && head + j + LINE_ELEMS <= end) {
                 if (height == rows)
-                    LOOP(map_line)(at, rows, head + j, factors, act, backward, past, !reducing);
+                    LOOP(map_line)(at, rows, head + j, factors, act, backward, past, !reducing, normal);
                 else
                     for (ptrdiff_t row = n; row < n + height; row++)
-                        LOOP(map_line)(LOOP(row_at)(m, row), 1, head + j, factors, act, backward, past, 0);
+                        LOOP(map_line)(LOOP(row_at)(m, row), 1, head + j, factors, act, backward, past, 0,
+                                       normal);
             }
             else if (mapping && head + j < end)
                 LOOP(map_part)(m, n, height, head + j, end, factors, act, backward);
@@ -788,7 +806,7 @@ INLINE void LOOP(any_last)(const cbn_tile *m, const cbn_tile *r, const int backw
     /* Whether rows of y begin alike in their lines. */
     const int together = m && (!m->stream || m->y.n * (ptrdiff_t)sizeof(elem_out) % LINE == 0);
 #ifdef SUMS
-    if (together && r && !backward) { /* backward, what both need does not fit L1: one after the other takes 10 % less */
+    if (together && r && !backward && !ELEM_HALF) { /* else factors and sums do not fit L1: one after the other is faster */
         LOOP(last)(m, r, backward, 1, 1, ROWS);
         r = NULL;
     } else
@@ -827,6 +845,15 @@ TARGET static void LOOP(backward_last)(const cbn_tile *m, const cbn_tile *r)
 }
 #endif
 
+const cbn_loops LOOP(loops) = {
+    .forward_first = LOOP(forward_first),
+    .forward_last = LOOP(forward_last),
+#ifndef FORWARD
+    .backward_first = LOOP(backward_first),
+    .backward_last = LOOP(backward_last),
+#endif
+};
+
 #undef UNROLL
 #undef PIECE
 #undef AHEAD
@@ -864,6 +891,10 @@ TARGET static void LOOP(backward_last)(const cbn_tile *m, const cbn_tile *r)
 #undef store_past
 #undef store_two
 #undef load_two
+#undef folded_d
+#undef add_four
+#undef add_rows
+#undef in_order
 #undef rounded
 #undef load_real
 #undef splat

@@ -43,8 +43,17 @@ cdef extern from "kernels.h" nogil:
         cbn_loop forward_first, forward_last, backward_first, backward_last
     ctypedef struct cbn_isa:
         const char *name
-        cbn_loops f32, f32_wide, f64, bf16, bf16_wide, f16, f16_wide
-        cbn_loops u8_f32, u8_bf16, i8_f32, i8_bf16
+        const cbn_loops *f32
+        const cbn_loops *f32_wide
+        const cbn_loops *f64
+        const cbn_loops *bf16
+        const cbn_loops *bf16_wide
+        const cbn_loops *f16
+        const cbn_loops *f16_wide
+        const cbn_loops *u8_f32
+        const cbn_loops *u8_bf16
+        const cbn_loops *i8_f32
+        const cbn_loops *i8_bf16
     enum: CBN_ROW_BYTES
     const cbn_isa *cbn_built[]
     int cbn_highest()
@@ -55,7 +64,6 @@ cdef extern from "numpy/ndarraytypes.h":
     enum: NPY_HALF
 
 cdef extern from "half.h" nogil:
-    float cbn_from_bf16(cnp.npy_uint16 e)
     float cbn_from_f16(cnp.npy_uint16 e)
 
 cdef extern from *:
@@ -583,7 +591,7 @@ def accumulate(cnp.ndarray a, cnp.ndarray value):
 
 cdef enum:
     CHUNK = 1 << 16       # elements of one item
-    SHORT_RUN = 128       # elements: below, runs side by side are better read as rows, if there are
+    SHORT_RUN = 512       # bytes: below, runs side by side are better read as rows, if there are
     SHORT_RUN_ROWS = 8    # so many of them
     MIN_VALUES = 256      # rows of one item: fewer, and the partial sums are a traffic of their own
     MIN_ROWS = 96         # rows of several joined: fewer, and to add up their columns is work of its own
@@ -765,15 +773,15 @@ cdef Job make_job(Layout layout, cnp.ndarray x, bint wide):
     job.eps = 0
     job.type_num = cnp.PyArray_TYPE(x)
     if job.itemsize == 8:
-        job.narrow = job.wide = &active.f64
+        job.narrow = job.wide = active.f64
     elif job.itemsize == 4:
-        job.narrow, job.wide = &active.f32, &active.f32_wide
+        job.narrow, job.wide = active.f32, active.f32_wide
     elif job.type_num == NPY_HALF:
-        job.narrow, job.wide = &active.f16, &active.f16_wide
+        job.narrow, job.wide = active.f16, active.f16_wide
     else:
-        job.narrow, job.wide = &active.bf16, &active.bf16_wide
+        job.narrow, job.wide = active.bf16, active.bf16_wide
     rows = layout.last or (
-        layout.S < SHORT_RUN and layout.N >= SHORT_RUN_ROWS and run_follows_run(layout, job.x))
+        layout.S * job.itemsize < SHORT_RUN and layout.N >= SHORT_RUN_ROWS and run_follows_run(layout, job.x))
     job.reduction = rows_grid(layout, job.itemsize, row_follows_row(layout, job.x)) if rows \
         else runs_grid(layout, True)
     return job
@@ -807,9 +815,9 @@ cdef void write_to(Job *job, Layout layout, cnp.ndarray y) noexcept:
         job.y_itemsize = cnp.PyArray_ITEMSIZE(y)
         job.n_bytes *= job.y_itemsize
         if job.type_num == cnp.NPY_UBYTE:
-            job.narrow = &active.u8_f32 if job.y_itemsize == 4 else &active.u8_bf16
+            job.narrow = active.u8_f32 if job.y_itemsize == 4 else active.u8_bf16
         else:
-            job.narrow = &active.i8_f32 if job.y_itemsize == 4 else &active.i8_bf16
+            job.narrow = active.i8_f32 if job.y_itemsize == 4 else active.i8_bf16
         job.wide = job.narrow    # `apply` is not called where that would lose anything
     joins = run_follows_run(layout, job.y) and (job.reduction.copies == 1 or row_follows_row(layout, job.y))
     job.fused = joins or not job.reduction.last
@@ -1038,7 +1046,7 @@ cdef inline cbn_view copied(Job *job, cbn_view copy, Rectangle *r) noexcept nogi
 
 
 cdef void first_values(Job *job, Py_ssize_t c, Py_ssize_t end) noexcept nogil:
-    """The shifts of some channels: a value of each, zero where it is not finite."""
+    """The shifts of some channels: a value of each, zero where it is not finite, and of bfloat16."""
     cdef char *x = job.x.data
     for c in range(c, end):
         if job.itemsize == 8:
@@ -1048,7 +1056,7 @@ cdef void first_values(Job *job, Py_ssize_t c, Py_ssize_t end) noexcept nogil:
         elif job.type_num == NPY_HALF:
             job.shift_c[c] = cbn_from_f16((<cnp.npy_uint16 *>x)[c * job.x.c])
         else:
-            job.shift_c[c] = cbn_from_bf16((<cnp.npy_uint16 *>x)[c * job.x.c])
+            job.shift_c[c] = 0    # the loops add up x itself
         if not isfinite(job.shift_c[c]):
             job.shift_c[c] = 0
         job.exact_c[c] = False
@@ -1116,7 +1124,7 @@ cdef enum:
 cdef int digits_are_lost(Job *job, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
     """Which channels have lost more than ten bits of m2 = S(d*d) - S(d)^2/n, as where the first value lies far out.
 
-    Five where some of the sums are of float32, which has fewer to lose.
+    Five of float16, where some of the sums are of float32, which has fewer to lose; bfloat16's lose none (loops.h).
 
     Then the mean becomes its shift, for a second reduction; where that finds the same values for the other channels,
     which keep theirs, nothing changes. It is the channel's own data that decides, so the bits depend neither on the
@@ -1125,11 +1133,14 @@ cdef int digits_are_lost(Job *job, Py_ssize_t first, Py_ssize_t end) noexcept no
     cdef Py_ssize_t c
     cdef double n = <double>(job.reduction.N * job.reduction.S), d, shift
     cdef int lost = 0, bits
+    cdef bint bfloat16 = job.itemsize == 2 and job.type_num != NPY_HALF
     if job.backward:
         return 0
     for c in range(first, end):
+        if bfloat16 and not job.exact_c[c]:
+            continue
         d = job.sum_c[c] - job.shift_c[c]
-        bits = 5 if job.itemsize == 2 and not job.exact_c[c] else 10
+        bits = 5 if job.type_num == NPY_HALF and not job.exact_c[c] else 10
         # Of 16-bit elements the differences are float32's: their shift too. With the same shift nothing would change
         shift = <float>job.sum_c[c] if job.itemsize == 2 else job.sum_c[c]
         if n * d * d > (1 << bits) * job.square_c[c] and isfinite(job.sum_c[c]) and shift != job.shift_c[c]:

@@ -6,6 +6,7 @@ const cbn_isa *const cbn_built[] = {
 #if defined(__x86_64__)
     &cbn_avx2,
     &cbn_avx512,
+    &cbn_avx512_bf16,
 #endif
     NULL,
 };
@@ -20,7 +21,7 @@ int cbn_highest(void)
     if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
         !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
         return 1;
-    return 2;
+    return __builtin_cpu_supports("avx512bf16") ? 3 : 2;
 #else
     return 0;
 #endif

@@ -32,7 +32,6 @@
 #define MASK(begin, end) ((1u << (end)) - (1u << (begin)))
 #define store_past LOOP(store_past)
 #define store_two LOOP(store_two)
-#define load_two LOOP(load_two)
 #define rounded LOOP(rounded)
 #define quiet LOOP(quiet)
 #define load_real LOOP(load_real)
@@ -118,8 +117,7 @@ INLINE vec unpack(packed e)
 
 #if ELEM_HALF == BF16 && !defined(WIDENS)
 /* The upper half of each lane is the bfloat16 nearest to it, ties to even. A NaN stays one: those that arithmetic gives are
- * quiet, and carry what came in with a 16-bit element or `quiet` factor, the lower half of which is zero. (The processor's
- * own conversion takes subnormal numbers for zeros.) */
+ * quiet, and carry what came in with a 16-bit element or `quiet` factor, the lower half of which is zero. */
 INLINE LOOP(bits) rounded(vec v)
 {
     const LOOP(bits) b = (LOOP(bits))v;
@@ -279,13 +277,19 @@ INLINE void store_past(elem_out *p, vec v)
 #endif
 }
 
-/* Two vectors, side by side. */
-INLINE void store_two(elem_out *p, const vec *v, const int past)
+/* Two vectors, side by side. `normal`: no value is subnormal, which the processor's conversion to bfloat16 takes for 0. */
+INLINE void store_two(elem_out *p, const vec *v, const int past, const int normal)
 {
+    (void)normal;
 #if ELEM_HALF == BF16 && VEC_BYTES == 64 && !defined(WIDENS)
-    /* The upper halves of both */
-    const __m512i both = _mm512_permutex2var_epi16((__m512i)rounded(v[0]), _mm512_loadu_si512(odd_words),
-                                                   (__m512i)rounded(v[1]));
+    __m512i both;
+#ifdef HAS_BF16
+    if (normal)
+        both = (__m512i)_mm512_cvtne2ps_pbh((__m512)v[1], (__m512)v[0]);
+    else
+#endif
+        /* The upper halves of both */
+        both = _mm512_permutex2var_epi16((__m512i)rounded(v[0]), _mm512_loadu_si512(odd_words), (__m512i)rounded(v[1]));
     if (past)
         _mm512_stream_si512((__m512i *)p, both);
     else
@@ -298,21 +302,6 @@ INLINE void store_two(elem_out *p, const vec *v, const int past)
             store(p + i * LANES, v[i]);
 #endif
 }
-
-#if ELEM_HALF && !ELEM_BYTE
-/* The elements of two vectors in some order, for sums. */
-INLINE void load_two(const elem *p, vec *v)
-{
-#if ELEM_HALF == BF16 && VEC_BYTES == 64 && !defined(WIDENS)
-    const __m512i both = _mm512_loadu_si512(p);
-    v[0] = (vec)_mm512_slli_epi32(both, 16);
-    v[1] = (vec)_mm512_and_si512(both, _mm512_set1_epi32((int)0xffff0000));
-#else
-    v[0] = load(p);
-    v[1] = load(p + LANES);
-#endif
-}
-#endif
 
 /* A factor; if it is NaN, one whose lower half is zero, see `rounded`. */
 INLINE real quiet(real a)
@@ -341,6 +330,11 @@ INLINE vec splat(real a)
 #define splat_d LOOP(splat_d)
 #define lower_d LOOP(lower_d)
 #define upper_d LOOP(upper_d)
+#define folded_d LOOP(folded_d)
+#define load_two LOOP(load_two)
+#define add_four LOOP(add_four)
+#define add_rows LOOP(add_rows)
+#define in_order LOOP(in_order)
 #define select_d LOOP(select_d)
 #define store_d LOOP(store_d)
 #define copy LOOP(copy)
@@ -394,6 +388,86 @@ INLINE dvec upper_d(vec v)
     return (dvec){v[2], v[3]};
 #endif
 }
+
+/* The sum of both. */
+INLINE dvec folded_d(vec v)
+{
+#if VEC_BYTES == 64
+    const __m512 up = _mm512_shuffle_f32x4((__m512)v, (__m512)v, 0xee);
+    return (dvec)_mm512_cvtps_pd(_mm512_castps512_ps256(_mm512_add_ps((__m512)v, up)));
+#else
+    return lower_d(v) + upper_d(v);
+#endif
+}
+
+/* The elements of two vectors in some order. */
+INLINE void load_two(const elem *p, vec *v)
+{
+#if ELEM_HALF == BF16 && VEC_BYTES == 64
+    const __m512i both = _mm512_loadu_si512(p);
+    v[0] = (vec)_mm512_slli_epi32(both, 16);
+    v[1] = (vec)_mm512_and_si512(both, _mm512_set1_epi32((int)0xffff0000));
+#else
+    v[0] = load(p);
+    v[1] = load(p + LANES);
+#endif
+}
+
+/* sum += d and square += d*d of n <= 4*LANES elements, to either of two. d = x - shift; of bfloat16 it is x, see loops.h. */
+INLINE void add_four(const elem *p, ptrdiff_t n, vec shift, vec *sum, vec *square)
+{
+#ifdef HAS_BF16
+    const __m512i ones = _mm512_set1_epi16(0x3f80);
+    (void)shift;
+    for (int k = 0; k < 2; k++) {
+        const ptrdiff_t left = n - k * 2 * LANES;
+        const __mmask32 some = left >= 2 * LANES ? ~0u : left > 0 ? (1u << left) - 1 : 0;
+        const __m512i x = n == 4 * LANES ? _mm512_loadu_si512(p + k * 2 * LANES)
+                                         : _mm512_maskz_loadu_epi16(some, p + k * 2 * LANES);
+        sum[k] = (vec)_mm512_dpbf16_ps((__m512)sum[k], (__m512bh)x, (__m512bh)ones);
+        square[k] = (vec)_mm512_dpbf16_ps((__m512)square[k], (__m512bh)x, (__m512bh)x);
+    }
+#else
+    for (ptrdiff_t i = 0; i < n; i += 2 * LANES) {
+        const ptrdiff_t left[2] = {n - i, n - i - LANES}; /* negative: none */
+        vec x[2] = {{0}};
+        if (n == 4 * LANES)
+            load_two(p + i, x);
+        for (int k = 0; k < 2 && left[k] > 0; k++) {
+            if (n < 4 * LANES)
+                x[k] = left[k] >= LANES ? load(p + i + k * LANES) : load_part(p + i + k * LANES, 0, left[k]);
+            vec d = ELEM_HALF == BF16 ? x[k] : x[k] - shift;
+            if (ELEM_HALF != BF16 && left[k] < LANES)
+                d = blend(d, (vec){0}, 0, left[k]);
+            sum[k] += d;
+            square[k] += d * d;
+        }
+    }
+#endif
+}
+
+#ifdef HAS_BF16
+/* The same of a line of each of two rows; b may be NULL. The sums are in the order that `in_order` ends. */
+INLINE void add_rows(const elem *a, const elem *b, vec *sum, vec *square)
+{
+    const __m512i ones = _mm512_set1_epi16(0x3f80), x = _mm512_loadu_si512(a);
+    const __m512i below = b ? _mm512_loadu_si512(b) : _mm512_setzero_si512();
+    const __m512i pairs[2] = {_mm512_unpacklo_epi16(x, below), _mm512_unpackhi_epi16(x, below)};
+    for (int k = 0; k < 2; k++) {
+        sum[k] = (vec)_mm512_dpbf16_ps((__m512)sum[k], (__m512bh)pairs[k], (__m512bh)ones);
+        square[k] = (vec)_mm512_dpbf16_ps((__m512)square[k], (__m512bh)pairs[k], (__m512bh)pairs[k]);
+    }
+}
+
+/* Four columns of the first, four of the second, and so on, as two vectors of columns. */
+INLINE void in_order(vec *v)
+{
+    const __m512i left = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), right = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+    const __m512d a = (__m512d)v[0], b = (__m512d)v[1];
+    v[0] = (vec)_mm512_permutex2var_pd(a, left, b);
+    v[1] = (vec)_mm512_permutex2var_pd(a, right, b);
+}
+#endif
 #endif
 
 INLINE dvec load_double(const double *p)
