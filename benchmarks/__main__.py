@@ -24,6 +24,8 @@ def parser():
     run.add_argument("--op", action="append", choices=cases.OPS, help="only this operation; may be repeated")
     run.add_argument("--shape", action="append", help="this shape instead of the list's, as 32x64x56x56")
     run.add_argument("--layout", choices=cases.LAYOUTS, help="only this layout")
+    run.add_argument("--dtype", action="append", choices=cases.ITEMSIZE, help="of the inputs; may be repeated")
+    run.add_argument("--fused", action="append", choices=cases.FUSED, help="what follows a forward pass; may be repeated")
     run.add_argument("--threads", type=int, action="append", help="these numbers of threads")
     run.add_argument("--peer", action="append", metavar="NAME", help=f"only these peers: {', '.join(peer_names())}")
     run.add_argument("--turns", type=int, default=TURNS, help=f"turns of each contender ({TURNS})")
@@ -50,7 +52,13 @@ def chosen(options, n_cores):
         raise ValueError(f"--threads must be 1 or more, but got {min(options.threads)}")
     if options.shape:
         shapes = [cases.parse_shape(s) for s in options.shape]
-        found = cases.of_shapes(shapes, options.threads or [n_cores])
+        found = [
+            case
+            for dtype in options.dtype or ["float32"]
+            for fused in options.fused or [""]
+            for case in cases.of_shapes(shapes, options.threads or [n_cores], dtype=dtype, fused=fused)
+            if not (fused and case.op == "backward")
+        ]
     else:
         found = cases.full(n_cores) if options.full else cases.short(n_cores)
         if options.threads:
@@ -60,6 +68,10 @@ def chosen(options, n_cores):
         found = [c for c in found if c.op in options.op]
     if options.layout:
         found = [c for c in found if c.layout == options.layout]
+    if options.dtype:
+        found = [c for c in found if c.dtype in options.dtype]
+    if options.fused:
+        found = [c for c in found if c.fused in options.fused]
     for name in options.peer or ():
         if name not in peer_names():
             raise ValueError(f"unknown peer {name!r}; known: {', '.join(peer_names())}")
@@ -70,7 +82,7 @@ def measure(options):
     """Run the suite; an interruption leaves a report of what was measured."""
     n_cores = len(cores())
     wanted = chosen(options, n_cores)
-    extras = not (options.shape or options.op or options.layout or options.threads)
+    extras = not any((options.shape, options.op, options.layout, options.dtype, options.fused, options.threads))
     small = [
         cases.Case("eval", shape, "last" if len(shape) == 2 else "first", 1, memory)
         for shape in cases.SMALL

@@ -5,6 +5,7 @@ from math import prod
 
 ITEMSIZE = {"bfloat16": 2, "float32": 4, "float64": 8}  # of the inputs; parameters of bfloat16 are float32
 OPS = ("eval", "train", "backward")
+FUSED = ("relu", "add+relu")
 LAYOUTS = ("first", "last")
 
 # ResNet-50's stages at N = 32, the largest of each stage's; and at N = 1, as an inference service sees them.
@@ -112,7 +113,7 @@ def short(cores):
     cases += of_shapes(((32, 256, 56, 56),), (1,))[:3]
     cases += [replace(c, memory="called") for c in of_shapes(((32, 256, 56, 56),), (cores,)) if c.layout == "first"]
     cases += of_shapes(((32, 256, 56, 56),), (cores,), ("eval", "train"), dtype="bfloat16")
-    for fused in ("relu", "add+relu"):
+    for fused in FUSED:
         cases += of_shapes(((32, 256, 56, 56),), (cores,), ("eval", "train"), fused=fused)[:2]
     return cases
 
@@ -125,7 +126,7 @@ def full(cores):
     cases += of_shapes((*RESNET, *NCL, *NC), (cores,), memory="called")
     for dtype in ("float64", "bfloat16"):
         cases += of_shapes((RESNET[1], RESNET[3], NC[0]), (cores,), dtype=dtype)
-    for fused in ("relu", "add+relu"):
+    for fused in FUSED:
         cases += of_shapes((*RESNET, NC[0]), counts, ("eval", "train"), fused=fused)
     return cases
 

@@ -92,7 +92,7 @@ def self_check(report: Callable[[str], object] = print) -> bool:
                             worst = max(worst, _largest_error(x, dy, weight, bias))
                     good &= worst <= limit
                     verdict = "ok" if worst <= limit else f"WRONG, more than {limit:.0e}"
-                    report(f"{isa:9} {dtype.name:8} channels {layout:5}  largest error {worst:.1e}  {verdict}")
+                    report(f"{isa:11} {dtype.name:8} channels {layout:5}  largest error {worst:.1e}  {verdict}")
     finally:
         passes.use_isa(before)
         passes.tune(**region)

@@ -2,12 +2,15 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cbn.kernels import passes
@@ -32,6 +35,15 @@ def test_no_openmp_pragma_beside_a_target_attribute():
     for path in SOURCES:
         if path.suffix in (".c", ".h"):
             assert "pragma omp" not in path.read_text(), path
+
+
+@pytest.mark.parametrize("compiler", [c for c in ("gcc", "clang") if shutil.which(c)])
+def test_every_compiler_here_takes_the_c_sources(compiler):
+    sources = [str(path) for path in SOURCES if path.suffix == ".c"]
+    command = [compiler, "-std=gnu11", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", "-D_GNU_SOURCE"]
+    includes = [f"-I{folder}" for folder in (ROOT / "cbn" / "kernels", np.get_include(), sysconfig.get_path("include"))]
+    done = subprocess.run([*command, *includes, *sources], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_imports_run_one_way():

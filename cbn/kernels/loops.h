@@ -509,6 +509,19 @@ INLINE LOOP(row_of) LOOP(row_at)(const cbn_tile *m, ptrdiff_t n)
                           m->x.n, m->g.n, m->z.n, m->y.n};
 }
 
+INLINE void LOOP(store_lines)(elem_out *y, ptrdiff_t step, ptrdiff_t height, vec (*v)[LINE_ELEMS / LANES], const int past,
+                              const int normal)
+{
+    for (ptrdiff_t row = 0; row < height; row++, y += step)
+        if (LINE_ELEMS / LANES % 2 == 0)
+            for (int i = 0; i < LINE_ELEMS / LANES; i += 2)
+                store_two(y + i * LANES, v[row] + i, past, normal);
+        else if (past)
+            store_past(y, v[row][0]);
+        else
+            store(y, v[row][0]);
+}
+
 /* One line of columns of some rows. */
 INLINE void LOOP(map_line)(LOOP(row_of) at, ptrdiff_t height, ptrdiff_t j, real (*factors)[ROOM],
                            LOOP(activation) act, const int backward, const int past, const int fetching,
@@ -535,16 +548,12 @@ INLINE void LOOP(map_line)(LOOP(row_of) at, ptrdiff_t height, ptrdiff_t j, real 
         for (int v = 0; v < LINE_ELEMS / LANES; v++)
             out[row][v] = LOOP(value)(x, g, z, v * LANES, 0, LANES, f[v], act, backward);
     }
-    for (ptrdiff_t row = 0; row < height; row++) {
-        elem_out *y = at.y + row * at.y_n + j;
-        if (LINE_ELEMS / LANES % 2 == 0)
-            for (int v = 0; v < LINE_ELEMS / LANES; v += 2)
-                store_two(y + v * LANES, out[row] + v, past, normal);
-        else if (past)
-            store_past(y, out[row][0]);
-        else
-            store(y, out[row][0]);
-    }
+    if (past && normal)
+        LOOP(store_lines)(at.y + j, at.y_n, height, out, 1, 1);
+    else if (past)
+        LOOP(store_lines)(at.y + j, at.y_n, height, out, 1, 0);
+    else
+        LOOP(store_lines)(at.y + j, at.y_n, height, out, 0, normal);
 }
 
 #ifdef SUMS
@@ -742,6 +751,8 @@ INLINE void LOOP(last)(const cbn_tile *m, const cbn_tile *r, const int backward,
         if (!wraps || n == 0)
             LOOP(map_part)(m, n, wraps ? 1 : height, skip, head, factors, act, backward);
         const LOOP(row_of) at = LOOP(row_at)(mapping ? m : r, n);
+        LOOP(row_of) bare = at;
+        bare.z = NULL;
 #ifdef SUMS
         const LOOP(source) source = LOOP(row_source)(reducing ? r : m, n, act_r, backward);
         /* Rows to come: of this tile, or the first of the next one. */
@@ -755,7 +766,9 @@ INLINE void LOOP(last)(const cbn_tile *m, const cbn_tile *r, const int backward,
         for (ptrdiff_t k = 0; k < columns; k += LINE_ELEMS) {
             const ptrdiff_t j = down ? (columns - 1) / LINE_ELEMS * LINE_ELEMS - k : k;
             if (mapping && !RARE && head + j + LINE_ELEMS <= end) {
-                if (height == rows)
+                if (height == rows && ELEM_HALF != 0 && !act.on) /* a body without branches: a quarter of the time */
+                    LOOP(map_line)(bare, rows, head + j, factors, (LOOP(activation)){0}, backward, past, !reducing, normal);
+                else if (height == rows)
                     LOOP(map_line)(at, rows, head + j, factors, act, backward, past, !reducing, normal);
                 else
                     for (ptrdiff_t row = n; row < n + height; row++)

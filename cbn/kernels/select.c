@@ -1,4 +1,8 @@
 /* select.c: which instruction sets were built and which of them this processor runs. */
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include "kernels.h"
 
 const cbn_isa *const cbn_built[] = {
@@ -14,14 +18,16 @@ const cbn_isa *const cbn_built[] = {
 int cbn_highest(void)
 {
 #if defined(__x86_64__)
-    /* Each rung asks for just what its file's TARGET names; the builtin looks at the operating system's
-     * support for the registers too. */
-    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c"))
+    /* Each rung asks for just what its file's TARGET names. The builtin looks at the operating system's support for the
+     * registers too; f16c and avx512bf16 need no others, and are names that it does not know in every compiler. */
+    unsigned a, b, c, d;
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") ||
+        !(__get_cpuid(1, &a, &b, &c, &d) && c & bit_F16C))
         return 0;
     if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
         !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
         return 1;
-    return __builtin_cpu_supports("avx512bf16") ? 3 : 2;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && a & bit_AVX512BF16 ? 3 : 2;
 #else
     return 0;
 #endif
