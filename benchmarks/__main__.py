@@ -25,7 +25,7 @@ def parser():
     run.add_argument("--shape", action="append", help="this shape instead of the list's, as 32x64x56x56")
     run.add_argument("--layout", choices=cases.LAYOUTS, help="only this layout")
     run.add_argument("--dtype", action="append", choices=cases.ITEMSIZE, help="of the inputs; may be repeated")
-    run.add_argument("--fused", action="append", choices=cases.FUSED, help="what follows a forward pass; may be repeated")
+    run.add_argument("--fused", action="append", choices=cases.FUSED, help="what follows; may be repeated")
     run.add_argument("--threads", type=int, action="append", help="these numbers of threads")
     run.add_argument("--peer", action="append", metavar="NAME", help=f"only these peers: {', '.join(peer_names())}")
     run.add_argument("--turns", type=int, default=TURNS, help=f"turns of each contender ({TURNS})")
