@@ -55,7 +55,8 @@ class BuildPasses(build_ext):
                 "their vector extension and need one of the two: set the environment variable CC, as in CC=gcc."
             )
         # -g0: debug information, which Python's own flags ask for, takes a third of the compiler's time
-        # No flags of exceptions: a loop with a condition, as `factors` in loops.h, becomes one of vectors
+        # Nobody reads the flags of floating-point exceptions, so a loop with a condition (`factors` in loops.h) can be
+        # one of vectors
         flags = ["-O3", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math"]
         flags += ["-fvisibility=hidden", "-g0", "-Wall", "-Wextra"]
         link_flags = []

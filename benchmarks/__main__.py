@@ -75,7 +75,10 @@ def chosen(options, n_cores):
     for name in options.peer or ():
         if name not in peer_names():
             raise ValueError(f"unknown peer {name!r}; known: {', '.join(peer_names())}")
-    return [c for c in found if c.op == "eval" or c.n_bytes // c.channel_bytes * c.channel_bytes > 4 * c.shape[1]]
+    found = [c for c in found if c.op == "eval" or c.n_bytes // c.channel_bytes * c.channel_bytes > 4 * c.shape[1]]
+    if not found:
+        raise ValueError("nothing to measure: no case is all that the options ask for; --list shows what there is")
+    return found
 
 
 def measure(options):

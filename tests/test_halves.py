@@ -140,6 +140,16 @@ def test_a_spread_small_beside_the_mean(isa, rng, dtype, spread):
         np.testing.assert_allclose(found.m2, m2, rtol=2e-6, atol=0)
 
 
+def test_one_value_of_millions_differs(isa, dtype):
+    """By a unit in its last place: what float64 sums of x*x would not see."""
+    n = 1_000_003
+    x = np.ones((2, n), dtype)
+    x[0, 5] += np.finfo(np.float32).eps * (2**13 if dtype == np.float16 else 2**16)
+    unit = float(x[0, 5]) - 1
+    assert 0 < unit <= 2**-7
+    assert list(cbn.moments(x, channel_axis=0).m2) == pytest.approx([unit**2 * (1 - 1 / n), 0], rel=1e-9, abs=0)
+
+
 @pytest.mark.parametrize("layout", ["NCL", "NLC"])
 def test_what_follows_may_be_subnormal(isa, dtype, layout):
     """Where the normalized values cannot be; a conversion that takes subnormal numbers for zero would show."""

@@ -271,6 +271,30 @@ def test_known_layouts_run_without_a_copy(rng, order):
     assert passes.Input(x, 1).x.ctypes.data == x.ctypes.data
 
 
+@pytest.mark.skipif("avx512_bf16" not in passes.available(), reason="a processor without it")
+def test_other_types_have_the_loops_of_avx512(rng):
+    """Each type's place in the table; the tests leave those of avx512_bf16 out otherwise."""
+    x, g = rng.standard_normal((2, 40, 9, 70))
+    mean, var = np.zeros(9), np.ones(9)
+
+    def results():
+        found = []
+        for dtype in (np.float32, np.float64, np.float16):
+            a, dy = x.astype(dtype), g.astype(dtype)
+            for parameters in (np.float32, np.float64):
+                found.append(cbn.functional.batch_norm(a, mean.astype(parameters), var.astype(parameters)))
+            y, *saved = native_batch_norm(a, None, None, None, None, True, 0.1, 1e-5)
+            found += [y, *saved, *native_batch_norm_backward(dy, a, None, None, None, *saved, True, 1e-5)]
+        for dtype in (np.uint8, np.int8):
+            found.append(cbn.functional.batch_norm((x * 20).astype(np.int8).view(dtype), mean, var, x_scale=0.1))
+        return [a.tobytes() for a in found]
+
+    passes.use_isa("avx512")
+    expected = results()
+    passes.use_isa("avx512_bf16")
+    assert results() == expected
+
+
 def test_use_isa_refuses_unknown_and_lists_what_is_available():
     with pytest.raises(ValueError, match=r"CBN_ISA: instruction set 'sse9' is not known; available: baseline"):
         passes.use_isa("sse9")

@@ -27,9 +27,10 @@
 #define LONG 256   /* elements from which it pays to store whole lines */
 #define LINE 64    /* bytes that memory and caches exchange */
 #define LINE_ELEMS ((ptrdiff_t)(LINE / sizeof(elem_out)))
-#define COLUMNS (CBN_ROW_BYTES / MAX(sizeof(elem), sizeof(float)))      /* most columns of a row */
-#define ROOM (COLUMNS + 2 * LINE_ELEMS)                                 /* and what a vector may read beyond; not 4 KB, so that
-                                                                           a store to one delays no load of another */
+#define COLUMNS (CBN_ROW_BYTES / MAX(sizeof(elem), sizeof(float))) /* most columns of a row, */
+#define ROOM (COLUMNS + 2 * LINE_ELEMS) /* and less than a line more where a tile is to begin and end with lines of y; and
+                                           less than a line before the first, so that factors are aligned where y is; not
+                                           4 KB, so that a store to one delays no load of another */
 #define TO_LINE(p) ((ptrdiff_t)(-(uintptr_t)(p) % LINE / sizeof(elem_out))) /* elements from p to the next line */
 #if defined(WIDENS) && ELEM_HALF
 #define RARE 1 /* values that only float64 holds, in 16 bits: no code for whole lines */
@@ -117,8 +118,8 @@ INLINE vec LOOP(value)(const elem *x, const elem *g, const elem *z, ptrdiff_t i,
 }
 
 /* Whether no y = fma(d, scale, term) is subnormal, so that the processor may convert it to bfloat16. Where d*scale is less
- * than half of term, y is more than 1e-20/2. Else it is a multiple of the last places of d and scale, 2^-46 of d*scale at
- * least, so 2^-46*1e-20/2 > 2^-114, or zero. */
+ * than half of term, y is more than 1e-20/2. Else it is a multiple of the last places of d and scale, 2^-48 of d*scale at
+ * least, so 2^-48*1e-20/2 > 2^-116, or zero. */
 INLINE int LOOP(stays_normal)(const cbn_tile *m, real term, LOOP(activation) act, const int backward)
 {
     const int selects = !act.on || act.negative_slope == 0;
@@ -260,9 +261,9 @@ INLINE void LOOP(reduce_some)(LOOP(source) p, ptrdiff_t i, ptrdiff_t n, dvec shi
  * the 8 or 11 of x. Where they leave its range, which bfloat16 shares, the caller asks for an `exact` reduction.
  *
  * Of bfloat16 d is x, so that the processor's products of pairs will do. S(x*x) - S(x)^2/n costs digits where the mean is
- * large beside the spread; but then x lies between mean/2 and 2*mean, so x*x is a multiple of mean^2/2^18, and a sum of 32,
- * less than 64*mean^2, is exact. A value further off, that ends this, adds mean^2/4 or more to m2, beside which a rounding
- * of such a sum is less than 2^-16. */
+ * large beside the spread. But then x lies between mean/2 and 2*mean, and x*x is a multiple of mean^2/2^18: a sum of 32 up
+ * to 64*mean^2 is exact, and a larger one takes a spread that costs nothing. A value further off, that ends this, adds
+ * mean^2/4 or more to m2, beside which a rounding of such a sum is less than 2^-16. */
 
 /* Elements begin to end, sixteen vectors at most. */
 INLINE void LOOP(reduce_short)(LOOP(source) p, ptrdiff_t begin, ptrdiff_t end, vec shift, LOOP(sums) *s,
@@ -548,6 +549,7 @@ INLINE void LOOP(map_line)(LOOP(row_of) at, ptrdiff_t height, ptrdiff_t j, real 
         for (int v = 0; v < LINE_ELEMS / LANES; v++)
             out[row][v] = LOOP(value)(x, g, z, v * LANES, 0, LANES, f[v], act, backward);
     }
+    /* Constants, so that each body has one kind of store. */
     if (past && normal)
         LOOP(store_lines)(at.y + j, at.y_n, height, out, 1, 1);
     else if (past)
@@ -560,7 +562,7 @@ INLINE void LOOP(map_line)(LOOP(row_of) at, ptrdiff_t height, ptrdiff_t j, real 
 /* What a value of each channel becomes for each column. */
 typedef struct {
     double shift[ROOM], scale[ROOM], offset[ROOM], sum[ROOM], square[ROOM];
-    real short_shift[ROOM]; /* 16-bit elements, forward */
+    real short_shift[ROOM]; /* float16, forward */
 } LOOP(columns);
 
 /* Elements from row to row. */
@@ -611,7 +613,7 @@ INLINE void LOOP(reduce_line)(LOOP(source) p, LOOP(steps) step, ptrdiff_t height
     if (!exact)
         for (ptrdiff_t block = 0; block < height; block += ROWS)
             for (int v = 0; v < LINE_ELEMS / LANES; v++) {
-                const vec short_shift = load_real(k->short_shift + j + v * LANES);
+                const vec short_shift = ELEM_HALF == F16 ? load_real(k->short_shift + j + v * LANES) : (vec){0};
                 vec s = {0}, q = {0};
                 for (ptrdiff_t row = block; row < MIN(block + ROWS, height); row++) {
                     const elem *x = p.x + row * step.x + j + v * LANES;
@@ -724,7 +726,7 @@ INLINE void LOOP(last)(const cbn_tile *m, const cbn_tile *r, const int backward,
     if (reducing) {
         columns = MAX(columns, r_columns);
         LOOP(spread)(r, r->shift_c, of_column.shift);
-        for (ptrdiff_t j = 0; ELEM_HALF && !backward && j < r_columns; j++)
+        for (ptrdiff_t j = 0; ELEM_HALF == F16 && !backward && j < r_columns; j++)
             of_column.short_shift[j] = (real)of_column.shift[j];
         if (backward && act_r.on) {
             LOOP(spread)(r, r->coef_c + r->pitch, of_column.scale);
@@ -766,7 +768,7 @@ INLINE void LOOP(last)(const cbn_tile *m, const cbn_tile *r, const int backward,
         for (ptrdiff_t k = 0; k < columns; k += LINE_ELEMS) {
             const ptrdiff_t j = down ? (columns - 1) / LINE_ELEMS * LINE_ELEMS - k : k;
             if (mapping && !RARE && head + j + LINE_ELEMS <= end) {
-                if (height == rows && ELEM_HALF != 0 && !act.on) /* a body without branches: a quarter of the time */
+                if (height == rows && ELEM_HALF != 0 && (backward || !act.on)) /* a body without branches: a quarter of the time */
                     LOOP(map_line)(bare, rows, head + j, factors, (LOOP(activation)){0}, backward, past, !reducing, normal);
                 else if (height == rows)
                     LOOP(map_line)(at, rows, head + j, factors, act, backward, past, !reducing, normal);

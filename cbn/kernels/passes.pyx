@@ -886,6 +886,8 @@ cdef cbn_tile tile_to_map(Job *job, Rectangle *r) noexcept nogil:
     t.g = moved(job.h if job.backward and job.activated else job.g, job.itemsize, r)
     t.y = moved(job.y, job.y_itemsize, r)
     t.stream = job.stream
+    if job.backward:
+        t.z.data = NULL    # is in h
     return t
 
 
@@ -1124,11 +1126,12 @@ cdef enum:
 cdef int digits_are_lost(Job *job, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
     """Which channels have lost more than ten bits of m2 = S(d*d) - S(d)^2/n, as where the first value lies far out.
 
-    Five of float16, where some of the sums are of float32, which has fewer to lose; bfloat16's lose none (loops.h).
+    Five of float16, where some of the sums are of float32, which has fewer to lose. Thirty of bfloat16: those sums are
+    as good as exact (loops.h), so it is float64 that loses them, as where a few of millions of values differ.
 
-    Then the mean becomes its shift, for a second reduction; where that finds the same values for the other channels,
-    which keep theirs, nothing changes. It is the channel's own data that decides, so the bits depend neither on the
-    partition of the work nor on its neighbours.
+    Then the mean becomes its shift, for a second reduction, of bfloat16 an exact one; where that finds the same values
+    for the other channels, which keep theirs, nothing changes. It is the channel's own data that decides, so the bits
+    depend neither on the partition of the work nor on its neighbours.
     """
     cdef Py_ssize_t c
     cdef double n = <double>(job.reduction.N * job.reduction.S), d, shift
@@ -1137,14 +1140,13 @@ cdef int digits_are_lost(Job *job, Py_ssize_t first, Py_ssize_t end) noexcept no
     if job.backward:
         return 0
     for c in range(first, end):
-        if bfloat16 and not job.exact_c[c]:
-            continue
         d = job.sum_c[c] - job.shift_c[c]
-        bits = 5 if job.type_num == NPY_HALF and not job.exact_c[c] else 10
+        bits = 10 if job.itemsize > 2 or job.exact_c[c] else 30 if bfloat16 else 5
         # Of 16-bit elements the differences are float32's: their shift too. With the same shift nothing would change
         shift = <float>job.sum_c[c] if job.itemsize == 2 else job.sum_c[c]
         if n * d * d > (1 << bits) * job.square_c[c] and isfinite(job.sum_c[c]) and shift != job.shift_c[c]:
             job.shift_c[c] = shift
+            job.exact_c[c] = job.exact_c[c] or bfloat16
             lost |= EXACT if job.exact_c[c] else PLAIN
     return lost
 

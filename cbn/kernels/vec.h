@@ -5,9 +5,10 @@
  * there for a load or a store that converts (gcc 12 makes four instructions of the eight-lane
  * __builtin_convertvector where the processor has one), for a part of a vector and for a store past the caches.
  *
- * Defines for loops.h: elem, elem_out, real, vec, LANES, load, load_part, store, store_part, store_past, blend,
- * load_real, splat;
- * with SUMS also dvec, DLANES, load_d, load_first_d, load_double, store_double, first_lanes, splat_d, total.
+ * Defines for loops.h: elem, elem_out, real, vec, LANES, load, load_part, store, store_part, store_past, store_two, blend,
+ * select, load_real, splat, quiet;
+ * with SUMS also dvec, DLANES, load_d, load_first_d, store_d, load_double, store_double, first_lanes, select_d, splat_d,
+ * copy, total; of 16-bit elements lower_d, upper_d, folded_d, add_four and, with HAS_BF16, add_rows, in_order.
  */
 #define elem LOOP(elem)
 #define elem_out LOOP(elem_out)
