@@ -18,7 +18,7 @@
 Imports run one way: layers → functional → kernels → checks; `reference` knows nobody.
 """
 
-from . import checks, functional, reference
+from . import functional, reference
 from .batchnorm import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from .config import __version__, show_config
 from .convert import from_flax, from_keras, from_onnx, from_torch, to_torch_state
@@ -27,8 +27,6 @@ from .memory import empty_cache
 from .moments import Moments, moments
 from .storage import load
 from .threads import get_num_threads, num_threads, set_num_threads
-
-recalibrate = checks.later("cbn.recalibrate")
 
 __all__ = [
     "BatchNorm",

@@ -134,8 +134,6 @@ class BatchNorm(passes.Planned):
         The variance that is tracked: with 1/(n - 1), as PyTorch, or 1/n, as Keras and ONNX.
     activation : None, "relu" or ("leaky_relu", slope)
         What the output goes through, after the residual of the call, in the same pass; backward too.
-    nonfinite
-        Not supported yet.
 
     Attributes
     ----------
@@ -148,8 +146,6 @@ class BatchNorm(passes.Planned):
     ------
     TypeError, ValueError
         For arguments out of range.
-    NotImplementedError
-        For what this version does not support yet.
 
     Notes
     -----
@@ -203,10 +199,8 @@ class BatchNorm(passes.Planned):
         channel_axis: int = 1,
         running_var: Literal["unbiased", "biased"] = "unbiased",
         activation: Activation = None,
-        nonfinite: Literal["propagate", "skip", "raise"] = "propagate",
     ) -> None:
         self.activation = activation
-        self.nonfinite = nonfinite
         if not isinstance(running_var, str) or running_var not in ("unbiased", "biased"):
             raise ValueError(f"running_var must be 'unbiased' or 'biased', not {running_var!r}")
         self._dtype = accepted_dtype(dtype, checks.native_float, "float32 or float64")
@@ -278,17 +272,6 @@ class BatchNorm(passes.Planned):
         slope = checks.negative_slope(value)
         self._activation: Activation = ("leaky_relu", slope) if isinstance(value, (tuple, list)) else value
 
-    @property
-    def nonfinite(self) -> str:
-        """What NaN and infinities do: "propagate"."""
-        return "propagate"
-
-    @nonfinite.setter
-    def nonfinite(self, value: str) -> None:
-        if not isinstance(value, str) or value not in ("propagate", "skip", "raise"):
-            raise ValueError(f"nonfinite must be 'propagate', 'skip' or 'raise', not {value!r}")
-        checks.not_yet(nonfinite=None if value == "propagate" else value)
-
     # ---- state -----------------------------------------------------------------------------------------------------
 
     def train(self: Layer, mode: bool = True) -> Layer:
@@ -329,9 +312,6 @@ class BatchNorm(passes.Planned):
         *,
         out: Array | None = None,
         residual: npt.ArrayLike | None = None,
-        mask: None = None,
-        lengths: None = None,
-        sample_weight: None = None,
     ) -> Array:
         """Normalize x in the current mode, add the residual, apply the activation.
 
@@ -344,8 +324,6 @@ class BatchNorm(passes.Planned):
             Of x's shape and dtype; receives y. ``out=x`` works in place.
         residual : array_like, optional
             Of x's shape and dtype; in training mode it is remembered as x is.
-        mask, lengths, sample_weight
-            Not supported yet.
 
         Returns
         -------
@@ -358,7 +336,6 @@ class BatchNorm(passes.Planned):
             As `cbn.functional.batch_norm`, and for another number of dimensions or channels. The layer and `out` are
             then as they were.
         """
-        checks.not_yet(mask=mask, lengths=lengths, sample_weight=sample_weight)
         inp = passes.Input(x, self._channel_axis, ranks=self._ranks)
         inp.meets(self._dtype)
         checks.output(out, inp.x.shape, inp.x.dtype)

@@ -8,7 +8,6 @@ ValueError and a RuntimeError, where PyTorch raises RuntimeError.
 import contextlib
 import math
 import operator
-from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
@@ -24,25 +23,6 @@ FLOATS = (np.dtype(np.float32), np.dtype(np.float64))  # of parameters and stati
 
 class ArgumentError(ValueError, RuntimeError):
     """A ValueError that code written for PyTorch's RuntimeError catches too."""
-
-
-def not_yet(**options: object) -> None:
-    """Refuse what the interface names and this version does not do."""
-    for name, value in options.items():
-        if value is not None:
-            words = f"{value!r} is" if isinstance(value, (str, tuple)) else " is"
-            raise NotImplementedError(f"{name}={words} not supported yet")
-
-
-def later(name: str) -> Callable[..., Any]:
-    """A function that the interface names and this version does not have: calling it says so."""
-
-    def function(*_: object, **__: object) -> Any:
-        raise NotImplementedError(f"{name} is not supported yet")
-
-    function.__name__ = function.__qualname__ = name.rsplit(".", 1)[-1]
-    function.__doc__ = "Not supported yet."
-    return function
 
 
 def quantization(x: Array, scale: Any, zero_point: Any, out_dtype: Any) -> tuple[float, int, np.dtype[Any]]:

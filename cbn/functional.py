@@ -217,7 +217,6 @@ def batch_norm(
     out: Array | None = None,
     activation: Activation = None,
     residual: npt.ArrayLike | None = None,
-    mask: None = None,
     x_scale: float | None = None,
     x_zero_point: int | None = None,
     out_dtype: npt.DTypeLike | None = None,
@@ -257,8 +256,6 @@ def batch_norm(
         A value of x's dtype; 0 by default.
     out_dtype : float32 or bfloat16
         Of y, for 8-bit input; float32 by default.
-    mask
-        Not supported yet.
 
     Returns
     -------
@@ -290,7 +287,6 @@ def batch_norm(
     >>> mean, var
     (array([0.2, 0.1]), array([1.7, 0.9]))
     """
-    checks.not_yet(mask=mask)
     slope = checks.negative_slope(activation)
     arrays = (weight, bias, running_mean, running_var)
     a = np.asanyarray(x)
@@ -545,7 +541,3 @@ def native_batch_norm_backward(
         passes.assign(np.empty(n, dtype), dweight) if want_dweight else None,
         passes.assign(np.empty(n, dtype), dbias) if want_dbias else None,
     )
-
-
-native_batch_norm_double_backward = checks.later("cbn.functional.native_batch_norm_double_backward")
-batch_norm_jvp = checks.later("cbn.functional.batch_norm_jvp")

@@ -55,7 +55,6 @@ def save(layer: batchnorm.BatchNorm, path: str | os.PathLike[str], *, allow_nonf
             "channel_axis": layer.channel_axis,
             "running_var": "unbiased" if layer._unbiased else "biased",
             "activation": layer.activation,
-            "nonfinite": layer.nonfinite,
         },
         "training": layer.training,
         "frozen": layer.frozen,
@@ -156,6 +155,8 @@ def _build(header: dict[str, Any], arrays: dict[str, npt.NDArray[Any]], allow_no
         raise ValueError(f"unknown entries {unknown}")
     # Without arrays first: the file's own list decides which there are, and none is made before its size is known
     arguments = dict(header["arguments"])
+    if arguments.pop("nonfinite", "propagate") != "propagate":  # files of version 0.1 name it
+        raise ValueError(f"nonfinite is {header['arguments']['nonfinite']!r}")
     flags = {name: arguments.pop(name) for name in ("affine", "track_running_stats", "bias")}
     layer = CLASSES[header["class"]](**arguments, affine=False, track_running_stats=False)
     layer.affine, layer.track_running_stats = flags["affine"], flags["track_running_stats"]

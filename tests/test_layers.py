@@ -342,7 +342,7 @@ def test_copies_keep_all_but_the_remembered_forward(rng, duplicate):
 def test_arguments_are_attributes():
     bn = cbn.BatchNorm1d(3, 1e-3, None, False, False, dtype=np.float64, channel_axis=-1)
     assert (bn.num_features, bn.eps, bn.momentum, bn.affine, bn.track_running_stats) == (3, 1e-3, None, False, False)
-    assert (bn.dtype, bn.channel_axis, bn.activation, bn.nonfinite) == (np.float64, -1, None, "propagate")
+    assert (bn.dtype, bn.channel_axis, bn.activation) == (np.float64, -1, None)
     with pytest.raises(AttributeError):
         bn.num_features = 4
     bn.momentum = 0.5
