@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard cbn/kernels/*.pyx cbn/kernels/*.c cbn/kernels/*.h)
-SOURCES := $(filter-out cbn/kernels/passes.c,$(SOURCES))
+SOURCES := $(filter-out cbn/kernels/passes.c cbn/kernels/channels.c,$(SOURCES))
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-fast peers accuracy readme bench bench-full bench-peers bench-compare lint sanitize self-check wheel clean
@@ -98,5 +98,5 @@ wheel: $(VENV)/.created ## a source distribution and a wheel, in dist
 	$(BIN)/python -m build
 
 clean: ## remove what the other targets made
-	rm -rf $(VENV) build dist cbn.egg-info examples/out cbn/kernels/passes.c cbn/kernels/*.so
+	rm -rf $(VENV) build dist cbn.egg-info examples/out cbn/kernels/passes.c cbn/kernels/channels.c cbn/kernels/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

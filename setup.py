@@ -113,18 +113,21 @@ sources = ["passes.pyx", "select.c", "pool.c", "baseline.c"]
 if platform.machine().lower() in ("x86_64", "amd64"):
     sources += ["avx2.c", "avx512.c", "avx512_bf16.c"]
 
-extension = Extension(
-    "cbn.kernels.passes",
-    sources=[str(KERNELS / name) for name in sources],
-    depends=[str(path) for path in sorted(KERNELS.glob("*.h"))],
-    include_dirs=[numpy.get_include(), str(KERNELS)],
-    define_macros=[("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION"), ("NPY_TARGET_VERSION", "NPY_2_0_API_VERSION")],
-)
+extensions = [
+    Extension(
+        f"cbn.kernels.{name}",
+        sources=[str(KERNELS / source) for source in of_it],
+        depends=[str(path) for path in sorted(KERNELS.glob("*.h"))],
+        include_dirs=[numpy.get_include(), str(KERNELS)],
+        define_macros=[("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION"), ("NPY_TARGET_VERSION", "NPY_2_0_API_VERSION")],
+    )
+    for name, of_it in (("passes", sources), ("channels", ["channels.pyx"]))
+]
 
 debug = asked("CBN_DEBUG")
 setup(
     ext_modules=cythonize(
-        [extension],
+        extensions,
         compiler_directives={
             "language_level": "3",
             "boundscheck": debug,

@@ -19,7 +19,7 @@ Imports run one way: layers → functional → kernels → checks; `reference` k
 """
 
 from . import functional, reference
-from .batchnorm import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
+from .batchnorm import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d, set_check_inputs
 from .config import __version__, show_config
 from .convert import from_flax, from_keras, from_onnx, from_torch, to_torch_state
 from .fuse import fuse_bn_linear, fuse_conv_bn, fuse_linear_bn
@@ -49,6 +49,7 @@ __all__ = [
     "moments",
     "num_threads",
     "reference",
+    "set_check_inputs",
     "set_num_threads",
     "show_config",
     "to_torch_state",

@@ -6,8 +6,8 @@ The arithmetic is in `cbn.functional`; what is here is what a layer remembers an
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar, overload
 
@@ -16,30 +16,70 @@ import numpy.typing as npt
 
 from . import checks, functional
 from .checks import Activation, Array, Doubles
-from .kernels import passes
+from .kernels import channels, passes
 
 __all__ = ["BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
 
 Layer = TypeVar("Layer", bound="BatchNorm")
-
-# One lock for the updates of all layers: they last microseconds, a layer stays picklable, and a fork can wait for it,
-# so that no child starts with statistics half updated or with a lock that nobody will release. Reentrant: a signal
-# handler may use a layer while the thread that it interrupts holds the lock.
-_update_lock = threading.RLock()
-_changing = passes.Changing(_update_lock)  # the same, for those who change something
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(
-        before=_update_lock.acquire, after_in_parent=_update_lock.release, after_in_child=_update_lock.release
-    )
 
 NO_FORWARD = "there is nothing to go back through: call the layer in training mode first"
 AFTER_EVAL = (
     "the last forward was in evaluation mode, which keeps nothing for backward. To train through fixed statistics, "
     "call freeze() and stay in training mode; or use cbn.functional.native_batch_norm_backward(..., train=False)"
 )
+MODIFIED = (
+    "one of the variables needed for gradient computation has been modified by an inplace operation: the {} of the "
+    "last forward. Pass a copy to the layer, or change it after backward()"
+)
 OVERWRITTEN = (
     "the input or the residual of the last forward has been overwritten (out=), and without it there is no gradient"
 )
+
+
+_checks_inputs = False
+
+
+def set_check_inputs(check: bool) -> bool:
+    """Whether layers notice that an input was changed between forward and backward; returns what was set before.
+
+    A training forward remembers its input and its residual by reference, so `backward` computes a wrong gradient where
+    they have been written to in between. With the check a forward keeps a digest of their bytes and `backward` raises a
+    RuntimeError if it has changed. It is off by default: it reads both once more, at about 1 GB/s.
+
+    Parameters
+    ----------
+    check : bool
+        For all layers of the process, from their next forward on.
+
+    Returns
+    -------
+    bool
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cbn
+    >>> before = cbn.set_check_inputs(True)
+    >>> bn, x = cbn.BatchNorm1d(2), np.eye(2, dtype=np.float32)
+    >>> y = bn(x)
+    >>> x += 1
+    >>> bn.backward(y)
+    Traceback (most recent call last):
+    ...
+    RuntimeError: one of the variables needed for gradient computation has been modified by an inplace operation: the input of the last forward. Pass a copy to the layer, or change it after backward()
+    >>> cbn.set_check_inputs(before)
+    True
+    """  # noqa: E501
+    global _checks_inputs
+    before, _checks_inputs = _checks_inputs, checks.boolean(check, "check")
+    return before
+
+
+def digest(a: Array | None) -> bytes | None:
+    """A digest of an array's values."""
+    if a is None:
+        return None
+    return hashlib.blake2b(np.ascontiguousarray(a).reshape(-1).view(np.uint8).data, digest_size=16).digest()
 
 
 class _ChannelArray:
@@ -167,13 +207,6 @@ class BatchNorm(passes.Planned):
     """
 
     _ranks: tuple[int, ...] | None = None  # numbers of dimensions that the class accepts; None: any from 2
-
-    _plain = True  # whether evaluation is as here, and may be planned; not so where a subclass redefines something
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        own = {name for name in vars(BatchNorm) if not name.startswith("__")} - {"_ranks"}
-        cls._plain = cls._plain and not own & vars(cls).keys()
 
     weight = _ChannelArray()
     bias = _ChannelArray()
@@ -342,48 +375,58 @@ class BatchNorm(passes.Planned):
         residual = checks.residual(residual, inp.x)
         if residual is not None:
             residual = inp.lies_as(residual)
-        slope = checks.negative_slope(self._activation)
-        version = self._version
-        with _update_lock:  # a snapshot: mean and variance of the same batch
-            mean: Any = self.running_mean
-            var: Any = self.running_var
-            weight, bias = self.weight, self.bias
-            sources = mean, var, weight, bias
-            training = self.training
-            batch_statistics = not self._frozen and (training or (mean is None and var is None))
-            if not batch_statistics and mean is not None and var is not None:
-                mean, var = mean.copy(), var.copy()
-        tracked = training and self.track_running_stats and not self._frozen
+        version = self._version  # before anything that a plan would stand for is read
+        training, frozen, slope = self.training, self._frozen, checks.negative_slope(self._activation)
+        running_mean, running_var, weight, bias = sources = (
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+        )
+        batch_statistics = not frozen and (training or (running_mean is None and running_var is None))
+        tracked = training and self.track_running_stats and not frozen
         if not batch_statistics:
-            checks.buffers_for_eval(mean, var)
+            checks.buffers_for_eval(running_mean, running_var)
         elif tracked:
-            checks.buffers_for_batch(mean, var)
-        self._check_channels(inp, mean, batch_statistics and not tracked)
+            checks.buffers_for_batch(running_mean, running_var)
+        self._check_channels(inp, running_mean, batch_statistics and not tracked)
         eps = checks.epsilon_for(self._eps, batch_statistics)
+        values = channels.as_doubles(*sources)  # what this call reads of the layer, all of one moment
+        mean, var, weight, bias = values
         if batch_statistics:
             checks.more_than_one_value(inp.x, inp.n_channels)
-            tracked = tracked and inp.layout is not None
+            counter = self.num_batches_tracked
             if tracked:
-                self._check_writable(running_mean=mean, running_var=var, num_batches_tracked=self.num_batches_tracked)
+                self._check_writable(running_mean=running_mean, running_var=running_var, num_batches_tracked=counter)
             y, mean, m2, invstd = functional.normalize_batch(inp, weight, bias, eps, out, residual, slope)
-            if tracked:
-                self._update(inp.count, mean, m2)
         else:
-            weight, bias = (None if a is None else a.copy() for a in (weight, bias))
-            values = mean, var, weight, bias
-            coef = functional.coefficients(*values, eps)
+            coef = functional.coefficients(mean, var, weight, bias, eps)
             y = functional.normalize(inp, coef, out, residual, slope)
-            invstd = functional.inverse_std(var, eps)
-            if not training and self._plain and inp.layout is not None and "forward" not in self.__dict__:
-                self._keep(passes.Plan.of(inp.layout, inp.x, sources, values, coef, inp.wide, slope), version)
         if not training:
-            if self._saved is not AFTER_EVAL:  # an assignment, which drops the plan
-                self._saved = AFTER_EVAL
+            self._remember(AFTER_EVAL)
+            if not batch_statistics and not self._has_plan(x):
+                self._keep(passes.Plan.of(inp, x, sources, values, coef, slope), version)
+            return y
+        if not batch_statistics:
+            invstd = functional.inverse_std(var, eps)
+        saved: Any = functional.Forward(inp, weight, bias, mean, invstd, batch_statistics, residual, slope)
+        if _checks_inputs:
+            saved.digests = digest(inp.x), digest(residual)
+        if out is not None and any(passes.overlaps(a, out) for a in saved.read):
+            saved = OVERWRITTEN
+        if batch_statistics and tracked and inp.layout is not None:
+            moved = running_mean, running_var, counter
+            momentum = 0.0 if self._momentum is None and counter is None else self._momentum
+            channels.move_running(
+                *moved, mean, m2, inp.count, momentum, self._unbiased, attributes=self.__dict__, saved=saved
+            )
         else:
-            saved = functional.Forward(inp, weight, bias, mean, invstd, batch_statistics, residual, slope)
-            overwritten = out is not None and any(passes.overlaps(a, out) for a in saved.read)
-            self._saved = OVERWRITTEN if overwritten else saved
+            self._remember(saved)
         return y
+
+    def _remember(self, saved: str | functional.Forward) -> None:
+        """Keep what backward needs, and the plan, which an assignment would drop: evaluation does not read it."""
+        self.__dict__["_saved"] = saved
 
     def plan(self, shape: Sequence[int], dtype: npt.DTypeLike = np.float32) -> EvalPlan:
         """Prepare the evaluation of inputs of one shape and dtype, for the lowest latency.
@@ -441,19 +484,6 @@ class BatchNorm(passes.Planned):
             if a is not None and not a.flags.writeable:
                 raise ValueError(f"{name} is read-only, but has to be updated")
 
-    def _update(self, count: int, mean: Doubles, m2: Doubles) -> None:
-        """Count the batch and move the running statistics, at once for all threads."""
-        with _changing:
-            counter = self.num_batches_tracked
-            momentum = self._momentum
-            if momentum is None:
-                momentum = 0.0 if counter is None else 1 / (int(counter) + 1)
-            running_mean, running_var = self.running_mean, self.running_var
-            if running_mean is not None and running_var is not None:
-                functional.update_running(running_mean, running_var, count, mean, m2, momentum, unbiased=self._unbiased)
-            if counter is not None:
-                counter += 1
-
     def backward(self, dy: npt.ArrayLike, *, out: Array | None = None) -> Array | tuple[Array, Array]:
         """Gradient with respect to the input of the last training forward.
 
@@ -474,8 +504,8 @@ class BatchNorm(passes.Planned):
         Raises
         ------
         RuntimeError
-            Before any forward in training mode, after one in evaluation mode, and where the forward overwrote its
-            input.
+            Before any forward in training mode, after one in evaluation mode, where the forward overwrote its input,
+            and where the input has been changed since, if `cbn.set_check_inputs` was asked to notice.
         TypeError, ValueError
             For a dy or an `out` that does not fit.
         """
@@ -483,6 +513,10 @@ class BatchNorm(passes.Planned):
             raise RuntimeError(self._saved)
         forward = self._saved
         inp = forward.inp
+        if forward.digests is not None:
+            for name, a, before in zip(("input", "residual"), (inp.x, forward.residual), forward.digests, strict=True):
+                if digest(a) != before:
+                    raise RuntimeError(MODIFIED.format(name))
         dy = checks.float_array(dy, "dy")
         if dy.shape != inp.x.shape:
             raise ValueError(f"dy has shape {dy.shape}; expected {inp.x.shape}, as the input")
@@ -491,13 +525,14 @@ class BatchNorm(passes.Planned):
         bias_grad = None if self.bias is None else self.bias_grad
         want_sums = weight_grad is not None or bias_grad is not None
         self._check_writable(weight_grad=weight_grad, bias_grad=bias_grad)
-        dx, dresidual, dbias, dweight = functional.gradients(dy, forward, True, want_sums, out)
-        with _update_lock:
-            for grad, sums in ((weight_grad, dweight), (bias_grad, dbias)):
-                if grad is not None:
-                    passes.accumulate(grad, sums)
         if out is not None and any(passes.overlaps(a, out) for a in forward.read):
-            self._saved = OVERWRITTEN
+            self._remember(OVERWRITTEN)  # before the pass: an exception behind it must not leave an input that is none
+        try:
+            dx, dresidual, dbias, dweight = functional.gradients(dy, forward, True, want_sums, out)
+        except MemoryError:  # before the pass
+            self._remember(forward)
+            raise
+        channels.add((weight_grad, bias_grad), (dweight, dbias), ("weight_grad", "bias_grad"))
         return dx if forward.residual is None else (dx, dresidual)
 
     # ---- parameters ------------------------------------------------------------------------------------------------
@@ -505,11 +540,8 @@ class BatchNorm(passes.Planned):
     def _fill(self, **values: float) -> None:
         """Fill arrays that are there with numbers, in place; all or none."""
         arrays = {name: getattr(self, name) for name in values}
-        self._check_writable(**arrays)
-        with _changing:
-            for name, a in arrays.items():
-                if a is not None:
-                    a.fill(values[name])
+        new = [None if a is None else np.full(a.shape, values[name], a.dtype) for name, a in arrays.items()]
+        channels.replace(list(arrays.values()), new, list(arrays))
 
     def zero_grad(self) -> None:
         """Fill the gradients with zeros, in place."""
@@ -591,9 +623,7 @@ class BatchNorm(passes.Planned):
             raise checks.ArgumentError(
                 f"cannot load the state into {type(self).__name__}({self._num_features}): " + "; ".join(problems)
             )
-        with _changing:
-            for name, value in new.items():
-                own[name][...] = value
+        channels.replace([own[name] for name in new], list(new.values()), list(new))
         return missing, unexpected
 
     def save(self, path: str | os.PathLike[str], *, allow_nonfinite: bool = False) -> None:
@@ -618,16 +648,14 @@ class BatchNorm(passes.Planned):
 
     def _snapshot(self, names: tuple[str, ...]) -> dict[str, Array]:
         """Copies of the arrays that are there, all of the same moment."""
-        with _update_lock:
-            return {name: getattr(self, name).copy() for name in names if getattr(self, name) is not None}
+        arrays = channels.copies(*[getattr(self, name) for name in names])
+        return {name: a for name, a in zip(names, arrays, strict=True) if a is not None}
 
     def _coefficients(self) -> Doubles:
         """(3, C): mean, scale and offset of evaluation now."""
-        arrays = self._snapshot(("running_mean", "running_var", "weight", "bias"))
-        mean: Any = arrays.get("running_mean")
-        var: Any = arrays.get("running_var")
-        checks.buffers_for_eval(mean, var)
-        return functional.coefficients(mean, var, arrays.get("weight"), arrays.get("bias"), self._eps)
+        checks.buffers_for_eval(self.running_mean, self.running_var)
+        mean, var, weight, bias = channels.as_doubles(self.running_mean, self.running_var, self.weight, self.bias)
+        return functional.coefficients(mean, var, weight, bias, self._eps)
 
     def __copy__(self: Layer) -> Layer:
         other = type(self).__new__(type(self))
@@ -635,10 +663,10 @@ class BatchNorm(passes.Planned):
         return other
 
     def __getstate__(self) -> dict[str, Any]:
-        with _update_lock:  # the arrays too: a pickle that is written later must not see half an update
-            state = {k: v.copy() if isinstance(v, np.ndarray) else v for k, v in self.__dict__.items()}
-        state["_saved"] = NO_FORWARD
-        return state
+        attributes = self.__dict__ | {"_saved": NO_FORWARD}
+        # The arrays too: a pickle that is written later must not see half an update
+        arrays = {name: value for name, value in attributes.items() if isinstance(value, np.ndarray)}
+        return attributes | dict(zip(arrays, channels.copies(*arrays.values()), strict=True))
 
     def __repr__(self) -> str:
         return (
@@ -673,10 +701,18 @@ class EvalPlan(passes.Planned):
         self._axis, self._wide = inp.axis, inp.wide
         self._prepare(inp)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return dict(self.__dict__)
+
+    def __setstate__(self, attributes: dict[str, Any]) -> None:
+        self.__dict__.update(attributes)
+        self._prepare(passes.Input(np.empty(self.shape, self.dtype), self._axis))
+
     def _prepare(self, inp: passes.Input) -> None:
         """Plan for inputs that lie in memory as this one does."""
-        if inp.layout is not None:
-            self._keep(passes.Plan.of(inp.layout, inp.x, (), (), self._coef, self._wide, self._slope), self._version)
+        inp.wide = self._wide
+        if not self._has_plan(inp.x):
+            self._keep(passes.Plan.of(inp, inp.x, (), (), self._coef, self._slope), self._version)
 
     def forward(self, x: npt.ArrayLike, *, out: Array | None = None, residual: npt.ArrayLike | None = None) -> Array:
         """Normalize x; what a call does.
@@ -716,6 +752,10 @@ class EvalPlan(passes.Planned):
 
     def __repr__(self) -> str:
         return f"<EvalPlan of {self._name} for {self.dtype} of shape {self.shape}>"
+
+
+passes.plans_stand_for(BatchNorm, "_ranks")
+passes.plans_stand_for(EvalPlan)
 
 
 def _state_entry(name: str, value: npt.ArrayLike, target: Array, allow_nonfinite: bool) -> Array:

@@ -1,8 +1,8 @@
 """Batch normalization without state: check, allocate, call the passes.
 
 The public functions are `batch_norm`, `native_batch_norm` and `native_batch_norm_backward`, named and ordered as
-PyTorch's. What the layers share with them (`normalize_batch`, `normalize`, `gradients`, `update_running`) stands above
-them; `Input` is compiled.
+PyTorch's. What the layers share with them (`normalize_batch`, `normalize`, `gradients`) stands above them; `Input` is
+compiled.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from . import checks
 from .checks import Activation, Array, Doubles
-from .kernels import passes
+from .kernels import channels, passes
 
 __all__ = ["batch_norm", "native_batch_norm", "native_batch_norm_backward"]
 
@@ -37,8 +37,8 @@ def inverse_std(var: Array, eps: float) -> Doubles:
 
 def normalize_batch(
     inp: passes.Input,
-    weight: Array | None,
-    bias: Array | None,
+    weight: Doubles | None,
+    bias: Doubles | None,
     eps: float,
     out: Array | None,
     residual: Array | None = None,
@@ -49,8 +49,7 @@ def normalize_batch(
         y = passes.empty_like(inp.x) if out is None else out
         return y, np.zeros(inp.n_channels), np.zeros(inp.n_channels), np.zeros(inp.n_channels)
     y = inp.destination(out, inp.x, *(() if residual is None else (residual,)))
-    parameters = passes.as_doubles(weight), passes.as_doubles(bias)
-    mean, m2, invstd = passes.moments(inp.layout, inp.x, y, *parameters, eps, inp.wide, residual, negative_slope)
+    mean, m2, invstd = passes.moments(inp.layout, inp.x, y, weight, bias, eps, inp.wide, residual, negative_slope)
     return delivered(y, out), mean, m2, invstd
 
 
@@ -83,19 +82,20 @@ def normalize(
 
 @dataclass(slots=True)
 class Forward:
-    """What backward needs of a forward pass, by reference.
+    """What backward needs of a forward pass: input and residual by reference, what it read per channel as copies.
 
     mean and invstd are those of the batch, with `batch_statistics`; else the running ones.
     """
 
     inp: passes.Input
-    weight: Array | None
-    bias: Array | None
-    mean: Array
-    invstd: Array
+    weight: Doubles | None
+    bias: Doubles | None
+    mean: Doubles
+    invstd: Doubles
     batch_statistics: bool
     residual: Array | None = None
     negative_slope: float = 1
+    digests: tuple[bytes | None, bytes | None] | None = None  # of input and residual, where they are to be checked
 
     @property
     def read(self) -> list[Array]:
@@ -134,8 +134,7 @@ def gradients(
     dy = inp.lies_as(dy)
     residual = None if residual is None else inp.lies_as(residual)
     dx = inp.destination(out, dy, *forward.read) if want_dx else None
-    arrays = (forward.mean, forward.invstd, forward.weight, forward.bias)
-    mean, invstd, weight, bias = (passes.as_doubles(a) for a in arrays)
+    mean, invstd, weight, bias = forward.mean, forward.invstd, forward.weight, forward.bias
     # The pass that finds the sums leaves h in the memory of dresidual; or of dx, unless it has to read x once more
     h = dresidual = None
     if forward.negative_slope != 1:
@@ -161,28 +160,6 @@ def gradients(
         coef = np.stack([np.zeros(n_channels), scale, np.full(n_channels, -0.0)])
         passes.apply(inp.layout, dy if h is None else h, dx, coef, inp.wide)
     return (None if dx is None else delivered(dx, out)), dresidual, sums, products
-
-
-def update_running(
-    running_mean: Array,
-    running_var: Array,
-    count: int,
-    mean: Doubles,
-    m2: Doubles,
-    momentum: float,
-    *,
-    unbiased: bool = True,
-    old: tuple[Doubles, Doubles] | None = None,
-) -> None:
-    """Move the running statistics by one batch, in place: (1 - momentum)*running + momentum*batch.
-
-    `old` are the statistics before, as float64, where an output may have been written over them.
-    """
-    old_mean, old_var = old or (passes.as_doubles(running_mean), passes.as_doubles(running_var))
-    new_mean = passes.moving_average(old_mean, mean, 1, momentum)
-    new_var = passes.moving_average(old_var, m2, count - 1 if unbiased else count, momentum)
-    passes.assign(running_mean, new_mean)
-    passes.assign(running_var, new_var)
 
 
 def check_parameters(
@@ -334,14 +311,17 @@ def _batch_norm(
         residual = inp.lies_as(residual)
     statistics = () if training else (running_mean, running_var)
     inp.meets(*[a.dtype for a in (weight, bias, *statistics) if a is not None])
+    old_mean, old_var, weight, bias = channels.as_doubles(running_mean, running_var, weight, bias)
     if not training:
-        coef = coefficients(running_mean, running_var, weight, bias, eps)
+        coef = coefficients(old_mean, old_var, weight, bias, eps)
         return normalize(inp, coef, out, residual, negative_slope), np.empty(0), np.empty(0)
     checks.more_than_one_value(inp.x, inp.n_channels)
-    old = None if running_mean is None else (passes.as_doubles(running_mean), passes.as_doubles(running_var))
     y, mean, m2, invstd = normalize_batch(inp, weight, bias, eps, out, residual, negative_slope)
-    if old is not None and inp.layout is not None:
-        update_running(running_mean, running_var, inp.count, mean, m2, momentum, old=old)
+    if running_mean is not None and inp.layout is not None:
+        # Those of the moment, which other threads may have moved; not where y has been written over them
+        written = out is not None and (passes.overlaps(out, running_mean) or passes.overlaps(out, running_var))
+        old = (old_mean, old_var) if written else None
+        channels.move_running(running_mean, running_var, None, mean, m2, inp.count, momentum, old=old)
     return y, mean, invstd
 
 
@@ -528,16 +508,14 @@ def native_batch_norm_backward(
     else:
         checks.buffers_for_eval(running_mean, running_var)
         mean = checks.per_channel(running_mean, "running_mean", inp.n_channels)
-        var = checks.per_channel(running_var, "running_var", inp.n_channels)
-        invstd = inverse_std(var, eps)
-    statistics = () if train else (running_mean, running_var)
-    inp.meets(*[np.asarray(a).dtype for a in (weight, *statistics) if a is not None])
-    forward = Forward(inp, weight, None, mean, invstd, train)
+        invstd = checks.per_channel(running_var, "running_var", inp.n_channels)
+    inp.meets(*[a.dtype for a in (weight, *(() if train else (mean, invstd))) if a is not None])
+    mean, invstd, scale = channels.as_doubles(mean, invstd, weight)
+    forward = Forward(inp, scale, None, mean, invstd if train else inverse_std(invstd, eps), train)
     dx, _, dbias, dweight = gradients(dy, forward, want_dx, want_dweight or want_dbias, out)
     dtype = checks.parameter_dtype(inp.x.dtype) if weight is None else weight.dtype.newbyteorder("=")
-    n = inp.n_channels
     return (
         dx,
-        passes.assign(np.empty(n, dtype), dweight) if want_dweight else None,
-        passes.assign(np.empty(n, dtype), dbias) if want_dbias else None,
+        channels.rounded(dweight, dtype) if want_dweight else None,
+        channels.rounded(dbias, dtype) if want_dbias else None,
     )

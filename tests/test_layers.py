@@ -4,6 +4,7 @@ import copy
 import itertools
 import pickle
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -167,13 +168,72 @@ def test_gradients_are_added_and_zeroed_in_place(rng):
     assert np.array_equal(bn.bias_grad, once[1])
 
 
-def test_backward_uses_the_weight_of_its_forward(rng):
-    bn = cbn.BatchNorm1d(3)
+def another_weight(bn):
+    bn.weight = np.full(3, 7, np.float32)
+
+
+def weight_and_bias_in_place(bn):
+    bn.weight *= 7
+    bn.bias -= 1
+
+
+def statistics_in_place(bn):
+    bn.running_mean += 1
+    bn.running_var *= 2
+
+
+CHANGES = {
+    "assignment": another_weight,
+    "in place": weight_and_bias_in_place,
+    "statistics": statistics_in_place,
+    "load_state_dict": lambda bn: bn.load_state_dict({k: a + 1 for k, a in bn.state_dict().items()}),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_backward_uses_the_parameters_of_its_forward(rng, change, frozen, activation):
+    """Whatever has been written to them since: the gradient is that of the forward, in training and frozen alike."""
+    bn = cbn.BatchNorm1d(3, activation=activation)
+    if frozen:
+        bn.freeze()
     bn(batch(rng))
     dy = batch(rng)
     dx = bn.backward(dy)
-    bn.weight = np.full(3, 7, np.float32)
+    change(bn)
     assert np.array_equal(bn.backward(dy), dx)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_inputs_changed_before_backward_are_noticed_where_asked(rng, frozen, order, dtype):
+    x, z = (batch(rng, (4, 3, 6)).astype(dtype, order=order) for _ in range(2))
+    bn = cbn.BatchNorm1d(3, activation="relu")
+    if frozen:
+        bn.freeze()
+    before = cbn.set_check_inputs(True)
+    try:
+        assert cbn.set_check_inputs(True) is True
+        bn(x, residual=z)
+        gradients = bn.backward(x)
+        x += 1
+        with pytest.raises(RuntimeError, match="modified by an inplace operation: the input of the last forward"):
+            bn.backward(x)
+        grads = bn.weight_grad.copy()
+        bn(x, residual=z)
+        z[0, 0, 0] += 1
+        with pytest.raises(RuntimeError, match="modified by an inplace operation: the residual of the last"):
+            bn.backward(x)
+        assert np.array_equal(bn.weight_grad, grads)
+        bn(x)
+        bn.backward(x)
+    finally:
+        cbn.set_check_inputs(before)
+    assert len(gradients) == 2
+    with pytest.raises(TypeError, match="check must be a bool, not 1"):
+        cbn.set_check_inputs(1)
 
 
 def test_backward_in_place_of_dy(rng):
@@ -312,6 +372,17 @@ def test_resets(rng):
     assert all(np.array_equal(fresh[k], v) for k, v in bn.state_dict().items())
     assert (bn.running_mean, bn.weight) == arrays or bn.weight is arrays[1]
     cbn.BatchNorm1d(3, affine=False, track_running_stats=False).reset_parameters()
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_every_pickle_protocol(rng, protocol):
+    bn = cbn.BatchNorm1d(3, momentum=None, activation=("leaky_relu", 0.5))
+    bn(batch(rng))
+    for copied in (bn.eval(), bn.train().freeze()):
+        other = pickle.loads(pickle.dumps(copied, protocol))
+        assert type(other) is cbn.BatchNorm1d
+        assert (other.training, other.frozen, repr(other)) == (bn.training, bn.frozen, repr(bn))
+        assert all(np.array_equal(getattr(other, k), v) for k, v in bn.state_dict().items())
 
 
 def by_pickle(layer):

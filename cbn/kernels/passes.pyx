@@ -6,6 +6,7 @@ Every function here trusts its arguments: arrays aligned, native and of a `Layou
 """
 cimport cython
 cimport numpy as cnp
+from cpython.dict cimport PyDict_Size
 from cpython.object cimport PyObject_GenericSetAttr
 from cpython.pycapsule cimport PyCapsule_New
 from cpython.ref cimport Py_INCREF
@@ -535,52 +536,6 @@ def overlaps(cnp.ndarray a, cnp.ndarray b):
         return np.shares_memory(a, b, max_work=100_000)
     except np.exceptions.TooHardError:
         return True
-
-
-def as_doubles(cnp.ndarray a):
-    """A contiguous float64 copy, None for None: the passes read parameters so, and an output may overlap them."""
-    cdef Py_ssize_t i, n
-    cdef double *to
-    if a is None:
-        return None
-    cdef int type_num = cnp.PyArray_TYPE(a)
-    if cnp.PyArray_NDIM(a) != 1 or not usable(a, cnp.PyArray_DIM(a, 0), type_num) \
-            or (type_num != cnp.NPY_FLOAT and type_num != cnp.NPY_DOUBLE):
-        return np.array(a, dtype=np.float64, order="C")
-    n = cnp.PyArray_SIZE(a)
-    copy = new_doubles(n)
-    to = <double *>cnp.PyArray_DATA(copy)
-    if type_num == cnp.NPY_DOUBLE:
-        memcpy(to, cnp.PyArray_DATA(a), n * sizeof(double))
-    else:
-        for i in range(n):
-            to[i] = (<float *>cnp.PyArray_DATA(a))[i]
-    return copy
-
-
-def assign(cnp.ndarray a, cnp.ndarray value):
-    """a[...] = value, contiguous float64 (C,); what overflows becomes infinite without a warning. Returns a."""
-    cdef Py_ssize_t i, C = value.size
-    cdef double *of = doubles(value, C)
-    if usable(a, C, cnp.NPY_FLOAT) and cnp.PyArray_ISWRITEABLE(a):
-        for i in range(C):
-            (<float *>cnp.PyArray_DATA(a))[i] = <float>of[i]
-    elif usable(a, C, cnp.NPY_DOUBLE) and cnp.PyArray_ISWRITEABLE(a):
-        memcpy(cnp.PyArray_DATA(a), of, C * sizeof(double))
-    else:
-        with np.errstate(all="ignore"):
-            a[...] = value
-    return a
-
-
-def accumulate(cnp.ndarray a, cnp.ndarray value):
-    """a += value, contiguous float64 (C,), in float64 and without a warning."""
-    cdef cnp.ndarray new = as_doubles(a)
-    cdef Py_ssize_t i
-    cdef double *of = doubles(value, new.size)
-    for i in range(new.size):
-        (<double *>cnp.PyArray_DATA(new))[i] += of[i]
-    assign(a, new)
 
 
 # ---- partition -------------------------------------------------------------------------------------------------
@@ -1296,18 +1251,6 @@ def moments(Layout layout, cnp.ndarray x, cnp.ndarray y=None, cnp.ndarray weight
     return mean, m2, invstd
 
 
-def moving_average(cnp.ndarray old, cnp.ndarray batch, double divisor, double momentum):
-    """(1 - momentum)*old + momentum*batch/divisor; contiguous float64 (C,)."""
-    cdef Py_ssize_t c, C = old.size
-    new = new_doubles(C)
-    cdef double *of_old = doubles(old, C)
-    cdef double *of_batch = doubles(batch, C)
-    cdef double *of_new = doubles(new, C)
-    for c in range(C):
-        of_new[c] = (1 - momentum) * of_old[c] + momentum * (of_batch[c] / divisor)
-    return new
-
-
 def fits_in_float32(cnp.ndarray coef):
     """Whether float32 holds mean, scale and offset of every channel; coef (3, C) contiguous float64."""
     cdef Job job
@@ -1371,29 +1314,21 @@ def grad_moments(Layout layout, cnp.ndarray g, cnp.ndarray x, cnp.ndarray mean, 
     return sums, products
 
 
+cdef extern from *:
+    """
+    /* What CPython's cache of attributes goes by: a new number after each change of the type or of a base; 0: none. */
+    #if PY_VERSION_HEX < 0x030c0000
+    #define TYPE_VERSION(self) \
+        (PyType_HasFeature(Py_TYPE(self), Py_TPFLAGS_VALID_VERSION_TAG) ? Py_TYPE(self)->tp_version_tag : 0)
+    #else
+    #define TYPE_VERSION(self) (Py_TYPE(self)->tp_version_tag)
+    #endif
+    """
+    unsigned int TYPE_VERSION(object self)
+    object PyObject_GenericGetDict(object self, void *context)
+
+
 # ---- calls that repeat -----------------------------------------------------------------------------------------
-
-cdef int changing = 0    # threads that are in the middle of changing a layer's arrays; under the GIL
-
-
-@cython.final
-cdef class Changing:
-    """Lock for changes of a layer's arrays. What changes in several steps is never used in between."""
-    cdef object lock
-
-    def __init__(self, lock):
-        self.lock = lock
-
-    def __enter__(self):
-        global changing
-        self.lock.acquire()
-        changing += 1
-
-    def __exit__(self, *_):
-        global changing
-        changing -= 1
-        self.lock.release()
-
 
 cdef bint usable(cnp.ndarray a, Py_ssize_t C, int type_num) noexcept:
     """Whether `a` is a contiguous (C,) array of this type."""
@@ -1413,48 +1348,75 @@ cdef class Plan:
     cdef int n_axes, type_num
     cdef Py_ssize_t shape[MAXDIMS]
     cdef Py_ssize_t strides[MAXDIMS]
+    cdef Py_ssize_t y_strides[MAXDIMS]    # of the output that a call makes itself, for which `job` is
+    cdef bint gaps                 # whether these differ from x's
     cdef Py_ssize_t extent         # bytes from the first to the end of the last
     cdef const cbn_isa *isa
-    cdef list sources               # running mean and variance, weight, bias, as far as there are
+    cdef tuple sources              # running mean and variance, weight, bias, as far as there are
+    cdef int source_types[4]
     cdef cnp.ndarray seen           # their bytes
     cdef cnp.ndarray coef
     cdef Layout layout
 
     @staticmethod
-    def of(Layout layout, cnp.ndarray x, sources, values, cnp.ndarray coef, bint wide, double negative_slope=1):
-        """The plan for arrays like x, or None if there cannot be one.
+    def of(Input inp, x, tuple sources, tuple values, cnp.ndarray coef, double negative_slope=1):
+        """The plan for arguments like x, of which inp was made, or None where it could not be used.
 
-        sources: running mean and variance, weight, bias, or None for those that are not there; values: copies of them;
-        coef: (3, C), made from the copies. Without sources the plan keeps to coef.
+        sources: running mean and variance, weight, bias, or None for those that are not there; values: contiguous
+        float64 copies of them, from which coef, (3, C), was made. Without sources the plan keeps to coef.
         """
         cdef Plan self
-        cdef int axis, type_num
-        cdef cnp.ndarray a, value
+        cdef Layout layout = inp.layout
+        cdef cnp.ndarray a, y
+        cdef int axis
+        if layout is None or type(x) is not np.ndarray or cnp.PyArray_DATA(x) != cnp.PyArray_DATA(inp.x):
+            return None    # of an array that has to be converted or copied at each call
+        a = x
+        for axis in range(a.ndim):
+            if a.strides[axis] < 0:
+                return None
         self = Plan()
-        self.layout, self.coef, self.sources = layout, coef, []
-        self.n_axes, self.type_num = cnp.PyArray_NDIM(x), cnp.PyArray_TYPE(x)
-        self.extent = cnp.PyArray_ITEMSIZE(x)
+        self.layout, self.coef = layout, coef
+        self.sources = tuple([source for source in sources if source is not None])
+        self.n_axes, self.type_num = cnp.PyArray_NDIM(a), cnp.PyArray_TYPE(a)
+        self.extent = cnp.PyArray_ITEMSIZE(a)
+        y = PyArray_NewLikeArray(a, cnp.NPY_KEEPORDER, NULL, 0)    # as empty_like, whose memory may be of the pool
         for axis in range(self.n_axes):
-            self.shape[axis], self.strides[axis] = x.shape[axis], x.strides[axis]
-            if x.strides[axis] < 0:
-                return None
-            self.extent += (x.shape[axis] - 1) * x.strides[axis]
-        parts = []
-        for a, value in zip(sources, values):
-            if a is None:
-                continue
-            type_num = cnp.PyArray_TYPE(a)
-            if not usable(a, layout.C, type_num) or not usable(value, layout.C, type_num):
-                return None
-            self.sources.append(a)
-            parts.append(value.view(np.uint8))
-        self.seen = np.concatenate(parts) if parts else np.empty(0, np.uint8)
-        self.job = make_job(layout, x, wide)
+            self.shape[axis], self.strides[axis], self.y_strides[axis] = a.shape[axis], a.strides[axis], y.strides[axis]
+            self.extent += (a.shape[axis] - 1) * a.strides[axis]
+            self.gaps |= y.strides[axis] != a.strides[axis]
+        self.job = make_job(layout, a, inp.wide)
         self.job.coef_c = <double *>cnp.PyArray_DATA(coef)
         activate(&self.job, layout, None, negative_slope)
-        write_to(&self.job, layout, x)
+        write_to(&self.job, layout, y)
         self.isa = active
-        return self
+        # From here on no Python code: what is seen must be what the values were made from
+        self.seen = np.empty(len(self.sources) * layout.C * sizeof(double), np.uint8)
+        return self if self.see(tuple([value for value in values if value is not None])) else None
+
+    cdef bint see(self, tuple values) noexcept:
+        """Keep the bytes of the sources; False unless they are float arrays with just these values."""
+        cdef cnp.ndarray a
+        cdef Py_ssize_t c, C = self.layout.C
+        cdef double *value
+        cdef char *seen = cnp.PyArray_BYTES(self.seen)
+        cdef int i
+        for i in range(len(self.sources)):
+            a = <cnp.ndarray>self.sources[i]
+            self.source_types[i] = cnp.PyArray_TYPE(a)
+            value = <double *>cnp.PyArray_DATA(<cnp.ndarray>values[i])
+            if usable(a, C, cnp.NPY_DOUBLE):
+                if memcmp(cnp.PyArray_DATA(a), value, C * sizeof(double)):
+                    return False
+            elif usable(a, C, cnp.NPY_FLOAT):
+                for c in range(C):
+                    if not (<float *>cnp.PyArray_DATA(a))[c] == value[c] and value[c] == value[c]:
+                        return False
+            else:
+                return False
+            memcpy(seen, cnp.PyArray_DATA(a), C * cnp.PyArray_ITEMSIZE(a))
+            seen += C * cnp.PyArray_ITEMSIZE(a)
+        return True
 
     cdef bint is_current(self) noexcept:
         """Whether the arrays hold what they held."""
@@ -1462,23 +1424,21 @@ cdef class Plan:
         cdef Py_ssize_t C = self.layout.C
         cdef char *seen = cnp.PyArray_BYTES(self.seen)
         cdef cnp.ndarray a
-        if changing:
-            return False
         for i in range(len(self.sources)):
             a = <cnp.ndarray>self.sources[i]
-            if not usable(a, C, cnp.PyArray_TYPE(a)) \
+            if not usable(a, C, self.source_types[i]) \
                     or memcmp(cnp.PyArray_DATA(a), seen, C * cnp.PyArray_ITEMSIZE(a)):
                 return False
             seen += C * cnp.PyArray_ITEMSIZE(a)
-        return seen - cnp.PyArray_BYTES(self.seen) == cnp.PyArray_SIZE(self.seen)
+        return True
 
-    cdef bint fits(self, cnp.ndarray a) noexcept:
+    cdef bint fits(self, cnp.ndarray a, Py_ssize_t *strides) noexcept:
         cdef int axis
         if cnp.PyArray_NDIM(a) != self.n_axes or cnp.PyArray_TYPE(a) != self.type_num \
                 or not cnp.PyArray_ISALIGNED(a) or not cnp.PyArray_ISNOTSWAPPED(a):
             return False
         for axis in range(self.n_axes):
-            if cnp.PyArray_DIM(a, axis) != self.shape[axis] or cnp.PyArray_STRIDE(a, axis) != self.strides[axis]:
+            if cnp.PyArray_DIM(a, axis) != self.shape[axis] or cnp.PyArray_STRIDE(a, axis) != strides[axis]:
                 return False
         return True
 
@@ -1487,20 +1447,25 @@ cdef class Plan:
         cdef Job job
         cdef cnp.ndarray y
         cdef int threads
-        if self.isa != active or type(x) is not cnp.ndarray or not self.fits(x) or not self.is_current():
+        cdef bint like_x
+        if self.isa != active or type(x) is not cnp.ndarray or not self.fits(x, self.strides) or not self.is_current():
             return None
-        if residual is not None and (type(residual) is not cnp.ndarray or not self.fits(residual)):
-            return None
-        if out is None:
-            y = empty_like(x)
-        elif type(out) is cnp.ndarray:
-            y = out
-        else:
-            return None
-        if not self.fits(y) or not cnp.PyArray_ISWRITEABLE(y) or self.overlaps_partly(x, y) \
-                or (residual is not None and self.overlaps_partly(residual, y)):
+        if residual is not None and (type(residual) is not cnp.ndarray or not self.fits(residual, self.strides)):
             return None
         job = self.job
+        if out is None:
+            y = empty_like(x)
+        else:
+            if type(out) is not cnp.ndarray:
+                return None
+            y = out
+            like_x = self.fits(y, self.strides)
+            if not cnp.PyArray_ISWRITEABLE(y) or not (like_x or self.fits(y, self.y_strides)) \
+                    or self.overlaps_partly(x, y, like_x) \
+                    or (residual is not None and self.overlaps_partly(residual, y, like_x)):
+                return None
+            if like_x and self.gaps:
+                write_to(&job, self.layout, y)
         job.x.data = job.g.data = cnp.PyArray_BYTES(x)
         job.y.data = cnp.PyArray_BYTES(y)
         if residual is not None:
@@ -1514,25 +1479,68 @@ cdef class Plan:
             run(map_items, &job, n_items(&job.map), threads)
         return y
 
-    cdef bint overlaps_partly(self, cnp.ndarray a, cnp.ndarray b) noexcept:
-        """Whether two arrays that fit may share memory, but not element by element."""
+    cdef bint overlaps_partly(self, cnp.ndarray a, cnp.ndarray b, bint alike) noexcept:
+        """Whether two arrays, neither longer than x, may share memory, but not element by element."""
         cdef char *of_a = cnp.PyArray_BYTES(a)
         cdef char *of_b = cnp.PyArray_BYTES(b)
-        return of_a != of_b and of_a < of_b + self.extent and of_b < of_a + self.extent
+        return not (of_a == of_b and alike) and of_a < of_b + self.extent and of_b < of_a + self.extent
+
+
+cdef list planned_classes = []    # (class, {name: attribute}) for which plans stand
+
+
+cdef object class_attribute(type cls, str name):
+    """What the MRO has under this name, as it is there; None for nothing."""
+    for base in cls.__mro__:
+        if name in vars(base):
+            return vars(base)[name]
+    return None
+
+
+def plans_stand_for(cls, *others):
+    """Let plans answer for `forward` of a class while nothing overrides what it defines now, but for `others`."""
+    names = [name for name in vars(cls) if not name.startswith("__") and name not in others]
+    names += ["__getattribute__", "__getattr__", "__setattr__", "__delattr__"]
+    planned_classes.append((cls, {name: class_attribute(cls, name) for name in names}))
+
+
+cdef object attributes_of(object self):
+    return PyObject_GenericGetDict(self, NULL)
 
 
 @cython.auto_pickle(False)
 cdef class Planned:
-    """Base of the layers: a call that repeats goes through its plan, every other one through `forward`."""
+    """Base of the layers: a call that repeats goes through its plan, every other one through `forward`.
+
+    The invariant of a plan: it returns the bits that `forward` would return now. It stands for `forward` as cbn defines
+    it and for all that this reads, so it is used only while
+
+    * class: no class of the MRO overrides anything that cbn's class defined when it was imported, be it by a subclass,
+      a mixin or a patch. This is looked up when a plan is kept; from then on the type's version tag is compared, which
+      CPython changes when the type or one of its bases is changed, and which another class does not have.
+    * instance: its `__dict__` has no entry that hides something of the class. An assignment drops the plan, and the
+      number of entries is compared, since one can be added without an assignment.
+    * attributes: nothing has been assigned since the plan was made (`_version`).
+    * arrays: running statistics, weight and bias are of the type, and hold the bytes, that the coefficients were made
+      from.
+    * arguments: x, out and residual have the type, shape and strides that it was made for; x and out do not overlap in
+      part.
+    * the instruction set in use is the one that it was made for.
+    """
     cdef Plan plan
+    cdef unsigned int type_version    # of the type that the plan was kept for
+    cdef Py_ssize_t n_attributes      # and entries of the instance's __dict__
     cdef readonly Py_ssize_t _version    # how often something has been assigned
+    cdef readonly Py_ssize_t _plans      # kept so far
 
     def __call__(self, *args, **kwargs):
         """`forward`, which a subclass may override."""
         cdef object y
         cdef Plan plan = self.plan
         if plan is not None and len(args) == 1:
-            if not kwargs:
+            if not self.is_as_kept():
+                self.plan = y = None
+            elif not kwargs:
                 y = plan.run(args[0], None, None)
             elif len(kwargs) == 1 and "out" in kwargs:
                 y = plan.run(args[0], kwargs["out"], None)
@@ -1544,15 +1552,48 @@ cdef class Planned:
                 return y
         return self.forward(*args, **kwargs)
 
+    cdef bint is_as_kept(self):
+        """Whether class and instance have what they had when the plan was kept."""
+        return TYPE_VERSION(self) == self.type_version and PyDict_Size(attributes_of(self)) == self.n_attributes
+
     def __setattr__(self, name, value):
         """Whatever is assigned to a layer may change what it computes, so its plan is dropped."""
         self.plan = None
         self._version += 1
         PyObject_GenericSetAttr(self, name, value)
 
+    def __reduce_ex__(self, protocol):
+        """Protocols 0 and 1 know no classes that are compiled: what protocol 2 does serves them too."""
+        return object.__reduce_ex__(self, max(protocol, 2))
+
+    def _has_plan(self, x):
+        """Whether the plan is for inputs like x, and still holds."""
+        cdef Plan plan = self.plan
+        return plan is not None and type(x) is np.ndarray and self.is_as_kept() and plan.isa == active \
+            and plan.fits(x, plan.strides) and plan.is_current()
+
     def _keep(self, Plan plan, Py_ssize_t version):
-        """Use this plan for calls like the last one, if nothing has been assigned since that version of the layer."""
-        if version == self._version:
+        """Use this plan, if there is one, for calls like the last one, where the invariant allows it.
+
+        version: `_version` when the layer's attributes were read.
+        """
+        cdef dict attributes = attributes_of(self)
+        cdef type cls = type(self)
+        cdef unsigned int type_version
+        if plan is None or version != self._version:
+            return
+        cls.forward    # CPython gives the type a version now if it has none
+        type_version = TYPE_VERSION(self)
+        defined = next((defined for base, defined in planned_classes if base in cls.__mro__), None)
+        if defined is None or not defined.keys().isdisjoint(attributes):
+            return
+        if type_version != self.type_version \
+                and any([class_attribute(cls, name) is not value for name, value in defined.items()]):
+            return
+        # CPython runs out of versions after some thousand changes of a class
+        if type_version != 0 and type_version == TYPE_VERSION(self):
+            self.type_version, self.n_attributes = type_version, len(attributes)
+            self._plans += 1
             self.plan = plan
 
 
