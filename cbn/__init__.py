@@ -4,6 +4,7 @@
 `cbn.batchnorm`           the layers: parameters, running statistics, train and eval, forward, backward
 `cbn.functional`          the same without state: check, allocate, call the kernels
 `cbn.moments`             count, mean and sum of squared distances; exact merge
+`cbn.state`               entries of state dicts
 `cbn.storage`             layers in files
 `cbn.convert`             layers of PyTorch, Keras, ONNX, Flax
 `cbn.fuse`                layers folded into linear layers and convolutions

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import checks, functional
+from . import state as state_entries
 from .checks import Activation, Array, Doubles
 from .kernels import channels, passes
 
@@ -574,54 +575,67 @@ class BatchNorm(passes.Planned):
         """
         return self._snapshot(self._state_names)
 
-    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> tuple[list[str], list[str]]:
+    def load_state_dict(
+        self, state: Mapping[str, Any], strict: bool = True, *, prefix: str = ""
+    ) -> tuple[list[str], list[str]]:
         """Copy parameters and statistics into the layer's arrays, all or none.
 
         Parameters
         ----------
         state : mapping
-            From `state_dict` or from PyTorch's. A missing num_batches_tracked keeps the layer's.
+            From `state_dict` or from PyTorch's, of any floating dtype. A missing num_batches_tracked keeps the layer's.
         strict : bool
             Whether missing and unexpected entries are errors; wrong shapes and values always are.
+        prefix : str
+            What the layer's entries begin with in the state of a whole model, as in "layer1.0.bn1."; entries that
+            begin otherwise are not looked at.
 
         Returns
         -------
         (missing_keys, unexpected_keys) : tuple of lists
+            With the prefix.
 
         Raises
         ------
+        TypeError
+            If state is no mapping or prefix no string.
         ValueError
             One error that lists everything that is wrong; the layer is then as it was.
-        """
-        return self._load(state, strict, allow_nonfinite=False)
 
-    def _load(
-        self,
-        state: Mapping[str, Any],
-        strict: bool,
-        allow_nonfinite: bool,
-        optional: tuple[str, ...] = ("num_batches_tracked",),
-        names: tuple[str, ...] = _state_names,
-    ) -> tuple[list[str], list[str]]:
+        Examples
+        --------
+        >>> import cbn
+        >>> state = {"bn1." + name: array for name, array in cbn.BatchNorm1d(3).state_dict().items()}
+        >>> cbn.BatchNorm1d(3).load_state_dict({**state, "fc.weight": 0}, prefix="bn1.")
+        ([], [])
+        """
         if not isinstance(state, Mapping):
-            raise TypeError(f"state must be a mapping of names to arrays, not {type(state).__name__}")
-        own = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        missing = [name for name in own if name not in state and name not in optional]
-        unexpected = [name for name in state if name not in own]
-        problems = []
-        if strict:
-            problems += [f"missing entry {name!r}" for name in missing]
-            problems += [f"unexpected entry {name!r}" for name in unexpected]
+            advice = "; its state_dict() is one" if callable(getattr(state, "state_dict", None)) else ""
+            raise TypeError(f"state must be a mapping of names to arrays, not {type(state).__name__}{advice}")
+        if not isinstance(prefix, str):
+            raise TypeError(f"prefix must be a string, not {type(prefix).__name__}")
+        own = {name: a for name in self._state_names if (a := getattr(self, name)) is not None}
+        required = [name for name in own if name != "num_batches_tracked"]
+        missing = [prefix + name for name in required if prefix + name not in state]
+        keys = {prefix + name for name in own}
+        within = [key for key in state if isinstance(key, str) and key.startswith(prefix)] if prefix else state
+        unexpected = [key for key in within if key not in keys]
+        problems = state_entries.differences(missing, unexpected) if strict else []
         new = {}
         for name, target in own.items():
-            if name in state:
+            if prefix + name in state:
                 try:
-                    new[name] = _state_entry(name, state[name], target, allow_nonfinite)
+                    value = state[prefix + name]
+                    new[name] = state_entries.entry(name, value, target.shape, target.dtype, prefix=prefix)
                 except ValueError as error:
                     problems.append(str(error))
+                if not target.flags.writeable:
+                    problems.append(f"the layer's {name} is read-only")
         if problems:
+            absent = strict and missing and len(missing) == len(required)
+            hint = state_entries.hint(state, required, (self._num_features,)) if absent else ""
             raise checks.ArgumentError(
-                f"cannot load the state into {type(self).__name__}({self._num_features}): " + "; ".join(problems)
+                f"cannot load the state into {type(self).__name__}({self._num_features}): {'; '.join(problems)}{hint}"
             )
         channels.replace([own[name] for name in new], list(new.values()), list(new))
         return missing, unexpected
@@ -756,28 +770,6 @@ class EvalPlan(passes.Planned):
 
 passes.plans_stand_for(BatchNorm, "_ranks")
 passes.plans_stand_for(EvalPlan)
-
-
-def _state_entry(name: str, value: npt.ArrayLike, target: Array, allow_nonfinite: bool) -> Array:
-    """One entry of a state as an array that can be copied into `target`, or a ValueError that names it."""
-    try:
-        checks.unmasked(value, name)
-        value = np.asarray(value)
-    except Exception as error:
-        raise ValueError(f"{name} cannot be read as an array ({error})") from None
-    if value.dtype.kind not in ("iu" if target.dtype.kind == "i" else "fiu"):
-        raise ValueError(f"{name} has dtype {value.dtype}; expected {target.dtype}")
-    if value.shape != target.shape:
-        raise ValueError(f"{name} has shape {value.shape}; expected {target.shape}")
-    with np.errstate(over="ignore"):
-        value = value.astype(target.dtype)
-    if not allow_nonfinite and not np.all(np.isfinite(value)):
-        raise ValueError(f"{name} is not finite")
-    if name in ("running_var", "num_batches_tracked") and np.any(value < 0):
-        raise ValueError(f"{name} is negative")
-    if not target.flags.writeable:
-        raise ValueError(f"the layer's {name} is read-only")
-    return value
 
 
 class BatchNorm1d(BatchNorm):

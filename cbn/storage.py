@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from . import batchnorm
+from . import batchnorm, state
 
 __all__ = ["load", "save"]
 
@@ -160,6 +160,7 @@ def _build(header: dict[str, Any], arrays: dict[str, npt.NDArray[Any]], allow_no
     flags = {name: arguments.pop(name) for name in ("affine", "track_running_stats", "bias")}
     layer = CLASSES[header["class"]](**arguments, affine=False, track_running_stats=False)
     layer.affine, layer.track_running_stats = flags["affine"], flags["track_running_stats"]
+    problems = []
     for name, a in arrays.items():
         shape = () if name == "num_batches_tracked" else (layer.num_features,)
         if a.shape != shape:
@@ -167,8 +168,12 @@ def _build(header: dict[str, Any], arrays: dict[str, npt.NDArray[Any]], allow_no
         dtype = np.dtype(np.int64) if name == "num_batches_tracked" else layer.dtype
         if a.dtype != dtype:
             raise ValueError(f"{name} has dtype {a.dtype}; expected {dtype}")
-        setattr(layer, name, np.zeros(shape, dtype))
-    layer._load(arrays, True, allow_nonfinite, optional=(), names=ARRAYS)
+        try:
+            setattr(layer, name, state.entry(name, a, shape, dtype, allow_nonfinite=allow_nonfinite))
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError("; ".join(problems))
     layer.train(header["training"])
     if header["frozen"]:
         layer.freeze()

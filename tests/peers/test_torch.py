@@ -117,6 +117,41 @@ def test_state_dicts_travel_both_ways(rng, kwargs):
     same_state(fresh, other, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64", "float8_e5m2"])
+def test_a_models_state_of_any_type_with_gradients(rng, dtype):
+    """As `state_dict(keep_vars=True)`, or a dict of parameters, has it."""
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3))
+    model(torch.from_numpy(rng.standard_normal((4, 3)).astype(np.float32)))
+    with torch.no_grad():
+        model[1].weight.copy_(torch.tensor([0.3, 1.7, -2.1]))
+    state = {name: tensor.to(getattr(torch, dtype)) for name, tensor in model.state_dict(keep_vars=True).items()}
+    assert state["1.weight"].requires_grad
+    bn = cbn.BatchNorm1d(3)
+    assert bn.load_state_dict(state, prefix="1.") == ([], [])
+    for name, value in bn.state_dict().items():
+        assert np.array_equal(value, state["1." + name].detach().to(torch.float32).numpy())
+    with pytest.raises(ValueError, match=r"with prefix='1\.'$"):
+        bn.load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: torch.ones(3, device="meta"), "weight cannot be read as an array .*no data"),
+        (lambda: torch.ones(3).to_sparse(), "weight cannot be read as an array .*to_dense"),
+        (lambda: torch.ones(3, dtype=torch.complex64), "weight has dtype complex64; expected float32"),
+        (lambda: torch.nn.UninitializedParameter(), "weight cannot be read as an array .*uninitialized"),
+        (lambda: torch._neg_view(torch.ones(3)), "weight cannot be read as an array .*negative bit"),
+    ],
+    ids=["meta", "sparse", "complex", "uninitialized", "negative bit"],
+)
+def test_tensors_that_hold_no_plain_numbers(make, words):
+    bn = cbn.BatchNorm1d(3)
+    with pytest.raises(ValueError, match=words):
+        bn.load_state_dict({**bn.state_dict(), "weight": make()})
+    assert np.array_equal(bn.weight, [1, 1, 1])
+
+
 def test_repr_is_theirs():
     for kwargs in SWITCHES:
         ours, theirs = pair(1, "float32", **kwargs)
