@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, TypeVar, overload
+from typing import Any, BinaryIO, Literal, TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -640,25 +640,42 @@ class BatchNorm(passes.Planned):
         channels.replace([own[name] for name in new], list(new.values()), list(new))
         return missing, unexpected
 
-    def save(self, path: str | os.PathLike[str], *, allow_nonfinite: bool = False) -> None:
+    def save(
+        self,
+        file: str | os.PathLike[str] | BinaryIO,
+        *,
+        allow_nonfinite: bool = False,
+        allow_negative_var: bool = False,
+    ) -> None:
         """Write the layer to a file that `cbn.load` reads: class, arguments, arrays, mode.
 
         Parameters
         ----------
-        path : str or path-like
-            The file: numpy's ``.npz``, or safetensors where the name ends so, for which the package of that name is
-            needed. It is replaced as a whole, or not at all.
+        file : str, path-like or binary file object
+            Its name chooses the format: safetensors where it ends with .safetensors, for which the package of that name
+            is needed, else numpy's .npz. A regular file is replaced as a whole, or not at all, and keeps its mode and
+            its owner; a link stays a link, but other hard links keep the old content. A pipe or a device is written
+            to. A file object need not be one that can be sought; it is neither flushed nor closed.
         allow_nonfinite : bool
             Whether NaN and infinities may be written.
+        allow_negative_var : bool
+            Whether running variances below zero may be written, while their sum with eps is positive: rounding left
+            such in some converted models, which evaluate all the same. `cbn.load` needs the same switch.
 
         Raises
         ------
         ValueError
-            If an array is not finite.
+            If an array is not finite, or a running variance negative.
+        TypeError
+            For what is neither a path nor a file object that takes bytes.
+        OSError
+            If the file cannot be written.
+        ImportError
+            For the safetensors format, without the package of that name.
         """
         from . import storage
 
-        storage.save(self, path, allow_nonfinite=allow_nonfinite)
+        storage.save(self, file, allow_nonfinite=allow_nonfinite, allow_negative_var=allow_negative_var)
 
     def _snapshot(self, names: tuple[str, ...]) -> dict[str, Array]:
         """Copies of the arrays that are there, all of the same moment."""

@@ -61,7 +61,9 @@ def entry(
     if name == "running_var" and np.any(a < 0):
         i = int(np.nanargmin(a))
         if eps is None:
-            raise ValueError(f"{key} is negative: {a[i]!s} in channel {i}")
+            raise ValueError(
+                f"{key} is negative: {a[i]!s} in channel {i} (save and load accept it with allow_negative_var=True)"
+            )
         if float(a[i]) + eps <= 0:
             raise ValueError(f"{key} is negative: {a[i]!s} in channel {i}, and not positive even with eps, {eps}")
     return a

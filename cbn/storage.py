@@ -1,15 +1,26 @@
-"""Layers in files: numpy's .npz or safetensors, with a JSON header, and nothing that could run code on loading."""
+"""Layers in files: numpy's .npz or safetensors, with a JSON header, and nothing that could run code on loading.
 
+A file is not believed: its header says which arrays the layer has, so their sizes are known and are compared with what
+the file has before any is read, and every read is bounded.
+"""
+
+import contextlib
+import errno
+import io
 import json
+import math
 import os
+import re
 import secrets
-from pathlib import Path
-from typing import Any, BinaryIO
+import stat
+import zipfile
+from collections.abc import Callable
+from typing import Any, BinaryIO, cast
 
 import numpy as np
-import numpy.typing as npt
 
-from . import batchnorm, state
+from . import batchnorm, checks, state
+from .checks import Array
 
 __all__ = ["load", "save"]
 
@@ -17,28 +28,29 @@ HEADER = "cbn"
 FORMAT = 1
 CLASSES: dict[str, type[batchnorm.BatchNorm]] = {name: getattr(batchnorm, name) for name in batchnorm.__all__}
 ARRAYS = (*batchnorm.BatchNorm._state_names, "weight_grad", "bias_grad")
+ARGUMENTS = (
+    *("num_features", "eps", "momentum", "affine", "track_running_stats"),
+    *("bias", "dtype", "channel_axis", "running_var", "activation"),
+)
+LIMIT = 1 << 17  # bytes of one read, so of every header: cbn's take less than 4 KB, and zipfile reads 64 KB at the end
+
+Path = str | os.PathLike[str]
+Described = dict[str, tuple[tuple[int, ...], str]]  # what a file says of its arrays before one is read: shape, dtype
+Content = tuple[Any, Described, Callable[[], dict[str, Array]]]  # header, arrays described, arrays read
 
 
-def is_safetensors(path: Path) -> bool:
-    """Whether the file's name asks for that format."""
-    return path.suffix.lower() == ".safetensors"
-
-
-def safetensors_package() -> Any:
-    """The package, which is optional."""
-    try:
-        import safetensors.numpy
-    except ImportError as error:
-        raise ImportError("files named .safetensors need the safetensors package: pip install safetensors") from error
-    return safetensors
-
-
-def save(layer: batchnorm.BatchNorm, path: str | os.PathLike[str], *, allow_nonfinite: bool = False) -> None:
+def save(
+    layer: batchnorm.BatchNorm,
+    file: Path | BinaryIO,
+    *,
+    allow_nonfinite: bool = False,
+    allow_negative_var: bool = False,
+) -> None:
     """Write a layer to a file; see `BatchNorm.save`."""
-    path = Path(os.path.realpath(path))  # through a link, to the file that it names
-    safetensors = safetensors_package() if is_safetensors(path) else None
+    path, name = _path(file, "write"), _name(file)
+    package = _safetensors() if _is_safetensors(name) else None
     arrays = layer._snapshot(ARRAYS)
-    bad = [name for name, a in arrays.items() if not np.all(np.isfinite(a))]
+    bad = [key for key, a in arrays.items() if not np.all(np.isfinite(a))]
     if bad and not allow_nonfinite:
         raise ValueError(f"not finite: {', '.join(bad)}; allow_nonfinite=True writes them all the same")
     header = {
@@ -60,30 +72,41 @@ def save(layer: batchnorm.BatchNorm, path: str | os.PathLike[str], *, allow_nonf
         "frozen": layer.frozen,
         "arrays": sorted(arrays),
     }
-    _build(header, arrays, allow_nonfinite)  # what cannot be loaded is not written
-    temporary = path.with_name(f".cbn-{secrets.token_hex(8)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            if safetensors:
-                contiguous = {name: np.array(a, order="C") for name, a in arrays.items()}
-                file.write(safetensors.numpy.save(contiguous, metadata={HEADER: json.dumps(header)}))
-            else:
-                entries: dict[str, Any] = {HEADER: np.array(json.dumps(header)), **arrays}
-                np.savez(file, **entries)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    described = {key: (a.shape, a.dtype.name) for key, a in arrays.items()}
+    # What cannot be loaded is not written
+    _build(header, described, lambda: arrays, allow_nonfinite, allow_negative_var)
+    if package:
+        contiguous = {key: np.array(a, order="C") for key, a in arrays.items()}
+        content: bytes = package.numpy.save(contiguous, metadata={HEADER: json.dumps(header)})
+    else:
+        buffer = io.BytesIO()  # a stream that cannot be sought gets no data descriptors, and a failure writes no part
+        entries: dict[str, Any] = {HEADER: np.array(json.dumps(header)), **arrays}
+        np.savez(buffer, **entries)
+        content = buffer.getvalue()
+    if path is not None:
+        _replace(path, content)
+    else:
+        _write(cast(BinaryIO, file), content)
 
 
-def load(path: str | os.PathLike[str], *, allow_nonfinite: bool = False) -> batchnorm.BatchNorm:
+def load(
+    file: Path | BinaryIO,
+    *,
+    allow_nonfinite: bool = False,
+    allow_negative_var: bool = False,
+) -> batchnorm.BatchNorm:
     """Read a layer from a file that `BatchNorm.save` wrote.
 
     Parameters
     ----------
-    path : str or path-like
+    file : str, path-like or binary file object
+        Its first bytes tell the format; a file that is named .safetensors must have that one. A file object is read
+        from where it stands to its end, because a file holds one layer. A stream that cannot be sought, as of a socket,
+        must have the safetensors format, and is read to the end of the layer.
     allow_nonfinite : bool
         Whether NaN and infinities are accepted.
+    allow_negative_var : bool
+        Whether running variances below zero are accepted, while their sum with eps is positive.
 
     Returns
     -------
@@ -93,83 +116,332 @@ def load(path: str | os.PathLike[str], *, allow_nonfinite: bool = False) -> batc
     Raises
     ------
     ValueError
-        For anything but such a file: foreign, truncated, pickled, of wrong shapes or values. Nothing is unpickled.
+        For anything but such a file: foreign, truncated, pickled, of wrong shapes or values. Nothing is unpickled, and
+        no more memory is taken than the layer needs, whatever sizes the file claims.
+    TypeError
+        For what is neither a path nor a file object that reads bytes.
     OSError
         If the file cannot be read.
     ImportError
-        For a name that ends with .safetensors, without the package of that name.
+        For the safetensors format, without the package of that name.
 
     Examples
     --------
-    >>> import os, tempfile
+    >>> import io
     >>> import cbn
-    >>> path = os.path.join(tempfile.mkdtemp(), "bn.npz")
-    >>> cbn.BatchNorm2d(3).eval().save(path)
-    >>> cbn.load(path)
+    >>> file = io.BytesIO()
+    >>> cbn.BatchNorm2d(3).eval().save(file)
+    >>> cbn.load(io.BytesIO(file.getvalue()))
     BatchNorm2d(3, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True)
     """
-    path = Path(path)
-    safetensors = safetensors_package() if is_safetensors(path) else None
-    with open(path, "rb") as file:
+    path, name = _path(file, "read"), _name(file)
+    if _is_safetensors(name):
+        _safetensors()
+    with contextlib.ExitStack() as stack:
+        source = cast(BinaryIO, file) if path is None else stack.enter_context(open(path, "rb"))
+        reader = _Reader(source, name)
+        start = reader.read(9)
+        zipped = start[:2] == b"PK"
+        if zipped and not reader.seekable():
+            raise ValueError(f"{name!r} cannot be sought, as .npz needs it: load(io.BytesIO(file.read())) works")
+        # A safetensors file begins with the length of its header, in 8 bytes, and with the header's brace
+        package = _safetensors() if not zipped and (_is_safetensors(name) or start[8:] == b"{") else None
         try:
-            return _build(*(_read_safetensors(safetensors, path) if safetensors else _read(file)), allow_nonfinite)
+            if zipped and _is_safetensors(name):
+                raise ValueError("it is an .npz file, and its name says safetensors")
+            content = _read_safetensors(package, reader, start) if package else _read_npz(reader, start)
+            return _build(*content, allow_nonfinite, allow_negative_var)
+        except (OSError, MemoryError):
+            raise
         except Exception as error:  # whatever a foreign file makes a parser raise
-            raise ValueError(f"{os.fspath(path)!r} is not a layer that cbn has saved: {error}") from error
+            raise ValueError(f"{name!r} is not a layer that cbn has saved: {error}") from error
 
 
-def _read(file: BinaryIO) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
-    if file.read(2) != b"PK":
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def _path(file: Any, method: str) -> str | None:
+    """The path as it was written, or None for a binary file object that can do this."""
+    if isinstance(file, (str, os.PathLike)):
+        return os.fsdecode(file)
+    mode = "rb" if method == "read" else "wb"
+    if isinstance(file, io.TextIOBase):
+        raise TypeError(f"file {_name(file)!r} is open for text; open it with {mode!r}")
+    if not callable(getattr(file, method, None)):
+        advice = "; io.BytesIO makes a file of them" if isinstance(file, (bytes, bytearray, memoryview)) else ""
+        raise TypeError(f"file must be a path or a binary file object, not {type(file).__name__}{advice}")
+    return None
+
+
+def _name(file: Any) -> str:
+    """What a file is called in a message; its end may name the format."""
+    if isinstance(file, (str, os.PathLike)):
+        return os.fsdecode(file)
+    name = getattr(file, "name", None)
+    return name if isinstance(name, str) else f"<{type(file).__name__}>"
+
+
+def _is_safetensors(name: str) -> bool:
+    """Whether the file's name asks for that format."""
+    return name.lower().endswith(".safetensors")
+
+
+def _safetensors() -> Any:
+    """The package, which is optional."""
+    try:
+        import safetensors.numpy
+    except ImportError as error:
+        raise ImportError("safetensors files need the safetensors package: pip install cbn[safetensors]") from error
+    return safetensors
+
+
+def _write(file: BinaryIO, content: bytes) -> None:
+    """Write everything; a raw file may take a part at a time."""
+    try:
+        if not isinstance(file, io.RawIOBase):
+            file.write(content)
+            return
+        rest = memoryview(content)
+        while rest:
+            written: int | None = file.write(rest)
+            if written is None:
+                raise BlockingIOError(errno.EAGAIN, "the file takes no more without waiting", _name(file))
+            rest = rest[written:]
+    except io.UnsupportedOperation:
+        raise io.UnsupportedOperation(f"file {_name(file)!r} is not open for writing; open it with 'wb'") from None
+    except TypeError as error:
+        raise TypeError(f"file {_name(file)!r} takes no bytes ({error}); open it with 'wb'") from None
+
+
+def _replace(path: str, content: bytes) -> None:
+    """Write a file: one that is there is replaced as a whole, or not at all, and keeps its mode and its owner.
+
+    What is no regular file, a pipe, a device, the descriptor behind /dev/stdout, is written to.
+    """
+    try:
+        old = os.stat(path)
+    except FileNotFoundError:
+        old = None
+    target = _behind_links(path)
+    if target is None or (old and not stat.S_ISREG(old.st_mode)) or not os.path.basename(path):
+        with open(path, "ab" if target is None else "wb", buffering=0) as stream:  # a descriptor's file may have more
+            _write(cast(BinaryIO, stream), content)
+        return
+    if old and not os.access(path, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+    temporary = os.path.join(os.path.dirname(target), f".cbn-{secrets.token_hex(8)}.tmp")
+    try:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+        with open(os.open(temporary, flags, 0o600 if old else 0o666), "wb") as file:
+            file.write(content)
+            if old:
+                with contextlib.suppress(PermissionError):  # only root may give a file away
+                    os.fchown(file.fileno(), old.st_uid, old.st_gid)
+                os.fchmod(file.fileno(), stat.S_IMODE(old.st_mode))
+            file.flush()
+            os.fsync(file.fileno())  # or a machine that stops could leave the name on an empty file
+        os.replace(temporary, target)
+    except BaseException as error:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            os.unlink(temporary)
+        if isinstance(error, OSError) and error.errno is not None:
+            raise OSError(error.errno, error.strerror, path) from None  # as the user wrote it
+        raise
+
+
+def _behind_links(path: str) -> str | None:
+    """The file that a path leads to through links, which may not be there; None for an open descriptor's."""
+    while os.path.islink(path):
+        if os.path.abspath(path).startswith("/proc/"):
+            return None
+        path = os.path.join(os.path.dirname(path), os.readlink(path))
+    return path
+
+
+class _Reader:
+    """A binary file from where it stands, for zipfile too: reads are whole, and none is longer than `LIMIT`."""
+
+    def __init__(self, file: BinaryIO, name: str) -> None:
+        self._file, self._name = file, name
+        self._start: int | None = None
+        with contextlib.suppress(AttributeError, OSError):
+            if getattr(file, "seekable", lambda: True)():  # a tempfile.SpooledTemporaryFile had none before Python 3.11
+                self._start = file.tell()
+                file.seek(self._start)
+
+    def seekable(self) -> bool:
+        return self._start is not None
+
+    def tell(self) -> int:
+        return self._file.tell() - cast(int, self._start)
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        if whence == 2:
+            self._file.seek(0, 2)
+            offset += self.tell()
+        if offset < 0:  # zipfile expects an OSError where it looks for a file's end
+            raise OSError("it is too short") if whence == 2 else ValueError("it names a place before its start")
+        self._file.seek(cast(int, self._start) + offset)
+        return offset
+
+    def read(self, size: int = -1) -> bytes:
+        if size > LIMIT:
+            raise ValueError(f"a header of {size} bytes is none of cbn's")
+        size = LIMIT if size < 0 else size
+        data = b""
+        while len(data) < size:
+            try:
+                part = self._file.read(size - len(data))
+            except io.UnsupportedOperation:
+                raise io.UnsupportedOperation(
+                    f"file {self._name!r} is not open for reading; open it with 'rb'"
+                ) from None
+            if part is None:
+                raise BlockingIOError(errno.EAGAIN, "the file has no more without waiting", self._name)
+            if not isinstance(part, bytes):
+                raise TypeError(f"file {self._name!r} reads {type(part).__name__}, not bytes; open it with 'rb'")
+            if not part:
+                break
+            data += part
+        return data
+
+
+# ---- formats ---------------------------------------------------------------------------------------------------------
+
+
+def _bytes(read: Callable[[int], bytes], size: int) -> bytearray:
+    """So many bytes; memory is taken as they come, and not before."""
+    data = bytearray()
+    while len(data) < size:
+        part = read(min(LIMIT, size - len(data)))
+        if not part:
+            raise ValueError("it ends too early")
+        data += part
+    return data
+
+
+def _read_npz(reader: _Reader, start: bytes) -> Content:
+    if start[:2] != b"PK":
         raise ValueError("it is no .npz file")
-    file.seek(0)
-    with np.load(file, allow_pickle=False) as archive:
-        if HEADER not in archive.files:
-            raise ValueError("it has no cbn header")
-        header = json.loads(str(archive[HEADER]))
-        # A damaged directory can lose entries, or have one twice
-        if sorted(archive.files) != sorted([HEADER, *header["arrays"]]):
-            raise ValueError(f"it holds {sorted(archive.files)} and should hold {header['arrays']}")
-        return header, {name: archive[name] for name in header["arrays"]}
+    size = reader.seek(0, 2)
+    reader.seek(max(size - 22, 0))
+    if reader.read(4) != b"PK\5\6":
+        raise ValueError("it does not end with a zip directory")
+    archive = zipfile.ZipFile(cast(Any, reader))
+    infos = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+    if HEADER not in infos:
+        raise ValueError("it has no cbn header")
+    if len(infos) != len(archive.infolist()):
+        raise ValueError("it has an entry twice")
+    if min(info.header_offset for info in infos.values()) != 0:
+        raise ValueError("something stands before its first entry")
+    if any(info.compress_type != zipfile.ZIP_STORED for info in infos.values()):
+        raise ValueError("it is compressed, and cbn compresses nothing")  # so no entry is larger than the file
+
+    def opened(key: str) -> tuple[Any, tuple[int, ...], np.dtype[Any]]:
+        """An entry's bytes from behind its npy header, and what the header says."""
+        stream = archive.open(infos[key])
+        if np.lib.format.read_magic(stream) != (1, 0):
+            raise ValueError(f"{key} is no array of cbn's")
+        shape, _, dtype = np.lib.format.read_array_header_1_0(stream, max_header_size=1000)
+        return stream, shape, dtype
+
+    def numbers(key: str) -> Array:
+        stream, shape, dtype = opened(key)
+        data = _bytes(stream.read, math.prod(shape) * dtype.itemsize)
+        if stream.read(1):
+            raise ValueError(f"{key} is longer than its shape says")
+        return np.frombuffer(data, dtype).reshape(shape)
+
+    _, shape, dtype = opened(HEADER)
+    if shape != () or dtype.kind != "U" or dtype.itemsize > LIMIT:
+        raise ValueError(f"its header is an array of {dtype} of shape {shape}")
+    header = json.loads(str(numbers(HEADER)))
+    keys = [key for key in infos if key != HEADER]
+    _as_listed(keys, header)
+    described = {}
+    for key in keys:
+        _, shape, dtype = opened(key)
+        described[key] = shape, dtype.name
+
+    def arrays() -> dict[str, Array]:
+        found = {key: numbers(key) for key in keys}
+        reader.seek(0, 2)  # a file object is left where the layer ends
+        return found
+
+    return header, described, arrays
 
 
-def _read_safetensors(safetensors: Any, path: Path) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
-    with safetensors.safe_open(path, framework="numpy") as archive:
-        metadata = archive.metadata() or {}
-        if HEADER not in metadata:
-            raise ValueError("it has no cbn header")
-        header = json.loads(metadata[HEADER])
-        if sorted(archive.keys()) != sorted(header["arrays"]):
-            raise ValueError(f"it holds {sorted(archive.keys())} and should hold {header['arrays']}")
-        return header, {name: archive.get_tensor(name) for name in header["arrays"]}
+def _read_safetensors(package: Any, reader: _Reader, start: bytes) -> Content:
+    length = int.from_bytes(start[:8], "little")
+    if len(start) < 9 or not 1 <= length <= LIMIT:
+        raise ValueError("it ends too early" if len(start) < 9 else f"a header of {length} bytes is none of cbn's")
+    content = start + _bytes(reader.read, length - 1)
+    tensors = json.loads(content[8:].decode())
+    metadata = tensors.pop("__metadata__", None) if isinstance(tensors, dict) else None
+    if not isinstance(metadata, dict) or HEADER not in metadata:
+        raise ValueError("it has no cbn header")
+    header = json.loads(metadata[HEADER])
+    _as_listed(list(tensors), header)
+    described = {}
+    for key, tensor in tensors.items():
+        if not (isinstance(tensor, dict) and isinstance(tensor.get("shape"), list) and "dtype" in tensor):
+            raise ValueError(f"{key} has no shape and dtype, but {tensor!r}")
+        dtype = re.sub(
+            r"^([FIU])(?=\d+$)", lambda m: {"F": "float", "I": "int", "U": "uint"}[m[1]], str(tensor["dtype"])
+        )
+        described[key] = tuple(tensor["shape"]), dtype
+
+    def arrays() -> dict[str, Array]:
+        # Shapes and dtypes are known to be the layer's; the package checks that the format's rules are kept
+        size = sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in described.values())
+        whole = b"".join((content, _bytes(reader.read, size)))
+        if reader.seekable() and reader.read(1):
+            raise ValueError("something follows its arrays")
+        return package.numpy.load(whole)  # type: ignore[no-any-return]
+
+    return header, described, arrays
 
 
-def _build(header: dict[str, Any], arrays: dict[str, npt.NDArray[Any]], allow_nonfinite: bool) -> batchnorm.BatchNorm:
-    if header["format"] != FORMAT:
-        raise ValueError(f"format {header['format']!r}, and this version reads {FORMAT}")
-    if header["class"] not in CLASSES:
-        raise ValueError(f"unknown class {header['class']!r}")
-    for name in ("training", "frozen"):
-        if not isinstance(header[name], bool):
-            raise ValueError(f"{name} is {header[name]!r}")
-    unknown = [name for name in arrays if name not in ARRAYS]
-    if unknown:
-        raise ValueError(f"unknown entries {unknown}")
-    # Without arrays first: the file's own list decides which there are, and none is made before its size is known
-    arguments = dict(header["arguments"])
-    if arguments.pop("nonfinite", "propagate") != "propagate":  # files of version 0.1 name it
-        raise ValueError(f"nonfinite is {header['arguments']['nonfinite']!r}")
-    flags = {name: arguments.pop(name) for name in ("affine", "track_running_stats", "bias")}
-    layer = CLASSES[header["class"]](**arguments, affine=False, track_running_stats=False)
-    layer.affine, layer.track_running_stats = flags["affine"], flags["track_running_stats"]
+def _as_listed(keys: list[str], header: Any) -> None:
+    """Refuse a file that does not hold what its header lists: a damaged directory can lose entries."""
+    listed = header.get("arrays") if isinstance(header, dict) else None
+    if not isinstance(listed, list) or not all(isinstance(key, str) for key in listed):
+        raise ValueError("its header lists no arrays")
+    if sorted(keys) != sorted(listed):
+        raise ValueError(f"it holds {_some(sorted(keys))} and should hold {_some(listed)}")
+
+
+def _some(keys: list[str], most: int = 10) -> str:
+    return f"{keys[:most]}" + (f" and {len(keys) - most} more" if len(keys) > most else "")
+
+
+# ---- layers ----------------------------------------------------------------------------------------------------------
+
+
+def _build(
+    header: Any,
+    described: Described,
+    read: Callable[[], dict[str, Array]],
+    allow_nonfinite: bool,
+    allow_negative_var: bool,
+) -> batchnorm.BatchNorm:
+    """The layer; its arrays are read once their shapes and dtypes are known to be right."""
+    layer = _without_arrays(header)
     problems = []
-    for name, a in arrays.items():
-        shape = () if name == "num_batches_tracked" else (layer.num_features,)
-        if a.shape != shape:
-            raise ValueError(f"{name} has shape {a.shape}; expected {shape}")
-        dtype = np.dtype(np.int64) if name == "num_batches_tracked" else layer.dtype
-        if a.dtype != dtype:
-            raise ValueError(f"{name} has dtype {a.dtype}; expected {dtype}")
+    expected = {}
+    for key in header["arrays"]:
+        counter = key == "num_batches_tracked"
+        expected[key] = () if counter else (layer.num_features,), np.dtype(np.int64) if counter else layer.dtype
+        for what, found, right in zip(("shape", "dtype"), described[key], expected[key], strict=True):
+            if found != right:
+                problems.append(f"{key} has {what} {found}; expected {right}")
+    if problems:
+        raise ValueError("; ".join(problems))
+    for key, a in read().items():
         try:
-            setattr(layer, name, state.entry(name, a, shape, dtype, allow_nonfinite=allow_nonfinite))
+            eps = layer.eps if allow_negative_var else None
+            setattr(layer, key, state.entry(key, a, *expected[key], allow_nonfinite=allow_nonfinite, eps=eps))
         except ValueError as error:
             problems.append(str(error))
     if problems:
@@ -178,3 +450,39 @@ def _build(header: dict[str, Any], arrays: dict[str, npt.NDArray[Any]], allow_no
     if header["frozen"]:
         layer.freeze()
     return layer
+
+
+def _without_arrays(header: Any) -> batchnorm.BatchNorm:
+    """The layer that a header describes, before it has arrays."""
+    if isinstance(header, dict) and header.get("format") != FORMAT:
+        raise ValueError(f"format {header.get('format')!r}, and this version reads {FORMAT}")
+    _keys("header", header, ("format", "class", "arguments", "training", "frozen", "arrays"))
+    if not isinstance(header["class"], str) or header["class"] not in CLASSES:
+        raise ValueError(f"unknown class {header['class']!r}")
+    unknown = [key for key in header["arrays"] if key not in ARRAYS]
+    if unknown:
+        raise ValueError(f"unknown entries {_some(unknown)}")
+    arguments = header["arguments"]
+    if isinstance(arguments, dict) and arguments.get("nonfinite") == "propagate":  # files of version 0.1 name it
+        arguments = {key: value for key, value in arguments.items() if key != "nonfinite"}
+    _keys("arguments", arguments, ARGUMENTS)
+    flags = {key: checks.boolean(arguments[key], key) for key in ("affine", "track_running_stats", "bias")}
+    for key in ("training", "frozen"):
+        checks.boolean(header[key], key)
+    if flags["bias"] != ("bias" in header["arrays"]):
+        raise ValueError(f"bias is {flags['bias']}, but the arrays are {_some(header['arrays'])}")
+    if arguments["dtype"] not in ("float32", "float64"):
+        raise ValueError(f"dtype is {arguments['dtype']!r}; expected 'float32' or 'float64'")
+    # Without arrays: the file's own list decides which there are
+    layer = CLASSES[header["class"]](**{**arguments, "affine": False, "track_running_stats": False})
+    layer.affine, layer.track_running_stats = flags["affine"], flags["track_running_stats"]
+    return layer
+
+
+def _keys(what: str, mapping: Any, expected: tuple[str, ...]) -> None:
+    """Refuse a mapping that has not these keys, or has others too."""
+    if not isinstance(mapping, dict):
+        raise ValueError(f"its {what} should be a mapping, not {type(mapping).__name__}")
+    missing, unknown = [k for k in expected if k not in mapping], [k for k in mapping if k not in expected]
+    if missing or unknown:
+        raise ValueError(f"its {what} should have {list(expected)}; missing {missing}, unknown {_some(unknown)}")

@@ -1,9 +1,16 @@
-"""save and load: round trips, foreign files, and that nothing is ever unpickled."""
+"""save and load: round trips, kinds of file, and that nothing is ever unpickled."""
 
+import contextlib
+import io
 import json
 import os
 import pickle
+import select
+import stat
+import subprocess
 import sys
+import threading
+import tty
 import zipfile
 
 import numpy as np
@@ -92,6 +99,131 @@ def test_a_failed_save_leaves_no_file(tmp_path):
     assert os.listdir(tmp_path) == ["folder"]
 
 
+def test_what_is_named_is_what_the_user_wrote(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("absent/bn")
+    (tmp_path / "loop").symlink_to("loop")
+    for path, kind in (
+        ("nowhere/bn.npz", FileNotFoundError),
+        ("nowhere/../bn.npz", FileNotFoundError),
+        ("nowhere/", IsADirectoryError),
+        ("", FileNotFoundError),
+        ("link", FileNotFoundError),
+        ("loop", OSError),
+        ("folder", IsADirectoryError),
+        ("folder/.", IsADirectoryError),
+        ("file/bn", NotADirectoryError),
+    ):
+        with pytest.raises(kind) as caught:
+            cbn.BatchNorm1d(3).save(path)
+        assert str(caught.value).endswith(f": {path!r}")
+        assert caught.value.__context__ is None or caught.value.__suppress_context__
+    assert sorted(os.listdir()) == ["file", "folder", "link", "loop"]
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o444, 0o755, 0o664])
+@pytest.mark.parametrize("link", [False, True])
+def test_a_file_that_is_replaced_keeps_its_mode_and_owner(tmp_path, mode, link):
+    path = tmp_path / "bn"
+    path.touch()
+    path.chmod(mode)
+    with contextlib.suppress(OSError):  # not for everybody to do
+        os.chown(path, 12345, 12346)
+    before = path.stat()
+    if link:
+        (tmp_path / "link").symlink_to("bn")
+    if not os.access(path, os.W_OK):
+        with pytest.raises(PermissionError, match=r"bn'$"):
+            cbn.BatchNorm1d(3).save(path)
+        assert path.read_bytes() == b""
+        return
+    cbn.BatchNorm1d(3).save(tmp_path / "link" if link else path)
+    after = path.stat()
+    assert (after.st_mode, after.st_uid, after.st_gid) == (before.st_mode, before.st_uid, before.st_gid)
+    assert after.st_ino != before.st_ino  # replaced as a whole
+    assert cbn.load(path).num_features == 3
+    assert sorted(os.listdir(tmp_path)) == (["bn", "link"] if link else ["bn"])
+
+
+def test_a_file_is_never_readable_to_more_than_the_one_that_it_replaces(tmp_path, monkeypatch):
+    path = tmp_path / "bn"
+    path.touch(0o600)
+    modes = []
+    monkeypatch.setattr(os, "fsync", lambda fd: modes.append(os.fstat(fd).st_mode & 0o777))
+    real = os.open
+    monkeypatch.setattr(os, "open", lambda p, flags, mode=0o777: modes.append(mode) or real(p, flags, mode))
+    cbn.BatchNorm1d(3).save(path)
+    assert modes == [0o600, 0o600]
+
+
+def test_hard_links_keep_the_old_layer(tmp_path):
+    cbn.BatchNorm1d(3).save(tmp_path / "bn")
+    os.link(tmp_path / "bn", tmp_path / "other")
+    cbn.BatchNorm1d(5).save(tmp_path / "bn")
+    assert [cbn.load(tmp_path / name).num_features for name in ("bn", "other")] == [5, 3]
+
+
+def test_a_dangling_link_gets_its_file(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "link").symlink_to("../first")
+    (tmp_path / "first").symlink_to("second")
+    cbn.BatchNorm1d(3).save(tmp_path / "folder" / "link")
+    assert cbn.load(tmp_path / "second").num_features == 3
+    assert (tmp_path / "folder" / "link").is_symlink()
+    assert (tmp_path / "first").is_symlink()
+
+
+@pytest.mark.parametrize("suffix", ["", ".safetensors"])
+def test_a_pipe_stays_a_pipe(tmp_path, suffix):
+    path = tmp_path / ("pipe" + suffix)
+    os.mkfifo(path, 0o600)
+    contents = []
+    reader = threading.Thread(target=lambda: contents.append(path.read_bytes()), daemon=True)
+    reader.start()
+    cbn.BatchNorm1d(3).save(path)
+    reader.join(60)
+    assert stat.S_ISFIFO(path.stat().st_mode)
+    assert os.listdir(tmp_path) == [path.name]
+    assert cbn.load(io.BytesIO(contents[0])).num_features == 3
+
+
+def test_a_device_is_written_to():
+    """A terminal, whose folder lets nobody replace it, root neither: a failing test must not cost /dev/null."""
+    controller, terminal = os.openpty()
+    tty.setraw(terminal)
+    path = os.ttyname(terminal)
+    saver = threading.Thread(target=lambda: cbn.BatchNorm1d(3).save(path), daemon=True)
+    saver.start()
+    content = b""
+    while not content.endswith(bytes(2)) or b"PK\5\6" not in content[-22:]:
+        assert select.select([controller], [], [], 60)[0], content
+        content += os.read(controller, 1000)
+    saver.join(60)
+    assert cbn.load(io.BytesIO(content)).num_features == 3
+    assert stat.S_ISCHR(os.stat(path).st_mode)
+    os.close(controller)
+    os.close(terminal)
+
+
+@pytest.mark.parametrize("name", ["/dev/stdout", "/proc/self/fd/1", "link"])
+def test_standard_output_is_written_to(tmp_path, name):
+    (tmp_path / "link").symlink_to("/dev/stdout")
+    code = f"import cbn; cbn.BatchNorm1d(3).save({name!r})"
+    arguments = {"args": [sys.executable, "-c", code], "cwd": tmp_path, "check": True, "timeout": 100}
+    environment = {**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(cbn.__file__))}
+    content = subprocess.run(**arguments, env=environment, stdout=subprocess.PIPE).stdout
+    assert cbn.load(io.BytesIO(content)).num_features == 3
+    with open(tmp_path / "out", "wb") as file:
+        file.write(b"before")
+        file.flush()
+        number = os.fstat(file.fileno()).st_ino
+        subprocess.run(**arguments, env=environment, stdout=file)
+    assert (tmp_path / "out").read_bytes() == b"before" + content
+    assert (tmp_path / "out").stat().st_ino == number
+
+
 def test_permissions_are_those_of_any_file(tmp_path):
     cbn.BatchNorm1d(3).save(tmp_path / "bn")
     (tmp_path / "other").touch()
@@ -154,7 +286,7 @@ def test_truncated_and_other_files_named_safetensors(tmp_path, rng):
 def test_without_the_safetensors_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
     path = tmp_path / "bn.safetensors"
-    with pytest.raises(ImportError, match="need the safetensors package: pip install safetensors"):
+    with pytest.raises(ImportError, match=r"need the safetensors package: pip install cbn\[safetensors\]"):
         cbn.BatchNorm1d(3).save(path)
     assert not path.exists()
     with pytest.raises(ImportError, match="need the safetensors package"):
@@ -299,3 +431,38 @@ def test_a_link_stays_a_link_and_long_names_work(tmp_path):
     assert cbn.load(tmp_path / "target").num_features == 5
     cbn.BatchNorm1d(3).save(tmp_path / ("n" * 250))
     assert cbn.load(tmp_path / ("n" * 250)).num_features == 3
+
+
+# ---- a variance below zero -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+def test_a_variance_a_little_below_zero_is_asked_for(tmp_path, rng, suffix):
+    bn = cbn.BatchNorm1d(3).eval()
+    bn.running_var[...] = (1, -9e-6, -1e-12)
+    x = rng.standard_normal((4, 3)).astype(np.float32)
+    exact = x / np.sqrt(bn.running_var.astype(float) + bn.eps)
+    np.testing.assert_allclose(bn(x), exact, rtol=1e-6)
+    path = tmp_path / ("bn" + suffix)
+    words = "running_var is negative: -9e-06 in channel 1 .*allow_negative_var=True"
+    for kwargs in ({}, {"allow_nonfinite": True}):
+        with pytest.raises(ValueError, match=words):
+            bn.save(path, **kwargs)
+    assert os.listdir(tmp_path) == []
+    bn.save(path, allow_negative_var=True)
+    with pytest.raises(ValueError, match=words):
+        cbn.load(path)
+    other = cbn.load(path, allow_negative_var=True)
+    assert np.array_equal(other.running_var, bn.running_var)
+    assert np.array_equal(other(x), bn(x))
+    assert np.array_equal(other.plan(x.shape)(x), bn(x))
+
+
+@pytest.mark.parametrize("value", [-1e-5, -1, -np.inf])
+def test_a_variance_that_eps_does_not_make_positive_is_refused(tmp_path, value):
+    bn = cbn.BatchNorm1d(3, dtype=np.float64)
+    bn.running_var[2] = value
+    with pytest.raises(
+        ValueError, match=f"negative: {float(value)} in channel 2, and not positive even with eps, 1e-05"
+    ):
+        bn.save(tmp_path / "bn", allow_negative_var=True, allow_nonfinite=True)

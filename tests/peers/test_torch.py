@@ -152,6 +152,17 @@ def test_tensors_that_hold_no_plain_numbers(make, words):
     assert np.array_equal(bn.weight, [1, 1, 1])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_variance_a_little_below_zero_evaluates_as_theirs(rng, dtype):
+    ours, theirs = pair(2, dtype)
+    for running_var in (ours.running_var, theirs.running_var.numpy()):
+        running_var[...] = (-9e-6, -1e-9, 1)
+    x = rng.standard_normal((4, 3, 5, 5)).astype(dtype)
+    y = ours.eval()(x)
+    np.testing.assert_allclose(y, theirs.eval()(torch.from_numpy(x)).detach().numpy(), rtol=1e-5, atol=1e-5)
+    assert np.isfinite(y).all()
+
+
 def test_repr_is_theirs():
     for kwargs in SWITCHES:
         ours, theirs = pair(1, "float32", **kwargs)
