@@ -82,7 +82,7 @@ lint: $(VENV)/.with-lint ## ruff, cython-lint, mypy, and our C without warnings
 
 sanitize: $(VENV)/.with-test ## the kernels' tests under the address and undefined-behaviour sanitizers
 	CBN_SANITIZE=address,undefined $(BIN)/python setup.py -q build_ext --force -t build/sanitize -b build/sanitize
-	cp -r cbn/*.py build/sanitize/cbn/ && cp cbn/kernels/*.py* build/sanitize/cbn/kernels/
+	cp -r cbn/*.py cbn/convert build/sanitize/cbn/ && cp cbn/kernels/*.py* build/sanitize/cbn/kernels/
 	cp -r tests conftest.py pyproject.toml build/sanitize/
 	cd build/sanitize && LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \

@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from . import batchnorm
-from .batchnorm import BatchNorm
-from .checks import Array
+from .. import batchnorm
+from ..batchnorm import BatchNorm
+from ..checks import Array
 
 __all__ = ["from_flax", "from_keras", "from_onnx", "from_torch", "to_torch_state"]
 
