@@ -23,90 +23,11 @@ import numpy as np
 from .. import batchnorm
 from ..batchnorm import BatchNorm
 from ..checks import Array
+from .torch import from_torch, to_torch_state
 
 __all__ = ["from_flax", "from_keras", "from_onnx", "from_torch", "to_torch_state"]
 
 # PyTorch's classes and those of cbn that accept the same ranks.
-TORCH_CLASSES = {
-    "BatchNorm1d": batchnorm.BatchNorm1d,
-    "BatchNorm2d": batchnorm.BatchNorm2d,
-    "BatchNorm3d": batchnorm.BatchNorm3d,
-    "SyncBatchNorm": BatchNorm,
-}
-
-
-def from_torch(module: Any) -> BatchNorm:
-    """A layer like a PyTorch one: arguments, parameters, statistics, mode.
-
-    Parameters
-    ----------
-    module : torch.nn.BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm, or a subclass
-        On any device, of any floating dtype; float16 and bfloat16 parameters become float32.
-
-    Returns
-    -------
-    BatchNorm1d, BatchNorm2d, BatchNorm3d, or for SyncBatchNorm BatchNorm
-        With copies of the module's arrays, in the module's mode.
-
-    Raises
-    ------
-    TypeError
-        For another kind of object.
-    ValueError
-        For a lazy module that has seen no input yet.
-
-    Examples
-    --------
-    >>> import cbn
-    >>> import torch  # doctest: +SKIP
-    >>> cbn.from_torch(torch.nn.BatchNorm2d(3).eval())  # doctest: +SKIP
-    BatchNorm2d(3, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True)
-    """
-    names = [c.__name__ for c in type(module).__mro__ if c.__module__.startswith("torch.nn.modules.batchnorm")]
-    cls = next((TORCH_CLASSES[name] for name in names if name in TORCH_CLASSES), None)
-    if cls is None and any(name.startswith("LazyBatchNorm") for name in names):
-        raise ValueError(f"{type(module).__name__} has no parameters before its first input")
-    if cls is None:
-        raise TypeError(f"expected a batch norm of torch.nn, not {type(module).__module__}.{type(module).__qualname__}")
-    arrays = {name: _from_tensor(getattr(module, name)) for name in ("weight", "bias", "running_mean", "running_var")}
-    return _layer(
-        cls,
-        module.num_features,
-        arrays,
-        eps=module.eps,
-        momentum=module.momentum,
-        training=module.training,
-        counter=_from_tensor(module.num_batches_tracked),
-    )
-
-
-def to_torch_state(bn: BatchNorm) -> dict[str, Any]:
-    """A layer's `state_dict` as PyTorch's tensors, for its `load_state_dict`.
-
-    Parameters
-    ----------
-    bn : BatchNorm
-
-    Returns
-    -------
-    dict of str to torch.Tensor
-        Copies, without those that are None.
-
-    Raises
-    ------
-    ImportError
-        Without PyTorch.
-
-    Examples
-    --------
-    >>> import cbn
-    >>> import torch  # doctest: +SKIP
-    >>> torch.nn.BatchNorm2d(3).load_state_dict(cbn.to_torch_state(cbn.BatchNorm2d(3)))  # doctest: +SKIP
-    <All keys matched successfully>
-    """
-    import torch
-
-    return {name: torch.from_numpy(a) for name, a in bn.state_dict().items()}
 
 
 def from_keras(layer: Any) -> BatchNorm:
@@ -313,14 +234,6 @@ def _layer(
 def _of_the_new(momentum: float) -> float:
     """The weight of the new batch, from that of the old statistics, without the last digits that 1 - 0.99 leaves."""
     return round(1 - momentum, 12)
-
-
-def _from_tensor(tensor: Any) -> Array | None:
-    """A tensor's values; float32 for those of types that numpy has not."""
-    if tensor is None:
-        return None
-    tensor = tensor.detach().cpu()
-    return (tensor.float() if tensor.element_size() == 2 else tensor).numpy().copy()  # type: ignore[no-any-return]
 
 
 def _flax_statistics(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
