@@ -23,66 +23,12 @@ import numpy as np
 from .. import batchnorm
 from ..batchnorm import BatchNorm
 from ..checks import Array
+from .keras import from_keras
 from .torch import from_torch, to_torch_state
 
 __all__ = ["from_flax", "from_keras", "from_onnx", "from_torch", "to_torch_state"]
 
 # PyTorch's classes and those of cbn that accept the same ranks.
-
-
-def from_keras(layer: Any) -> BatchNorm:
-    """A layer like a Keras BatchNormalization, in evaluation mode.
-
-    Parameters
-    ----------
-    layer : keras.layers.BatchNormalization
-        Built, so that it has its variables; with any backend.
-
-    Returns
-    -------
-    BatchNorm
-        For inputs of any rank, with Keras' axis as `channel_axis`, 1 - momentum, and the biased variance that Keras
-        tracks.
-
-    Raises
-    ------
-    TypeError
-        For another kind of object.
-    ValueError
-        For a layer that is not built, and for one that normalizes over several axes.
-
-    Examples
-    --------
-    >>> import cbn
-    >>> import keras  # doctest: +SKIP
-    >>> layer = keras.layers.BatchNormalization()  # doctest: +SKIP
-    >>> layer.build((None, 8, 8, 3))  # doctest: +SKIP
-    >>> cbn.from_keras(layer)  # doctest: +SKIP
-    BatchNorm(3, eps=0.001, momentum=0.01, affine=True, bias=True, track_running_stats=True)
-    """
-    if not any(c.__name__ in ("BatchNormalization", "SyncBatchNormalization") for c in type(layer).__mro__):
-        found = f"{type(layer).__module__}.{type(layer).__qualname__}"
-        raise TypeError(f"expected keras.layers.BatchNormalization, not {found}")
-    if not layer.built:
-        raise ValueError("the Keras layer has no variables before it is built: call it once, or its build()")
-    axes = np.atleast_1d(layer.axis)  # Keras 2 keeps a list
-    if axes.size != 1:
-        raise ValueError(f"the Keras layer normalizes over the axes {axes.tolist()}; expected one")
-    arrays = {
-        "weight": layer.gamma.numpy() if layer.scale else None,
-        "bias": layer.beta.numpy() if layer.center else None,
-        "running_mean": layer.moving_mean.numpy(),
-        "running_var": layer.moving_variance.numpy(),
-    }
-    return _layer(
-        BatchNorm,
-        layer.moving_mean.shape[0],
-        arrays,
-        eps=layer.epsilon,
-        momentum=_of_the_new(layer.momentum),
-        channel_axis=int(axes[0]),
-        biased=True,
-    )
 
 
 def from_flax(
