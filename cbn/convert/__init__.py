@@ -23,74 +23,13 @@ import numpy as np
 from .. import batchnorm
 from ..batchnorm import BatchNorm
 from ..checks import Array
+from .flax import from_flax
 from .keras import from_keras
 from .torch import from_torch, to_torch_state
 
 __all__ = ["from_flax", "from_keras", "from_onnx", "from_torch", "to_torch_state"]
 
 # PyTorch's classes and those of cbn that accept the same ranks.
-
-
-def from_flax(
-    variables: Mapping[str, Any],
-    *,
-    name: str | None = None,
-    momentum: float = 0.99,
-    epsilon: float = 1e-5,
-    axis: int = -1,
-) -> BatchNorm:
-    """A layer from the variables of a Flax model, in evaluation mode.
-
-    Parameters
-    ----------
-    variables : mapping
-        What `init` gives: "batch_stats" with mean and var, "params" with scale and bias, of a BatchNorm or of a model
-        that has some.
-    name : str, optional
-        Which one, as a path with slashes: "Block_0/BatchNorm_1". It can be left out where there is only one.
-    momentum, epsilon, axis
-        The arguments of that module, which its variables do not have; Flax's defaults. momentum is Flax's, the weight
-        of the old statistics.
-
-    Returns
-    -------
-    BatchNorm
-        For inputs of any rank, with the biased variance that Flax tracks.
-
-    Raises
-    ------
-    ValueError
-        For a name that is not there, and without one where there are several; it lists those that there are.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> import cbn
-    >>> variables = {"params": {"scale": np.ones(3), "bias": np.zeros(3)},
-    ...              "batch_stats": {"mean": np.zeros(3), "var": np.ones(3)}}
-    >>> cbn.from_flax(variables)
-    BatchNorm(3, eps=1e-05, momentum=0.01, affine=True, bias=True, track_running_stats=True)
-    """
-    if not isinstance(variables, Mapping) or not isinstance(variables.get("batch_stats"), Mapping):
-        raise ValueError('variables must be a mapping with an entry "batch_stats", as init of a Flax model gives')
-    found = dict(_flax_statistics(variables["batch_stats"]))
-    if name is None and len(found) == 1:
-        name = next(iter(found))
-    if name not in found:
-        there = ", ".join(repr(path) for path in sorted(found)) or "none"
-        raise ValueError(f"there is no batch norm {name!r}; there are {there}" if name else f"name one of {there}")
-    parameters = variables.get("params", {})
-    for part in filter(None, name.split("/")):
-        parameters = parameters.get(part, {})
-    arrays = {
-        "weight": parameters.get("scale"),
-        "bias": parameters.get("bias"),
-        "running_mean": found[name]["mean"],
-        "running_var": found[name]["var"],
-    }
-    arrays = {key: None if a is None else np.asarray(a) for key, a in arrays.items()}
-    n = arrays["running_mean"].size
-    return _layer(BatchNorm, n, arrays, eps=epsilon, momentum=_of_the_new(momentum), channel_axis=axis, biased=True)
 
 
 def from_onnx(model: Any) -> dict[str, BatchNorm]:
@@ -180,16 +119,6 @@ def _layer(
 def _of_the_new(momentum: float) -> float:
     """The weight of the new batch, from that of the old statistics, without the last digits that 1 - 0.99 leaves."""
     return round(1 - momentum, 12)
-
-
-def _flax_statistics(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(path, {mean, var}) of every batch norm below."""
-    if "mean" in tree and "var" in tree and not isinstance(tree["mean"], Mapping):
-        yield path, tree
-        return
-    for name, below in tree.items():
-        if isinstance(below, Mapping):
-            yield from _flax_statistics(below, f"{path}/{name}" if path else name)
 
 
 class _Constants:
