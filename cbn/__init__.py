@@ -6,7 +6,7 @@
 `cbn.moments`             count, mean and sum of squared distances; exact merge
 `cbn.state`               entries of state dicts
 `cbn.storage`             layers in files
-`cbn.convert`             layers of PyTorch, Keras, ONNX, Flax
+`cbn.convert`             layers of PyTorch, Keras, ONNX, Flax, Equinox, Haiku, MLX
 `cbn.fuse`                layers folded into linear layers and convolutions
 `cbn.threads`             how many threads
 `cbn.memory`              sizes of the caches, memory kept for large outputs
@@ -22,7 +22,14 @@ Imports run one way: layers → functional → kernels → checks; `reference` k
 from . import functional, reference
 from .batchnorm import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d, set_check_inputs
 from .config import __version__, show_config
-from .convert import from_flax, from_keras, from_onnx, from_torch, to_torch_state
+from .convert import (
+    from_equinox,
+    from_flax,
+    from_keras,
+    from_onnx,
+    from_torch,
+    to_torch_state,
+)
 from .fuse import fuse_bn_linear, fuse_conv_bn, fuse_linear_bn
 from .memory import empty_cache
 from .moments import Moments, moments
@@ -37,6 +44,7 @@ __all__ = [
     "Moments",
     "__version__",
     "empty_cache",
+    "from_equinox",
     "from_flax",
     "from_keras",
     "from_onnx",

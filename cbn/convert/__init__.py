@@ -19,12 +19,14 @@ MLX                its own  the same                  unbiased since 0.32.1  the
 =================  =======  ========================  =====================  ====================
 """
 
+from .equinox import from_equinox
 from .flax import from_flax
 from .keras import from_keras
 from .onnx import from_onnx
 from .torch import from_torch, to_torch_state
 
 __all__ = [
+    "from_equinox",
     "from_flax",
     "from_keras",
     "from_onnx",
