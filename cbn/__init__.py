@@ -25,6 +25,7 @@ from .config import __version__, show_config
 from .convert import (
     from_equinox,
     from_flax,
+    from_haiku,
     from_keras,
     from_onnx,
     from_torch,
@@ -46,6 +47,7 @@ __all__ = [
     "empty_cache",
     "from_equinox",
     "from_flax",
+    "from_haiku",
     "from_keras",
     "from_onnx",
     "from_torch",

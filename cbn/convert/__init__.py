@@ -21,6 +21,7 @@ MLX                its own  the same                  unbiased since 0.32.1  the
 
 from .equinox import from_equinox
 from .flax import from_flax
+from .haiku import from_haiku
 from .keras import from_keras
 from .onnx import from_onnx
 from .torch import from_torch, to_torch_state
@@ -28,6 +29,7 @@ from .torch import from_torch, to_torch_state
 __all__ = [
     "from_equinox",
     "from_flax",
+    "from_haiku",
     "from_keras",
     "from_onnx",
     "from_torch",
