@@ -50,7 +50,7 @@ test: $(VENV)/.with-test $(VENV)/.with-examples $(VENV)/.with-bench ## every tes
 test-fast: $(VENV)/.with-test ## the tests that take seconds
 	$(BIN)/python -m pytest -q -m "not slow" --ignore=tests/test_examples.py
 
-peers: $(VENV)/.with-test $(VENV)/.with-examples $(VENV)/.with-peers ## the tests against PyTorch and ONNX
+peers: $(VENV)/.with-test $(VENV)/.with-examples $(VENV)/.with-peers ## the tests against PyTorch, ONNX, Keras, Flax, Equinox, Haiku and MLX
 	$(BIN)/python -m pytest tests/peers
 
 accuracy: $(VENV)/.with-peers ## largest errors against float64, beside PyTorch's

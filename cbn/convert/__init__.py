@@ -23,6 +23,7 @@ from .equinox import from_equinox
 from .flax import from_flax
 from .haiku import from_haiku
 from .keras import from_keras
+from .mlx import from_mlx
 from .onnx import from_onnx
 from .torch import from_torch, to_torch_state
 
@@ -31,6 +32,7 @@ __all__ = [
     "from_flax",
     "from_haiku",
     "from_keras",
+    "from_mlx",
     "from_onnx",
     "from_torch",
     "to_torch_state",
