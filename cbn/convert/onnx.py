@@ -85,7 +85,7 @@ def from_onnx(model: Any, *, skip: bool = False) -> dict[str, BatchNorm]:
             key = f"{path}#{n}"
         try:
             layers[key] = _from_node(node, scope)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             problems[key] = str(error)
     if problems:
         words = "; ".join(f"{key!r} {problem}" for key, problem in problems.items())
@@ -124,7 +124,8 @@ class _Scope:
     """The body of a graph or a function: what its names stand for, and what it computes from stored tensors alone.
 
     `arguments` are its inputs: where a function is called, the caller's scope and the caller's name; None for what
-    comes from outside of the model. `attributes` are those of the call, which nodes of a function may refer to.
+    comes from outside of the model. `attributes` are those of the call, which nodes of a function may refer to;
+    `dynamic` are the names that depend on the model's inputs, or on chance.
     """
 
     def __init__(
@@ -141,6 +142,10 @@ class _Scope:
         self.attributes, self.outer, self.calls = attributes, outer, calls
         self.tensors = {tensor.name: tensor for tensor in getattr(body, "initializer", ())}
         self.nodes = {name: node for node in body.node for name in node.output if name}
+        self.dynamic = {name for name, source in arguments.items() if source is None} - self.tensors.keys()
+        for node in body.node:  # in order, so that no chain of nodes has to be followed up
+            if node.op_type in RANDOM or not self.dynamic.isdisjoint(node.input):
+                self.dynamic.update(filter(None, node.output))
         self.found: dict[str, Array | None] = {}
 
     @classmethod
@@ -184,6 +189,8 @@ class _Scope:
 
     def value(self, name: str) -> Array | None:
         """The value of a name, or None if it depends on an input of the model."""
+        if name in self.dynamic:
+            return None
         if name not in self.found:
             self.found[name] = None  # meanwhile: a graph with a circle has no value
             try:
@@ -214,8 +221,6 @@ class _Scope:
         from onnx import helper
         from onnx.reference import ReferenceEvaluator
 
-        if node.op_type in RANDOM:
-            return None
         function = self.function_of(node)
         if function is not None:
             return self.of_call(node).value(function.output[list(node.output).index(name)])

@@ -340,3 +340,30 @@ def test_values_in_another_file(tmp_path):
     np.testing.assert_array_equal(cbn.from_onnx(path)["y"].weight, [1, 2, 3])
     with pytest.raises(ValueError, match=r"has the values of 's' in weights\.bin; pass the model's path"):
         cbn.from_onnx(path.read_bytes())
+
+
+def test_parameters_that_the_input_decides_after_many_nodes():
+    """A chain that is longer than Python's stack."""
+    chain = " ".join(f"t{i + 1} = Relu(t{i})" for i in range(2000))
+    first, last = "t0 = ReduceMean<axes = [0], keepdims = 0>(x)", "y = BatchNormalization(x, t2000, b, m, v)"
+    model = parsed(f"{first} {chain} {last}", 13)
+    with pytest.raises(ValueError, match="'y' has scale 't2000' that the model does not store"):
+        cbn.from_onnx(model)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning:torch")
+def test_the_options_that_keep_batch_norms_keep_them(tmp_path, rng):
+    """Those of PyTorch's older exporter; the newer one needs another package."""
+    torch = peer("torch")
+    net = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 1), torch.nn.BatchNorm2d(3, momentum=0.25)).eval()
+    net[1].running_var.uniform_(0.5, 2)
+    x, path = torch.from_numpy(rng.normal(size=(2, 2, 4, 4)).astype(np.float32)), tmp_path / "net.onnx"
+    torch.onnx.export(net, (x,), path, dynamo=False)
+    with pytest.warns(UserWarning, match="has no BatchNormalization node"):
+        assert cbn.from_onnx(path) == {}
+    kept = {"training": torch.onnx.TrainingMode.PRESERVE, "do_constant_folding": False}
+    torch.onnx.export(net, (x,), path, dynamo=False, **kept)
+    (bn,) = cbn.from_onnx(path).values()
+    assert (bn.momentum, bn.training) == (0.25, False)
+    with torch.no_grad():
+        np.testing.assert_allclose(bn(net[0](x).numpy()), net(x).numpy(), atol=1e-5)
