@@ -74,9 +74,10 @@ def from_equinox(layer: Any, state: Any, *, frozen: bool = False) -> BatchNorm:
                 'the Equinox layer has mode="ema": in training it normalizes with the running statistics, which cbn '
                 "does not do; for evaluation alone pass frozen=True"
             )
-        if _entry(state, layer.ema_first_time_index):
+        prefix = "ema_" if hasattr(layer, "mode") else ""  # Equinox before 0.13 has this mode alone
+        if _entry(state, getattr(layer, f"{prefix}first_time_index")):
             raise ValueError("the Equinox layer has seen no batch, and without one it has no statistics")
-        statistics, count, share = _entry(state, layer.ema_state_index), 0, 1.0
+        statistics, count, share = _entry(state, getattr(layer, f"{prefix}state_index")), 0, 1.0
     mean, var = (np.asarray(a) for a in statistics)
     arrays = {
         "weight": None if layer.weight is None else np.asarray(layer.weight),

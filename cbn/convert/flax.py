@@ -173,7 +173,9 @@ def _values(a: Any) -> Array:
     """The array of a leaf: of a variable of NNX, of a box of Linen, or itself."""
     if hasattr(a, "unbox"):
         a = a.unbox()
-    return np.asarray(a[...] if _is_nnx(a) else a)
+    if _is_nnx(a):
+        a = a[...] if hasattr(type(a), "__getitem__") else a.value  # in a state before Flax 0.12
+    return np.asarray(a)
 
 
 def _nodes(tree: Mapping[Any, Any], path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
