@@ -44,7 +44,7 @@ $(VENV)/.with-%: $(VENV)/.built
 demo: $(VENV)/.with-examples ## train and infer on real data; tables and pictures in examples/out
 	$(BIN)/python -m examples
 
-test: $(VENV)/.with-test $(VENV)/.with-examples $(VENV)/.with-bench ## every test but those of other packages
+test: $(VENV)/.with-test $(VENV)/.with-examples $(VENV)/.with-bench $(VENV)/.with-lint ## every test but those of other packages
 	$(BIN)/python -m pytest
 
 test-fast: $(VENV)/.with-test ## the tests that take seconds

@@ -9,14 +9,14 @@ import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, BinaryIO, Literal, TypeVar, overload
+from typing import Any, BinaryIO, Literal, SupportsIndex, TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
 
 from . import checks, functional
 from . import state as state_entries
-from .checks import Activation, Array, Doubles
+from .checks import Activation, Array, ArrayLike, Doubles, Number
 from .kernels import channels, passes
 
 __all__ = ["BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
@@ -86,14 +86,17 @@ def digest(a: Array | None) -> bytes | None:
 class _ChannelArray:
     """Attribute that holds a (C,) array of the layer's dtype, or None where it is switched off."""
 
+    name: str
+    key: str
+
     def __set_name__(self, owner: type[BatchNorm], name: str) -> None:
         self.name, self.key = name, "_" + name
 
     @overload
     def __get__(self, layer: None, owner: type[BatchNorm]) -> _ChannelArray: ...
     @overload
-    def __get__(self, layer: BatchNorm, owner: type[BatchNorm] | None = None) -> Array | None: ...
-    def __get__(self, layer: BatchNorm | None, owner: type[BatchNorm] | None = None) -> _ChannelArray | Array | None:
+    def __get__(self, layer: BatchNorm, owner: type[BatchNorm] | None = None) -> Array | Any: ...
+    def __get__(self, layer: BatchNorm | None, owner: type[BatchNorm] | None = None) -> _ChannelArray | Array | Any:
         return self if layer is None else layer.__dict__[self.key]
 
     def __set__(self, layer: BatchNorm, value: Array | None) -> None:
@@ -125,6 +128,9 @@ class _Counter(_ChannelArray):
 
 class _Flag:
     """Attribute that is a bool and nothing else."""
+
+    name: str
+    key: str
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name, self.key = name, "_" + name
@@ -209,28 +215,28 @@ class BatchNorm(passes.Planned):
 
     _ranks: tuple[int, ...] | None = None  # numbers of dimensions that the class accepts; None: any from 2
 
-    weight = _ChannelArray()
-    bias = _ChannelArray()
-    weight_grad = _ChannelArray()
-    bias_grad = _ChannelArray()
-    running_mean = _ChannelArray()
-    running_var = _ChannelArray()
-    num_batches_tracked = _Counter()
-    training = _Flag()
-    affine = _Flag()
-    track_running_stats = _Flag()
+    weight: _ChannelArray = _ChannelArray()
+    bias: _ChannelArray = _ChannelArray()
+    weight_grad: _ChannelArray = _ChannelArray()
+    bias_grad: _ChannelArray = _ChannelArray()
+    running_mean: _ChannelArray = _ChannelArray()
+    running_var: _ChannelArray = _ChannelArray()
+    num_batches_tracked: _Counter = _Counter()
+    training: _Flag = _Flag()
+    affine: _Flag = _Flag()
+    track_running_stats: _Flag = _Flag()
 
     def __init__(
         self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
+        num_features: SupportsIndex,
+        eps: Number = 1e-5,
+        momentum: Number | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
         *,
         bias: bool = True,
         dtype: npt.DTypeLike = np.float32,
-        channel_axis: int = 1,
+        channel_axis: SupportsIndex = 1,
         running_var: Literal["unbiased", "biased"] = "unbiased",
         activation: Activation = None,
     ) -> None:
@@ -284,16 +290,16 @@ class BatchNorm(passes.Planned):
         return self._eps
 
     @eps.setter
-    def eps(self, value: float) -> None:
+    def eps(self, value: Number) -> None:
         self._eps = checks.epsilon(value)
 
     @property
-    def momentum(self) -> float | None:
+    def momentum(self) -> float | Any:
         """Weight of the new batch; None: a plain average."""
         return self._momentum
 
     @momentum.setter
-    def momentum(self, value: float | None) -> None:
+    def momentum(self, value: Number | None) -> None:
         self._momentum = None if value is None else checks.momentum_fraction(value)
 
     @property
@@ -342,10 +348,10 @@ class BatchNorm(passes.Planned):
 
     def forward(
         self,
-        x: npt.ArrayLike,
+        x: ArrayLike,
         *,
         out: Array | None = None,
-        residual: npt.ArrayLike | None = None,
+        residual: ArrayLike | None = None,
     ) -> Array:
         """Normalize x in the current mode, add the residual, apply the activation.
 
@@ -429,7 +435,7 @@ class BatchNorm(passes.Planned):
         """Keep what backward needs, and the plan, which an assignment would drop: evaluation does not read it."""
         self.__dict__["_saved"] = saved
 
-    def plan(self, shape: Sequence[int], dtype: npt.DTypeLike = np.float32) -> EvalPlan:
+    def plan(self, shape: Sequence[SupportsIndex], dtype: npt.DTypeLike = np.float32) -> EvalPlan:
         """Prepare the evaluation of inputs of one shape and dtype, for the lowest latency.
 
         Parameters
@@ -485,7 +491,7 @@ class BatchNorm(passes.Planned):
             if a is not None and not a.flags.writeable:
                 raise ValueError(f"{name} is read-only, but has to be updated")
 
-    def backward(self, dy: npt.ArrayLike, *, out: Array | None = None) -> Array | tuple[Array, Array]:
+    def backward(self, dy: ArrayLike, *, out: Array | None = None) -> Array | Any:
         """Gradient with respect to the input of the last training forward.
 
         The gradients of weight and bias are **added** to `weight_grad` and `bias_grad`, except where those are None.
@@ -721,7 +727,10 @@ class EvalPlan(passes.Planned):
     dtype : numpy.dtype
     """
 
-    def __init__(self, layer: BatchNorm, shape: Sequence[int], dtype: npt.DTypeLike) -> None:
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    def __init__(self, layer: BatchNorm, shape: Sequence[SupportsIndex], dtype: npt.DTypeLike) -> None:
         found = accepted_dtype(dtype, checks.native_input, "float32, float64, float16 or bfloat16")
         inp = passes.Input(np.empty(shape, found), layer.channel_axis, ranks=layer._ranks)
         inp.meets(layer.dtype)
@@ -745,7 +754,7 @@ class EvalPlan(passes.Planned):
         if not self._has_plan(inp.x):
             self._keep(passes.Plan.of(inp, inp.x, (), (), self._coef, self._slope), self._version)
 
-    def forward(self, x: npt.ArrayLike, *, out: Array | None = None, residual: npt.ArrayLike | None = None) -> Array:
+    def forward(self, x: ArrayLike, *, out: Array | None = None, residual: ArrayLike | None = None) -> Array:
         """Normalize x; what a call does.
 
         Parameters

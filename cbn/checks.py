@@ -8,15 +8,37 @@ ValueError and a RuntimeError, where PyTorch raises RuntimeError.
 import contextlib
 import math
 import operator
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, SupportsIndex, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-# As a result, `Array | Any` is an array, or None where the caller has asked for that, and knows it.
+T = TypeVar("T", covariant=True)
+
+
+class SupportsArray(Protocol):
+    """What numpy reads by its `__array__`: arrays, their scalars, tensors, data frames."""
+
+    def __array__(self) -> npt.NDArray[Any]: ...
+
+
+class Nested(Protocol[T]):
+    """Lists and tuples of values, of lists of values, and so on. A str, which contains nothing but str, is none."""
+
+    def __len__(self) -> int: ...
+    def __contains__(self, value: object, /) -> bool: ...
+    def __getitem__(self, index: int, /) -> "T | Nested[T]": ...
+    def index(self, value: Any, /) -> int: ...
+
+
+# As a result or an attribute, `Array | Any` is an array, or None (or a tuple) where the caller has asked for that: it
+# is for him to know, so that `bn.weight * 2` needs no assertion.
 Array = npt.NDArray[Any]
 Doubles = npt.NDArray[np.float64]
-Activation = Literal["relu"] | tuple[Literal["leaky_relu"], float] | None
+# numpy's own takes str and bytes too, of which no array of numbers can be made.
+ArrayLike: TypeAlias = SupportsArray | Nested[float | SupportsArray]
+Number: TypeAlias = float | np.floating[Any] | np.integer[Any]
+Activation = Literal["relu"] | tuple[Literal["leaky_relu"], Number] | None
 
 FLOATS = (np.dtype(np.float32), np.dtype(np.float64))  # of parameters and statistics
 
@@ -88,7 +110,7 @@ def unmasked(a: Any, name: str) -> None:
         )
 
 
-def float_array(x: npt.ArrayLike, name: str) -> Array:
+def float_array(x: ArrayLike, name: str) -> Array:
     """x as an aligned array in native byte order, of a floating type; a copy only where it has to be one."""
     unmasked(x, name)
     # A view of our own: what the caller does to the shape or the dtype of his does not change it
@@ -104,7 +126,7 @@ def float_array(x: npt.ArrayLike, name: str) -> Array:
     return x
 
 
-def axis_index(channel_axis: int, ndim: int) -> int:
+def axis_index(channel_axis: SupportsIndex, ndim: int) -> int:
     """The channel axis as an index from 0."""
     axis = integer(channel_axis, "channel_axis", "an integer")
     if not -ndim <= axis < ndim:
@@ -136,7 +158,7 @@ def output(out: Array | None, shape: tuple[int, ...], dtype: np.dtype[Any], expe
         raise ValueError("out is read-only")
 
 
-def per_channel(a: npt.ArrayLike | None, name: str, n_channels: int, *, written: bool = False) -> Array | Any:
+def per_channel(a: ArrayLike | None, name: str, n_channels: int, *, written: bool = False) -> Array | Any:
     """Refuse a parameter or statistic that is not a float array (C,); None passes. Returns it as an array."""
     if a is None:
         return None
@@ -157,13 +179,13 @@ def per_channel(a: npt.ArrayLike | None, name: str, n_channels: int, *, written:
     return a
 
 
-def buffers_for_batch(running_mean: npt.ArrayLike | None, running_var: npt.ArrayLike | None) -> None:
+def buffers_for_batch(running_mean: ArrayLike | None, running_var: ArrayLike | None) -> None:
     """Refuse one running buffer without the other where batch statistics are used."""
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var must either both be None or neither be None")
 
 
-def buffers_for_eval(running_mean: npt.ArrayLike | None, running_var: npt.ArrayLike | None) -> None:
+def buffers_for_eval(running_mean: ArrayLike | None, running_var: ArrayLike | None) -> None:
     """Refuse absent running statistics where they are what normalizes."""
     if running_mean is None:
         raise ArgumentError("running_mean must be defined in evaluation mode")
@@ -171,7 +193,7 @@ def buffers_for_eval(running_mean: npt.ArrayLike | None, running_var: npt.ArrayL
         raise ArgumentError("running_var must be defined in evaluation mode")
 
 
-def number(value: float, name: str, expected: str) -> float:
+def number(value: Any, name: str, expected: str) -> float:
     """value as a float; bools and what is no number are refused."""
     if isinstance(value, (bool, np.bool_, str, bytes)):
         raise TypeError(f"{name} must be {expected}, not {value!r}")
@@ -181,7 +203,7 @@ def number(value: float, name: str, expected: str) -> float:
         raise TypeError(f"{name} must be {expected}, not {value!r}") from None
 
 
-def epsilon(eps: float) -> float:
+def epsilon(eps: Number) -> float:
     """eps as a float that is finite and not negative."""
     eps = number(eps, "eps", "a number")
     if not math.isfinite(eps) or eps < 0:
@@ -189,17 +211,17 @@ def epsilon(eps: float) -> float:
     return eps
 
 
-def epsilon_for(eps: float, batch_statistics: bool) -> float:
+def epsilon_for(eps: Number, batch_statistics: bool) -> float:
     """eps where it is used: batch statistics, whose variance may be 0, need a positive one."""
-    eps = number(eps, "eps", "a number")
-    if batch_statistics and eps <= 0:
-        raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
-    if eps < 0:
-        raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
-    return epsilon(eps)
+    value = number(eps, "eps", "a number")
+    if batch_statistics and value <= 0:
+        raise ValueError(f"batch_norm eps must be positive during training, but got {value}")
+    if value < 0:
+        raise ValueError(f"batch_norm eps must be non-negative, but got {value}")
+    return epsilon(value)
 
 
-def momentum_fraction(momentum: float) -> float:
+def momentum_fraction(momentum: Number) -> float:
     """momentum as a float in [0, 1]."""
     momentum = number(momentum, "momentum", "a number in [0, 1]")
     if not 0 <= momentum <= 1:
@@ -224,7 +246,7 @@ def negative_slope(activation: Any) -> float:
     raise error(f"activation must be {expected}, not {activation!r}")
 
 
-def residual(a: npt.ArrayLike | None, x: Array) -> Array | None:
+def residual(a: ArrayLike | None, x: Array) -> Array | None:
     """Refuse what cannot be added to the normalized x element by element; None passes. Returns it as an array."""
     if a is None:
         return None

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
 
 from . import checks
-from .checks import Activation, Array, Doubles
+from .checks import Activation, Array, ArrayLike, Doubles, Number
 from .kernels import channels, passes
 
 __all__ = ["batch_norm", "native_batch_norm", "native_batch_norm_backward"]
@@ -164,10 +164,10 @@ def gradients(
 
 def check_parameters(
     n: int,
-    running_mean: npt.ArrayLike | None,
-    running_var: npt.ArrayLike | None,
-    weight: npt.ArrayLike | None,
-    bias: npt.ArrayLike | None,
+    running_mean: ArrayLike | None,
+    running_var: ArrayLike | None,
+    weight: ArrayLike | None,
+    bias: ArrayLike | None,
     *,
     updated: bool,
 ) -> tuple[Array | Any, Array | Any, Array | Any, Array | Any]:
@@ -181,21 +181,21 @@ def check_parameters(
 
 
 def batch_norm(
-    x: npt.ArrayLike,
+    x: ArrayLike,
     running_mean: Array | None,
     running_var: Array | None,
-    weight: npt.ArrayLike | None = None,
-    bias: npt.ArrayLike | None = None,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
     training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
+    momentum: Number = 0.1,
+    eps: Number = 1e-5,
     *,
-    channel_axis: int = 1,
+    channel_axis: SupportsIndex = 1,
     out: Array | None = None,
     activation: Activation = None,
-    residual: npt.ArrayLike | None = None,
-    x_scale: float | None = None,
-    x_zero_point: int | None = None,
+    residual: ArrayLike | None = None,
+    x_scale: Number | None = None,
+    x_zero_point: SupportsIndex | None = None,
     out_dtype: npt.DTypeLike | None = None,
 ) -> Array:
     """Normalize every channel of an array.
@@ -281,23 +281,23 @@ def batch_norm(
 
 
 def _batch_norm(
-    x: npt.ArrayLike,
-    weight: npt.ArrayLike | None,
-    bias: npt.ArrayLike | None,
+    x: ArrayLike,
+    weight: ArrayLike | None,
+    bias: ArrayLike | None,
     running_mean: Array | None,
     running_var: Array | None,
     training: bool,
-    momentum: float,
-    eps: float,
-    channel_axis: int,
+    momentum: Number,
+    eps: Number,
+    channel_axis: SupportsIndex,
     out: Array | None,
-    residual: npt.ArrayLike | None = None,
+    residual: ArrayLike | None = None,
     negative_slope: float = 1,
 ) -> tuple[Array, Doubles, Doubles]:
     """(y, save_mean, save_invstd): both functions that users call."""
     inp = passes.Input(x, channel_axis)
     checks.output(out, inp.x.shape, inp.x.dtype)
-    momentum = checks.momentum_fraction(momentum)
+    fraction = checks.momentum_fraction(momentum)
     if training:
         checks.buffers_for_batch(running_mean, running_var)
     else:
@@ -305,7 +305,7 @@ def _batch_norm(
     running_mean, running_var, weight, bias = check_parameters(
         inp.n_channels, running_mean, running_var, weight, bias, updated=bool(training)
     )
-    eps = checks.epsilon_for(eps, training)
+    epsilon = checks.epsilon_for(eps, training)
     residual = checks.residual(residual, inp.x)
     if residual is not None:
         residual = inp.lies_as(residual)
@@ -313,26 +313,26 @@ def _batch_norm(
     inp.meets(*[a.dtype for a in (weight, bias, *statistics) if a is not None])
     old_mean, old_var, weight, bias = channels.as_doubles(running_mean, running_var, weight, bias)
     if not training:
-        coef = coefficients(old_mean, old_var, weight, bias, eps)
+        coef = coefficients(old_mean, old_var, weight, bias, epsilon)
         return normalize(inp, coef, out, residual, negative_slope), np.empty(0), np.empty(0)
     checks.more_than_one_value(inp.x, inp.n_channels)
-    y, mean, m2, invstd = normalize_batch(inp, weight, bias, eps, out, residual, negative_slope)
+    y, mean, m2, invstd = normalize_batch(inp, weight, bias, epsilon, out, residual, negative_slope)
     if running_mean is not None and inp.layout is not None:
         # Those of the moment, which other threads may have moved; not where y has been written over them
         written = out is not None and (passes.overlaps(out, running_mean) or passes.overlaps(out, running_var))
         old = (old_mean, old_var) if written else None
-        channels.move_running(running_mean, running_var, None, mean, m2, inp.count, momentum, old=old)
+        channels.move_running(running_mean, running_var, None, mean, m2, inp.count, fraction, old=old)
     return y, mean, invstd
 
 
 def _batch_norm_bytes(
     x: Array,
-    weight: npt.ArrayLike | None,
-    bias: npt.ArrayLike | None,
+    weight: ArrayLike | None,
+    bias: ArrayLike | None,
     running_mean: Array | None,
     running_var: Array | None,
-    eps: float,
-    channel_axis: int,
+    eps: Number,
+    channel_axis: SupportsIndex,
     out: Array | None,
     negative_slope: float,
     scale: float,
@@ -371,16 +371,16 @@ def _batch_norm_bytes(
 
 
 def native_batch_norm(
-    x: npt.ArrayLike,
-    weight: npt.ArrayLike | None,
-    bias: npt.ArrayLike | None,
+    x: ArrayLike,
+    weight: ArrayLike | None,
+    bias: ArrayLike | None,
     running_mean: Array | None,
     running_var: Array | None,
     training: bool,
-    momentum: float,
-    eps: float,
+    momentum: Number,
+    eps: Number,
     *,
-    channel_axis: int = 1,
+    channel_axis: SupportsIndex = 1,
     out: Array | None = None,
 ) -> tuple[Array, Doubles, Doubles]:
     """`batch_norm` that also returns what the backward pass needs.
@@ -418,18 +418,18 @@ def native_batch_norm(
 
 
 def native_batch_norm_backward(
-    dy: npt.ArrayLike,
-    x: npt.ArrayLike,
-    weight: npt.ArrayLike | None,
-    running_mean: npt.ArrayLike | None,
-    running_var: npt.ArrayLike | None,
-    save_mean: npt.ArrayLike | None,
-    save_invstd: npt.ArrayLike | None,
+    dy: ArrayLike,
+    x: ArrayLike,
+    weight: ArrayLike | None,
+    running_mean: ArrayLike | None,
+    running_var: ArrayLike | None,
+    save_mean: ArrayLike | None,
+    save_invstd: ArrayLike | None,
     train: bool,
-    eps: float,
+    eps: Number,
     output_mask: Iterable[bool] = (True, True, True),
     *,
-    channel_axis: int = 1,
+    channel_axis: SupportsIndex = 1,
     out: Array | None = None,
 ) -> tuple[Array | Any, Array | Any, Array | Any]:
     """Gradients of a batch normalization with respect to its input, weight and bias.
@@ -499,7 +499,7 @@ def native_batch_norm_backward(
     if dy.shape != inp.x.shape:
         raise ValueError(f"dy has shape {dy.shape}; expected {inp.x.shape}, as the input")
     weight = checks.per_channel(weight, "weight", inp.n_channels)
-    eps = checks.epsilon_for(eps, train)
+    epsilon = checks.epsilon_for(eps, train)
     if train:
         mean = checks.per_channel(save_mean, "save_mean", inp.n_channels)
         invstd = checks.per_channel(save_invstd, "save_invstd", inp.n_channels)
@@ -511,7 +511,7 @@ def native_batch_norm_backward(
         invstd = checks.per_channel(running_var, "running_var", inp.n_channels)
     inp.meets(*[a.dtype for a in (weight, *(() if train else (mean, invstd))) if a is not None])
     mean, invstd, scale = channels.as_doubles(mean, invstd, weight)
-    forward = Forward(inp, scale, None, mean, invstd if train else inverse_std(invstd, eps), train)
+    forward = Forward(inp, scale, None, mean, invstd if train else inverse_std(invstd, epsilon), train)
     dx, _, dbias, dweight = gradients(dy, forward, want_dx, want_dweight or want_dbias, out)
     dtype = checks.parameter_dtype(inp.x.dtype) if weight is None else weight.dtype.newbyteorder("=")
     return (

@@ -10,11 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from . import checks
 from .batchnorm import BatchNorm
-from .checks import Array, Doubles
+from .checks import Array, ArrayLike, Doubles
 
 __all__ = ["fuse_bn_linear", "fuse_conv_bn", "fuse_linear_bn"]
 
@@ -23,8 +22,8 @@ TINY = {"float16": 2.0**-14, "bfloat16": 2.0**-126, "float32": 2.0**-126, "float
 
 
 def fuse_linear_bn(
-    weight: npt.ArrayLike,
-    bias: npt.ArrayLike | None,
+    weight: ArrayLike,
+    bias: ArrayLike | None,
     bn: BatchNorm,
     *,
     flush_subnormals: bool = False,
@@ -82,8 +81,8 @@ def fuse_linear_bn(
 
 
 def fuse_conv_bn(
-    weight: npt.ArrayLike,
-    bias: npt.ArrayLike | None,
+    weight: ArrayLike,
+    bias: ArrayLike | None,
     bn: BatchNorm,
     *,
     transpose: bool = False,
@@ -138,8 +137,8 @@ def fuse_conv_bn(
 
 def fuse_bn_linear(
     bn: BatchNorm,
-    weight: npt.ArrayLike,
-    bias: npt.ArrayLike | None,
+    weight: ArrayLike,
+    bias: ArrayLike | None,
     *,
     padding: int | Sequence[int] | str | None = None,
     groups: int = 1,
@@ -209,7 +208,7 @@ def fuse_bn_linear(
 
 
 def _arrays(
-    weight: npt.ArrayLike, bias: npt.ArrayLike | None, least: int, most: int, words: str
+    weight: ArrayLike, bias: ArrayLike | None, least: int, most: int, words: str
 ) -> tuple[Array, Doubles | None]:
     """The weight, and the bias in float64; of dtypes that layers have, the weight of `least` to `most` dimensions."""
     checked = {}

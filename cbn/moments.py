@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
 
+from .checks import ArrayLike, Number
 from .kernels import passes
 
 __all__ = ["Moments", "moments"]
@@ -52,7 +54,7 @@ class Moments:
     mean: npt.NDArray[np.float64]
     m2: npt.NDArray[np.float64]
 
-    def __init__(self, count: npt.ArrayLike, mean: npt.ArrayLike, m2: npt.ArrayLike) -> None:
+    def __init__(self, count: ArrayLike | Number, mean: ArrayLike, m2: ArrayLike) -> None:
         mean = np.array(mean, dtype=np.float64)
         if mean.ndim != 1:
             raise ValueError(f"mean has shape {mean.shape}; expected (C,)")
@@ -69,7 +71,7 @@ class Moments:
         for name, value in (("count", np.array(np.broadcast_to(count, mean.shape))), ("mean", mean), ("m2", m2)):
             object.__setattr__(self, name, value)
 
-    def var(self, correction: float = 0) -> npt.NDArray[np.float64]:
+    def var(self, correction: Number = 0) -> npt.NDArray[np.float64]:
         """Variance ``m2 / (count - correction)``: 0 the biased one, 1 the unbiased; NaN where count is too small."""
         n = self.count - correction
         with np.errstate(all="ignore"):
@@ -111,7 +113,7 @@ class Moments:
         return total
 
 
-def moments(x: npt.ArrayLike, *, channel_axis: int = 1) -> Moments:
+def moments(x: ArrayLike, *, channel_axis: SupportsIndex = 1) -> Moments:
     """Moments of every channel of an array, in one pass over it.
 
     Parameters

@@ -1,10 +1,14 @@
 """Types of the compiled passes; see passes.pyx."""
 
-from typing import Any, final
+from typing import Any, ParamSpec, Protocol, SupportsIndex, TypeVar, final
 
 import numpy as np
 import numpy.typing as npt
 
+from ..checks import ArrayLike
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R", covariant=True)
 _Array = npt.NDArray[Any]
 _Doubles = npt.NDArray[np.float64]
 
@@ -28,7 +32,7 @@ class Layout:
 class Input:
     wide: bool
     def __init__(
-        self, x: npt.ArrayLike, channel_axis: int, name: str = "input", ranks: tuple[int, ...] | None = None
+        self, x: ArrayLike, channel_axis: SupportsIndex, name: str = "input", ranks: tuple[int, ...] | None = None
     ) -> None: ...
     @property
     def x(self) -> _Array: ...
@@ -112,19 +116,22 @@ class Plan:
 
 def plans_stand_for(cls: type, *others: str) -> None: ...
 
+class _HasForward(Protocol[_P, _R]):
+    def forward(self, *args: _P.args, **kwargs: _P.kwargs) -> _R: ...
+
 class Planned:
     @property
     def _version(self) -> int: ...
     @property
     def _plans(self) -> int: ...
-    def __call__(self, *args: Any, **kwargs: Any) -> _Array: ...
-    def __setattr__(self, name: str, value: Any) -> None: ...
+    # What is called is the forward of the object's own class. (__setattr__ is left out: with it, any attribute goes.)
+    def __call__(self: _HasForward[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R: ...
     def _has_plan(self, x: object) -> bool: ...
     def _keep(self, plan: Plan | None, version: int) -> None: ...
 
 @final
 class Passes:
-    def __init__(self, like: npt.ArrayLike, channel_axis: int = 1) -> None: ...
+    def __init__(self, like: ArrayLike, channel_axis: SupportsIndex = 1) -> None: ...
     @property
     def C(self) -> int: ...
     @property
