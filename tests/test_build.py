@@ -53,7 +53,7 @@ def test_imports_run_one_way():
         "threads": {"checks", "kernels"},
         "memory": {"kernels"},
         "functional": {"checks", "kernels"},
-        "moments": {"functional", "kernels"},
+        "moments": {"checks", "functional", "kernels"},
         "batchnorm": {"checks", "functional", "kernels", "storage"},
         "storage": {"batchnorm"},
         "fuse": {"batchnorm", "checks"},
