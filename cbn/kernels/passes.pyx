@@ -15,7 +15,9 @@ from libc.math cimport fabs, isfinite, sqrt
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcmp, memcpy
 
+import inspect
 import os
+import types
 
 import numpy as np
 
@@ -1328,6 +1330,16 @@ cdef extern from *:
     object PyObject_GenericGetDict(object self, void *context)
 
 
+class CallSignature:
+    """`inspect.signature` of an instance is that of its forward; of a class that of its constructor, as ever."""
+    def __get__(self, instance, owner=None):
+        if instance is None:
+            raise AttributeError("__signature__")
+        called = owner.__call__ if owner.__call__ is not Planned.__call__ else None    # one of the user's own
+        return inspect.signature(instance.forward if called is None else types.MethodType(called, instance))
+
+
+
 # ---- calls that repeat -----------------------------------------------------------------------------------------
 
 cdef bint usable(cnp.ndarray a, Py_ssize_t C, int type_num) noexcept:
@@ -1595,6 +1607,8 @@ cdef class Planned:
             self.type_version, self.n_attributes = type_version, len(attributes)
             self._plans += 1
             self.plan = plan
+
+    __signature__ = CallSignature()
 
 
 # ---- for compiled tools ----------------------------------------------------------------------------------------
