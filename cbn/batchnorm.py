@@ -153,6 +153,13 @@ def accepted_dtype(dtype: Any, native: Callable[[np.dtype[Any]], np.dtype[Any] |
     raise TypeError(f"dtype must be {expected}, not {words}")
 
 
+def shortest(value: float) -> str:
+    """A number as it was given: a float32, which files of ONNX and TensorFlow hold, by the digits of float32."""
+    with np.errstate(over="ignore"):
+        narrow = np.float32(value)
+    return f"np.float32({narrow!s})" if float(f"{value:.9g}") != value == float(narrow) else repr(value)
+
+
 class BatchNorm(passes.Planned):
     """Batch normalization over any input of two or more dimensions.
 
@@ -706,9 +713,39 @@ class BatchNorm(passes.Planned):
         return attributes | dict(zip(arrays, channels.copies(*arrays.values()), strict=True))
 
     def __repr__(self) -> str:
+        """PyTorch's; then what is not at its default, and the calls that lead to the mode, so that it can be evaluated;
+        then which arrays are there, or not, against what that says.
+        """
+        has_bias = self.affine and self.bias is not None
+        arguments: dict[str, Any] = {
+            "eps": shortest(self._eps),
+            "momentum": None if self._momentum is None else shortest(self._momentum),
+            "affine": self.affine,
+            "bias": has_bias,
+            "track_running_stats": self.track_running_stats,
+        }
+        if self._dtype != np.float32:
+            arguments["dtype"] = repr(self._dtype.name)
+        if self._channel_axis != 1:
+            arguments["channel_axis"] = self._channel_axis
+        if not self._unbiased:
+            arguments["running_var"] = "'biased'"
+        if isinstance(self._activation, str):
+            arguments["activation"] = repr(self._activation)
+        elif self._activation is not None:
+            arguments["activation"] = f"('leaky_relu', {shortest(float(self._activation[1]))})"
+        given = ", ".join([str(self._num_features), *(f"{name}={value}" for name, value in arguments.items())])
+        mode = ".freeze()" * self._frozen + ".eval()" * (not self.training)
+        expected = {"weight": self.affine, "bias": has_bias}
+        expected |= {name + "_grad": getattr(self, name) is not None for name in expected}
+        expected |= dict.fromkeys(("running_mean", "running_var", "num_batches_tracked"), self.track_running_stats)
+        there = {name: getattr(self, name) is not None for name in expected}
+        without = ", ".join(name for name in expected if expected[name] and not there[name])
+        added = ", ".join(name for name in expected if there[name] and not expected[name] and "_grad" not in name)
         return (
-            f"{type(self).__name__}({self._num_features}, eps={self._eps}, momentum={self._momentum}, "
-            f"affine={self.affine}, bias={self.bias is not None}, track_running_stats={self.track_running_stats})"
+            f"{type(self).__name__}({given}){mode}"
+            + (f" without {without}" if without else "")
+            + (f" with {added}" if added else "")
         )
 
 

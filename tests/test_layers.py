@@ -424,6 +424,109 @@ def test_repr():
     assert repr(cbn.BatchNorm3d(8, momentum=None, affine=False)) == (
         "BatchNorm3d(8, eps=1e-05, momentum=None, affine=False, bias=False, track_running_stats=True)"
     )
+    layer = cbn.BatchNorm2d(
+        3, 1e-3, bias=False, dtype=np.float64, channel_axis=-1, running_var="biased", activation=("leaky_relu", 0.01)
+    )
+    assert repr(layer.freeze().eval()) == (
+        "BatchNorm2d(3, eps=0.001, momentum=0.1, affine=True, bias=False, track_running_stats=True, dtype='float64', "
+        "channel_axis=-1, running_var='biased', activation=('leaky_relu', 0.01)).freeze().eval()"
+    )
+
+
+KINDS_OF_LAYERS = {
+    "fresh": lambda: cbn.BatchNorm1d(3),
+    "other class": lambda: cbn.BatchNorm2d(3),
+    "other number": lambda: cbn.BatchNorm1d(4),
+    "eps": lambda: cbn.BatchNorm1d(3, eps=1e-3),
+    "eps, int": lambda: cbn.BatchNorm1d(3, eps=1),
+    "eps of float32": lambda: cbn.BatchNorm1d(3, eps=np.float32(1e-5)),
+    "momentum": lambda: cbn.BatchNorm1d(3, momentum=0.2),
+    "momentum of float32": lambda: cbn.BatchNorm1d(3, momentum=np.float32(0.1)),
+    "no momentum": lambda: cbn.BatchNorm1d(3, momentum=None),
+    "affine": lambda: cbn.BatchNorm1d(3, affine=False),
+    "bias": lambda: cbn.BatchNorm1d(3, bias=False),
+    "untracked": lambda: cbn.BatchNorm1d(3, track_running_stats=False),
+    "dtype": lambda: cbn.BatchNorm1d(3, dtype=np.float64),
+    "channel_axis": lambda: cbn.BatchNorm1d(3, channel_axis=-1),
+    "channel_axis 0": lambda: cbn.BatchNorm1d(3, channel_axis=np.int64(0)),
+    "running_var": lambda: cbn.BatchNorm1d(3, running_var="biased"),
+    "relu": lambda: cbn.BatchNorm1d(3, activation="relu"),
+    "leaky relu": lambda: cbn.BatchNorm1d(3, activation=["leaky_relu", 0.2]),
+    "leaky relu of float32": lambda: cbn.BatchNorm1d(3, activation=("leaky_relu", np.float32(0.2))),
+    "evaluation": lambda: cbn.BatchNorm1d(3).eval(),
+    "frozen": lambda: cbn.BatchNorm1d(3).freeze(),
+    "frozen evaluation": lambda: cbn.BatchNorm1d(3).eval().freeze(),
+    "all": lambda: cbn.BatchNorm(
+        3, 1e-3, None, dtype="float64", channel_axis=2, running_var="biased", activation="relu"
+    ).freeze(),
+}
+
+
+def test_repr_tells_layers_apart_and_makes_them_again():
+    told = {name: repr(made()) for name, made in KINDS_OF_LAYERS.items()}
+    assert len(set(told.values())) == len(told)
+    for name, text in told.items():
+        again, layer = eval(text, {"np": np, **vars(cbn)}), KINDS_OF_LAYERS[name]()
+        assert type(again) is type(layer), name
+        for attribute in (
+            "num_features", "eps", "momentum", "affine", "track_running_stats", "dtype", "channel_axis", "_unbiased",
+            "activation", "training", "frozen",
+        ):  # fmt: skip
+            assert getattr(again, attribute) == getattr(layer, attribute), (name, attribute)
+        assert (again.bias is None) == (layer.bias is None), name
+
+
+def test_repr_names_arrays_that_are_not_as_constructed():
+    told = {repr(cbn.BatchNorm1d(3))}
+    for names, words in (
+        (["weight"], ", bias=True, track_running_stats=True) without weight"),
+        (["bias"], ", bias=False, track_running_stats=True)"),
+        (["weight", "bias"], ", bias=False, track_running_stats=True) without weight"),
+        (["weight_grad"], " without weight_grad"),
+        (["weight_grad", "bias_grad"], " without weight_grad, bias_grad"),
+        (["running_mean"], " without running_mean"),
+        (["running_mean", "running_var", "num_batches_tracked"],
+         " without running_mean, running_var, num_batches_tracked"),
+        (["num_batches_tracked"], " without num_batches_tracked"),
+    ):  # fmt: skip
+        layer = cbn.BatchNorm1d(3)
+        for name in names:
+            setattr(layer, name, None)
+        assert repr(layer).endswith(words), names
+        told.add(repr(layer))
+    assert len(told) == 9
+    untracked = cbn.BatchNorm1d(3)
+    untracked.track_running_stats = untracked.affine = False
+    assert repr(untracked.eval()) == (
+        "BatchNorm1d(3, eps=1e-05, momentum=0.1, affine=False, bias=False, track_running_stats=False).eval() "
+        "with weight, bias, running_mean, running_var, num_batches_tracked"
+    )
+    mixed = cbn.BatchNorm1d(3, affine=False)
+    mixed.bias, mixed.running_mean = np.zeros(3, np.float32), None
+    assert repr(mixed).endswith(
+        "affine=False, bias=False, track_running_stats=True) without bias_grad, running_mean with bias"
+    )
+
+
+@pytest.mark.parametrize(
+    ("eps", "text"),
+    [
+        (1e-5, "1e-05"),
+        (1e-12, "1e-12"),
+        (0, "0.0"),
+        (0.5, "0.5"),
+        (0.1 + 0.2, "0.30000000000000004"),
+        (1e10, "10000000000.0"),
+        (1e300, "1e+300"),
+        (np.float64(1e-3), "0.001"),
+        (np.float32(0.5), "0.5"),
+        (np.float32(1e-3), "np.float32(0.001)"),
+        (9.999999747378752e-06, "np.float32(1e-05)"),  # what ONNX files hold
+        (np.float16(0.25), "0.25"),
+    ],
+)
+def test_repr_has_eps_as_given(eps, text):
+    assert f"(3, eps={text}, momentum" in repr(cbn.BatchNorm1d(3, eps=eps))
 
 
 def test_ranks_of_the_general_layer(rng):
