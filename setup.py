@@ -12,6 +12,7 @@ Environment:
 
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -24,7 +25,30 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 KERNELS = Path("cbn/kernels")
-OPENMP_PROGRAM = "#include <omp.h>\nint main(void) { return omp_get_max_threads() < 1; }\n"
+# What is built before the passes, one thing more each time, so that what is missing has its name: the program, the
+# flags that it takes, and what to install where it cannot be built.
+C_PROGRAM = (
+    "a C program",
+    "#include <stdlib.h>\nint main(void) { return EXIT_SUCCESS; }\n",
+    (),
+    "Install what belongs to it: build-essential on Debian and Ubuntu, gcc and glibc-devel on Fedora, c-compiler from "
+    "conda-forge in conda.",
+)
+PYTHON_PROGRAM = (
+    "a program with Python's headers",
+    "#include <Python.h>\nint main(void) { return 0; }\n",
+    ("-c",),
+    "Install Python's headers, of the version {}.{}: python3-dev on Debian and Ubuntu, python3-devel on Fedora. "
+    "Conda's Python has them.".format(*sys.version_info),
+)
+OPENMP_PROGRAM = (
+    "an OpenMP program",
+    "#include <omp.h>\nint main(void) { return omp_get_max_threads() < 1; }\n",
+    ("-fopenmp",),
+    "Install its OpenMP runtime (gcc: libgomp, part of the gcc package; clang: libomp-dev on Debian and Ubuntu, "
+    "libomp-devel on Fedora, llvm-openmp from conda-forge in conda), or choose another compiler by the environment "
+    "variable CC. To build without threads all the same, set CBN_WITHOUT_OPENMP=1.",
+)
 
 
 def asked(name):
@@ -32,15 +56,34 @@ def asked(name):
     return os.environ.get(name, "").lower() not in ("", "0", "no", "false")
 
 
-def compiler_macros(command):
-    """The macros that the C compiler predefines; none where it does not answer as gcc and clang do."""
-    try:
-        done = subprocess.run(
-            [*command, "-dM", "-E", "-x", "c", os.devnull], capture_output=True, text=True, check=True
+def check_found(command):
+    """End with words for a user where the compiler is not there."""
+    if shutil.which(command[0]):
+        return
+    asked_for = os.environ.get("CC")
+    if asked_for is not None and not asked_for.strip():
+        sys.exit(
+            "cbn: the environment variable CC is set but empty: unset it, or set it to a C compiler, as in CC=gcc."
         )
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return done.stdout
+    named = ", which the environment variable CC names," if asked_for else ""
+    remedy = (
+        "The kernels need gcc or clang. Install one: `apt-get install build-essential` on Debian and Ubuntu, "
+        "`dnf install gcc` on Fedora, `conda install -c conda-forge c-compiler` in conda. One that is not on PATH can "
+        "be named by the environment variable CC, as in CC=/opt/bin/gcc."
+    )
+    for name in ("gcc", "clang"):
+        if shutil.which(name):
+            remedy = f"But {name} is there: set the environment variable CC, as in CC={name}."
+    sys.exit(f"cbn: the C compiler {command[0]!r}{named} was not found. {remedy}")
+
+
+def compiler_macros(command):
+    """The macros that the C compiler predefines, and its words where it does not answer as gcc and clang do."""
+    try:
+        done = subprocess.run([*command, "-dM", "-E", "-x", "c", os.devnull], capture_output=True, text=True)
+    except OSError as error:
+        return "", str(error)
+    return ("", done.stderr.strip()) if done.returncode else (done.stdout, "")
 
 
 class BuildPasses(build_ext):
@@ -48,12 +91,17 @@ class BuildPasses(build_ext):
 
     def build_extensions(self):
         command = list(getattr(self.compiler, "compiler", None) or [self.compiler.compiler_type])
-        macros = compiler_macros(command)
+        if self.compiler.compiler_type == "unix":
+            check_found(command)
+        macros, words = compiler_macros(command)
         if "__GNUC__" not in macros:  # clang defines it too
             sys.exit(
-                f"cbn: the C compiler {' '.join(command)!r} is neither gcc nor clang. The kernels are written in "
+                f"cbn: the C compiler {' '.join(command)!r} does not answer as gcc or clang do"
+                f"{f': {words}' if words else ''}. The kernels are written in "
                 "their vector extension and need one of the two: set the environment variable CC, as in CC=gcc."
             )
+        self.check_builds(command, C_PROGRAM)
+        self.check_builds([*command, *(f"-I{folder}" for folder in self.compiler.include_dirs)], PYTHON_PROGRAM)
         # -g0: debug information, which Python's own flags ask for, takes a third of the compiler's time
         # Nobody reads the flags of floating-point exceptions, so a loop with a condition (`factors` in loops.h) can be
         # one of vectors
@@ -75,7 +123,7 @@ class BuildPasses(build_ext):
         if not asked("CBN_WITHOUT_OPENMP"):
             flags += ["-fopenmp"]
             link_flags += ["-fopenmp"]
-            self.check_openmp(command)
+            self.check_builds(command, OPENMP_PROGRAM)
         for extension in self.extensions:
             extension.extra_compile_args = flags
             extension.extra_link_args = link_flags
@@ -90,23 +138,17 @@ class BuildPasses(build_ext):
         self.compiler.compile = compile_at_once
         super().build_extensions()
 
-    def check_openmp(self, command):
+    def check_builds(self, command, program):
+        """End with words for a user where the compiler cannot build the program."""
+        what, text, flags, remedy = program
         with tempfile.TemporaryDirectory() as folder:
-            source = Path(folder, "openmp.c")
-            source.write_text(OPENMP_PROGRAM)
+            source = Path(folder, "program.c")
+            source.write_text(text)
             done = subprocess.run(
-                [*command, "-fopenmp", str(source), "-o", str(Path(folder, "openmp"))],
-                capture_output=True,
-                text=True,
+                [*command, *flags, str(source), "-o", str(Path(folder, "program"))], capture_output=True, text=True
             )
         if done.returncode:
-            sys.exit(
-                f"cbn: the C compiler {' '.join(command)!r} cannot build an OpenMP program:\n\n"
-                f"{done.stderr.strip()}\n\n"
-                "Install its OpenMP runtime (gcc: libgomp, part of the gcc package; clang: libomp-dev on Debian and "
-                "Ubuntu, libomp-devel on Fedora), or choose another compiler by the environment variable CC. "
-                "To build without threads all the same, set CBN_WITHOUT_OPENMP=1."
-            )
+            sys.exit(f"cbn: the C compiler {command[0]!r} cannot build {what}:\n\n{done.stderr.strip()}\n\n{remedy}")
 
 
 sources = ["passes.pyx", "select.c", "pool.c", "baseline.c"]

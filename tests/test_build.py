@@ -7,7 +7,6 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -122,65 +121,117 @@ def test_the_sdist_holds_every_source(sdist):
 
 
 @pytest.mark.slow
-def test_a_wheel_from_the_sdist_passes_the_tests_in_an_empty_environment(sdist, tmp_path):
-    code = f"from setuptools.build_meta import build_wheel; build_wheel({str(tmp_path)!r})"
-    done = build(["-c", code], sdist)
+def test_the_readmes_install_lines_work_and_what_they_install_passes_the_tests(sdist, tmp_path):
+    """In an empty environment, in the unpacked source distribution, which is what a clone is too."""
+    blocks = re.findall(r"^```\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    block = next(b for b in blocks if "pip" in b)
+    assert block.splitlines()[0] == "pip install ."
+
+    def run(*command, folder=tmp_path):
+        path = f"{tmp_path / 'venv' / 'bin'}:{os.environ['PATH']}"
+        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PATH": path}
+        return subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL
+        )
+
+    done = run(sys.executable, "-m", "venv", "venv")
     assert done.returncode == 0, done.stderr
-    wheel = next(tmp_path.glob("*.whl"))
-    with zipfile.ZipFile(wheel) as archive:
-        names = archive.namelist()
-    assert not [n for n in names if n.endswith((".c", ".h", ".pyx"))]
-    for needed in ("cbn/py.typed", "cbn/kernels/passes.pyi", "cbn/kernels/passes.pxd"):
-        assert needed in names
-    done = build(["-m", "venv", str(tmp_path / "venv")], tmp_path)
+    done = run("bash", "-e", "-c", block, folder=sdist)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "agree with the reference" in done.stdout
+    done = run("python", "-m", "cbn", folder=sdist)  # what the page warns of
+    assert f"ImportError: cbn is imported from its source folder {sdist}, which has no compiled" in done.stderr
+    code = "from importlib.metadata import *; print(*files('cbn'), '', *requires('cbn'), sep='\\n')"
+    done = run("python", "-I", "-c", code)
+    files, requirements = done.stdout.split("\n\n")
+    installed = {name for name in files.splitlines() if name.startswith("cbn/") and not name.endswith(".pyc")}
+    library = f"cbn/kernels/passes{sysconfig.get_config_var('EXT_SUFFIX')}"
+    needed = {"cbn/py.typed", "cbn/kernels/passes.pyi", "cbn/kernels/passes.pxd", library}
+    assert installed == needed | {str(p.relative_to(ROOT)) for p in SOURCES if p.suffix == ".py"}
+    wanted = [r.split(";")[0] for r in requirements.splitlines() if r.endswith('extra == "test"')]
+    done = run("python", "-m", "pip", "install", "-q", *wanted, "cython", "setuptools")
     assert done.returncode == 0, done.stderr
-    python = tmp_path / "venv" / "bin" / "python"
-    done = subprocess.run(
-        [python, "-m", "pip", "install", "-q", f"{wheel}[test]"],
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-    )
-    assert done.returncode == 0, done.stderr
-    # A folder without cbn/ in it, so that the tests import the wheel
-    for name in ("tests", "conftest.py", "pyproject.toml"):
+    # A folder without cbn/ in it, so that the tests import what was installed
+    for name in ("tests", "conftest.py", "pyproject.toml", "examples"):
         (sdist / name).rename(tmp_path / name)
-    tests = [
-        f"tests/test_{n}.py" for n in ("kernels", "layers", "functional", "errors", "storage", "threads", "moments")
-    ]
+    names = ("kernels", "layers", "functional", "errors", "storage", "threads", "moments", "extension")
     # All but the one that goes through every knob: it takes as long as all others, and the sources are the same
-    command = [python, "-m", "pytest", "-q", "--deselect", "tests/test_kernels.py::test_every_path_gives_the_same_bits"]
-    done = subprocess.run([*command, *tests], cwd=tmp_path, capture_output=True, text=True)
+    leave = ("--deselect", "tests/test_kernels.py::test_every_path_gives_the_same_bits")
+    done = run("python", "-m", "pytest", "-q", *leave, *(f"tests/test_{name}.py" for name in names))
     assert done.returncode == 0, done.stdout[-3000:]
 
 
-def test_a_foreign_compiler_is_refused_in_clear_words(tmp_path):
-    fake = tmp_path / "cl"
-    fake.write_text("#!/bin/sh\necho 'unknown option' >&2\nexit 2\n")
-    fake.chmod(0o755)
-    done = build(["setup.py", "-q", "build_ext", "-t", str(tmp_path), "-b", str(tmp_path)], ROOT, CC=str(fake))
+def refused(folder, **environment):
+    """What setup.py says when it refuses to compile."""
+    done = build(["setup.py", "-q", "build_ext", "-t", str(folder), "-b", str(folder)], ROOT, **environment)
     assert done.returncode != 0
-    assert "is neither gcc nor clang" in done.stderr
-    assert "set the environment variable CC" in done.stderr
     assert "Traceback" not in done.stderr
+    return done.stderr
 
 
-def compiler_without_openmp(folder):
-    fake = folder / "cc"
-    fake.write_text(
-        '#!/bin/sh\nfor a in "$@"; do [ "$a" = -fopenmp ] && { echo "no omp.h" >&2; exit 1; }; done\nexec cc "$@"\n'
-    )
+def test_a_compiler_that_is_not_there_is_said_not_to_be_found(tmp_path):
+    error = refused(tmp_path, PATH=str(tmp_path))
+    assert re.search(r"^cbn: the C compiler '[^']+' was not found\. The kernels need gcc or clang", error, re.MULTILINE)
+    for remedy in ("apt-get install build-essential", "dnf install gcc", "conda install -c conda-forge c-compiler"):
+        assert remedy in error
+    assert "neither" not in error
+
+
+@pytest.mark.parametrize("name", ["/nonexistent/gcc", "nonexistent-gcc -pipe"])
+def test_a_compiler_that_cc_names_and_that_is_not_there(tmp_path, name):
+    error = refused(tmp_path, PATH=str(tmp_path), CC=name)
+    words = f"the C compiler '{name.split()[0]}', which the environment variable CC names, was not found. The kernels"
+    assert words in error
+    for other in ("gcc", "clang"):
+        (tmp_path / other).write_text("#!/bin/sh\n")
+        (tmp_path / other).chmod(0o755)
+        error = refused(tmp_path, PATH=str(tmp_path), CC=name)
+        assert f"was not found. But {other} is there: set the environment variable CC, as in CC={other}." in error
+        (tmp_path / other).unlink()
+
+
+def test_an_empty_cc_is_named(tmp_path):
+    assert "the environment variable CC is set but empty" in refused(tmp_path, CC=" ")
+
+
+def script(folder, text):
+    fake = folder / "fake"
+    fake.write_text(f"#!/bin/sh\n{text}\n")
     fake.chmod(0o755)
     return str(fake)
 
 
+def test_a_foreign_compiler_is_refused_in_clear_words(tmp_path):
+    error = refused(tmp_path, CC=script(tmp_path, "echo 'unknown option' >&2; exit 2"))
+    assert "does not answer as gcc or clang do: unknown option. The kernels are written in their vector" in error
+    assert "set the environment variable CC" in error
+    assert "not found" not in error
+    assert "does not answer as gcc or clang do. The kernels" in refused(tmp_path, CC="false")
+
+
+def test_a_compiler_without_headers_says_which(tmp_path):
+    error = refused(tmp_path, CC="cc -nostdinc")
+    for words in ("'cc' cannot build a C program:", "stdlib.h", "build-essential", "glibc-devel", "c-compiler"):
+        assert words in error
+    without_python = """for a in "$@"; do case $a in *.c)
+        grep -q Python.h "$a" && { echo "fatal error: Python.h" >&2; exit 1; };; esac; done; exec cc "$@"
+    """
+    error = refused(tmp_path, CC=script(tmp_path, without_python))
+    for words in ("cannot build a program with Python's headers:", "error: Python.h", "python3-dev on Debian", "Conda"):
+        assert words in error
+    assert f"of the version {sys.version_info[0]}.{sys.version_info[1]}:" in error
+
+
+def compiler_without_openmp(folder):
+    return script(
+        folder, 'for a in "$@"; do [ "$a" = -fopenmp ] && { echo "no omp.h" >&2; exit 1; }; done\nexec cc "$@"'
+    )
+
+
 def test_missing_openmp_is_an_error_with_its_remedy(tmp_path):
-    arguments = ["setup.py", "-q", "build_ext", "-t", str(tmp_path), "-b", str(tmp_path)]
-    done = build(arguments, ROOT, CC=compiler_without_openmp(tmp_path))
-    assert done.returncode != 0
+    error = refused(tmp_path, CC=compiler_without_openmp(tmp_path))
     for words in ("cannot build an OpenMP program", "no omp.h", "libgomp", "libomp-dev", "CBN_WITHOUT_OPENMP=1"):
-        assert words in done.stderr
-    assert "Traceback" not in done.stderr
+        assert words in error
 
 
 @pytest.mark.slow
