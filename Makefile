@@ -8,7 +8,7 @@ SOURCES := setup.py pyproject.toml $(wildcard cbn/kernels/*.pyx cbn/kernels/*.c 
 SOURCES := $(filter-out cbn/kernels/passes.c cbn/kernels/channels.c,$(SOURCES))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast peers accuracy readme bench bench-full bench-peers bench-compare lint sanitize self-check wheel clean
+.PHONY: help demo test test-fast test-sdist peers accuracy readme bench bench-full bench-peers bench-compare lint sanitize self-check wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -49,6 +49,13 @@ test: $(VENV)/.with-test $(VENV)/.with-examples $(VENV)/.with-bench $(VENV)/.wit
 
 test-fast: $(VENV)/.with-test ## the tests that take seconds
 	$(BIN)/python -m pytest -q -m "not slow" --ignore=tests/test_examples.py
+
+test-sdist: $(VENV)/.created ## the tests that take seconds, in an unpacked source distribution that sets itself up
+	rm -rf build/sdist cbn.egg-info/SOURCES.txt
+	$(BIN)/python -c "from setuptools.build_meta import build_sdist; build_sdist('build/sdist')" >/dev/null
+	folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && \
+	  tar -xf build/sdist/cbn-*.tar.gz -C "$$folder" --strip-components=1 && \
+	  PYTEST_ADDOPTS='-q -m "not slow"' $(MAKE) -C "$$folder" test
 
 peers: $(VENV)/.with-test $(VENV)/.with-examples $(VENV)/.with-peers ## the tests against PyTorch, ONNX, Keras, Flax, Equinox, Haiku and MLX
 	$(BIN)/python -m pytest tests/peers

@@ -94,30 +94,55 @@ def build(arguments, folder, **environment):
     )
 
 
+NOT_PACKED = {".gitignore"}  # of what is tracked
+ONLY_PACKED = {"PKG-INFO", "setup.cfg"} | {
+    f"cbn.egg-info/{name}"
+    for name in ("PKG-INFO", "SOURCES.txt", "dependency_links.txt", "requires.txt", "top_level.txt")
+}
+# What work leaves in a checkout, and git ignores
+LITTER = (
+    "cbn/kernels/passes.c", "cbn/kernels/passes.so", "cbn/__pycache__/a.pyc", "examples/out/a.md",
+    "benchmarks/out/accuracy.md", "benchmarks/out/native/limits.so", "examples/extension/frames.c",
+    "examples/extension/build/a.c", "build/a.py", ".venv/a.py", "dist/a.md", ".hypothesis/a.py",
+)  # fmt: skip
+
+
+def tracked(*others):
+    """What git tracks; in an unpacked source distribution, what was packed."""
+    if (ROOT / ".git").exists():
+        done = subprocess.run(["git", "ls-files", *others], cwd=ROOT, capture_output=True, text=True, check=True)
+        names = done.stdout.splitlines()
+    else:
+        names = (ROOT / "cbn.egg-info" / "SOURCES.txt").read_text().splitlines()
+    return {name for name in names if (ROOT / name).exists()} - ONLY_PACKED
+
+
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory):
-    """The source distribution, unpacked."""
+    """The source distribution, unpacked; made from a copy, which has nothing of an older build."""
     folder = tmp_path_factory.mktemp("sdist")
+    clone = folder / "clone"
+    for name in tracked("--cached", "--others", "--exclude-standard"):
+        (clone / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, clone / name)
+    for name in LITTER:
+        (clone / name).parent.mkdir(parents=True, exist_ok=True)
+        (clone / name).touch()
     code = f"from setuptools.build_meta import build_sdist; build_sdist({str(folder)!r})"
-    done = build(["-c", code], ROOT)
+    done = build(["-c", code], clone)
     assert done.returncode == 0, done.stderr
     with tarfile.open(next(folder.glob("*.tar.gz"))) as archive:
         archive.extractall(folder, filter="data")
-    return next(p for p in folder.iterdir() if p.is_dir())
+    return next(folder.glob("cbn-*/"))
 
 
-def test_the_sdist_holds_every_source(sdist):
-    if (ROOT / ".git").exists():
-        listing = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard"],
-                                 cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()  # fmt: skip
-        wanted = {n for n in listing if n.startswith(("cbn/", "tests/", "examples/")) and (ROOT / n).exists()}
-    else:
-        wanted = {str(p.relative_to(ROOT)) for p in SOURCES}
+def test_the_sdist_holds_what_git_tracks_and_nothing_of_a_build(sdist):
     packed = {str(p.relative_to(sdist)) for p in sdist.rglob("*") if p.is_file()}
-    assert wanted <= packed, sorted(wanted - packed)
-    for name in ("LICENSE", "README.md", "CHANGELOG.md", "pyproject.toml", "setup.py", "Makefile", "conftest.py"):
-        assert name in packed
-    assert "cbn/kernels/passes.c" not in packed
+    wanted = tracked() - NOT_PACKED
+    assert wanted >= {"setup.py", ".ci/run", "docs/update_readme.py", "benchmarks/native/limits.c", "cbn/py.typed"}
+    assert wanted <= packed, f"MANIFEST.in leaves out {sorted(wanted - packed)}"
+    extra = packed - ONLY_PACKED - tracked("--cached", "--others", "--exclude-standard")
+    assert not extra, f"MANIFEST.in packs {sorted(extra)}"
 
 
 @pytest.mark.slow
