@@ -12,11 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cbn.kernels import passes
+from cbn.kernels import channels, passes
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted(
-    p for p in (ROOT / "cbn").rglob("*") if p.suffix in (".py", ".pyi", ".pyx", ".c", ".h") and p.name != "passes.c"
+    p
+    for p in (ROOT / "cbn").rglob("*")
+    if p.suffix in (".py", ".pyi", ".pyx", ".c", ".h") and p.name not in ("passes.c", "channels.c")
 )
 
 
@@ -53,8 +55,9 @@ def test_imports_run_one_way():
         "memory": {"kernels"},
         "functional": {"checks", "kernels"},
         "moments": {"checks", "functional", "kernels"},
-        "batchnorm": {"checks", "functional", "kernels", "storage"},
-        "storage": {"batchnorm"},
+        "state": {"checks"},
+        "batchnorm": {"checks", "functional", "kernels", "state", "storage"},
+        "storage": {"batchnorm", "checks", "state"},
         "fuse": {"batchnorm", "checks"},
         "config": {"checks", "functional", "kernels", "memory", "reference", "threads"},
     }
@@ -63,7 +66,7 @@ def test_imports_run_one_way():
             continue
         found = set()
         for names in re.findall(r"^\s*from \. import (.*)$", path.read_text(), re.M):
-            found |= {n.strip() for n in names.split(",")}
+            found |= {n.split()[0] for n in names.split(",")}
         found |= set(re.findall(r"^\s*from \.(\w+)", path.read_text(), re.M))
         assert found <= allowed[path.stem], path
     for path in (ROOT / "cbn" / "convert").glob("*.py"):
@@ -74,13 +77,16 @@ def test_imports_run_one_way():
         assert path.stem == "__init__" or set(beside) <= {"common"}, path
 
 
-def test_symbols_are_hidden():
+@pytest.mark.parametrize("module", [passes, channels], ids=["passes", "channels"])
+def test_symbols_are_hidden(module):
     try:
-        done = subprocess.run(["nm", "-D", "--defined-only", passes.__file__], capture_output=True, text=True)
+        done = subprocess.run(["nm", "-D", "--defined-only", module.__file__], capture_output=True, text=True)
     except FileNotFoundError:
         pytest.skip("nm is not installed")
     symbols = {line.split()[-1] for line in done.stdout.splitlines()}
-    assert symbols <= {"PyInit_passes", "_init", "_fini", "_edata", "_end", "__bss_start"}, symbols
+    assert symbols <= {f"PyInit_{module.__name__.split('.')[-1]}", "_init", "_fini", "_edata", "_end", "__bss_start"}, (
+        symbols
+    )
 
 
 def build(arguments, folder, **environment):
@@ -101,8 +107,8 @@ ONLY_PACKED = {"PKG-INFO", "setup.cfg"} | {
 }
 # What work leaves in a checkout, and git ignores
 LITTER = (
-    "cbn/kernels/passes.c", "cbn/kernels/passes.so", "cbn/__pycache__/a.pyc", "examples/out/a.md",
-    "benchmarks/out/accuracy.md", "benchmarks/out/native/limits.so", "examples/extension/frames.c",
+    "cbn/kernels/passes.c", "cbn/kernels/channels.c", "cbn/kernels/passes.so", "cbn/__pycache__/a.pyc",
+    "examples/out/a.md", "benchmarks/out/accuracy.md", "benchmarks/out/native/limits.so", "examples/extension/frames.c",
     "examples/extension/build/a.c", "build/a.py", ".venv/a.py", "dist/a.md", ".hypothesis/a.py",
 )  # fmt: skip
 
@@ -170,8 +176,13 @@ def test_the_readmes_install_lines_work_and_what_they_install_passes_the_tests(s
     done = run("python", "-I", "-c", code)
     files, requirements = done.stdout.split("\n\n")
     installed = {name for name in files.splitlines() if name.startswith("cbn/") and not name.endswith(".pyc")}
-    library = f"cbn/kernels/passes{sysconfig.get_config_var('EXT_SUFFIX')}"
-    needed = {"cbn/py.typed", "cbn/kernels/passes.pyi", "cbn/kernels/passes.pxd", library}
+    libraries = {f"cbn/kernels/{name}{sysconfig.get_config_var('EXT_SUFFIX')}" for name in ("passes", "channels")}
+    needed = {
+        "cbn/py.typed",
+        "cbn/kernels/passes.pyi",
+        "cbn/kernels/channels.pyi",
+        "cbn/kernels/passes.pxd",
+    } | libraries
     assert installed == needed | {str(p.relative_to(ROOT)) for p in SOURCES if p.suffix == ".py"}
     wanted = [r.split(";")[0] for r in requirements.splitlines() if r.endswith('extra == "test"')]
     done = run("python", "-m", "pip", "install", "-q", *wanted, "cython", "setuptools")

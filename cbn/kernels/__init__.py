@@ -1,6 +1,6 @@
-"""The compiled passes; see kernels.h for the grammar of their names."""
+"""The compiled modules: passes over arrays, and reads and writes of arrays per channel."""
 
-__all__ = ["passes"]
+__all__ = ["channels", "passes"]
 
 
 def _explain(error: ImportError) -> str:
@@ -36,6 +36,6 @@ def _explain(error: ImportError) -> str:
 
 
 try:
-    from . import passes
+    from . import channels, passes
 except ImportError as error:
     raise ImportError(_explain(error), name="cbn.kernels.passes") from error
