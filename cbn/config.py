@@ -99,6 +99,16 @@ def self_check(report: Callable[[str], object] = print) -> bool:
     return good
 
 
+def unchecked() -> list[str]:
+    """What `self_check` leaves out here, each with the reason."""
+    lines = [f"{isa}, which this processor does not have" for isa in passes.built() if isa not in passes.available()]
+    if not any(dtype.name == "bfloat16" for dtype, _ in _types()):
+        lines.append("bfloat16, as ml_dtypes is not installed: pip install 'cbn[bfloat16]'")
+    if not passes.build_info()["openmp"]:
+        lines.append("several threads, as this is a build without OpenMP")
+    return lines
+
+
 def _types() -> list[tuple[np.dtype[Any], float]]:
     """Types of input with the largest error allowed; bfloat16 where ml_dtypes has it."""
     types: list[tuple[np.dtype[Any], float]] = [

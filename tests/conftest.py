@@ -1,6 +1,15 @@
 """What all tests share: instruction sets, layouts, and arrays that lie in memory as asked."""
 
-import ml_dtypes
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+try:
+    import hypothesis  # noqa: F401
+    import ml_dtypes
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(f"the tests need {error.name}: pip install -e '.[test]' in the checkout") from error
 import numpy as np
 import pytest
 
@@ -47,6 +56,20 @@ def error(actual, exact):
     assert actual.shape == exact.shape
     scale = np.abs(exact).max() or 1.0
     return np.abs(actual - exact).max() / scale
+
+
+def closed_pipe(*arguments):
+    """`python -m` with these arguments, into a pipe that nobody reads any more; what it wrote elsewhere."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        return subprocess.run(
+            [sys.executable, "-m", *arguments], cwd=Path(__file__).parents[1], env=environment,
+            stdout=writer, stderr=subprocess.PIPE, text=True, timeout=300,
+        )  # fmt: skip
+    finally:
+        os.close(writer)
 
 
 def pytest_collection_modifyitems(items):
