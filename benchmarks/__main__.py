@@ -7,10 +7,19 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from tqdm import tqdm
+try:
+    import ml_dtypes  # noqa: F401  of the cases in bfloat16
+    from tqdm import tqdm
 
-from . import cases, compare, contenders, report
-from .suite import LATENCY_CASES, SLICE, TURNS, Suite, cores, growth_cases
+    from cbn.__main__ import run
+
+    from . import cases, compare, contenders, report
+    from .suite import LATENCY_CASES, SLICE, TURNS, Suite, cores, growth_cases
+except ModuleNotFoundError as error:
+    if error.name not in ("matplotlib", "ml_dtypes", "tqdm"):
+        raise
+    root = Path(__file__).resolve().parents[1]
+    raise ModuleNotFoundError(f"the benchmarks need {error.name}: pip install -e '{root}[bench]'") from error
 
 OUT = Path(__file__).parent / "out"
 
@@ -190,4 +199,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

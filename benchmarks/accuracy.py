@@ -8,11 +8,13 @@ stands beside it where it is installed.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import numpy as np
 
 from cbn import reference
+from cbn.__main__ import run as run_command
 from cbn.functional import native_batch_norm, native_batch_norm_backward
 from cbn.kernels import passes
 
@@ -136,8 +138,10 @@ def main():
         worst = np.array([v for _, who, _, v in rows() if who == "cbn" and len(v) > 1])
         limits = " ".join(f"{r} {w:.1e}" for r, w in zip(RESULTS, worst.max(axis=0), strict=True))
         print(f"{isa}: largest error over all inputs and layouts: {limits}")
+    if len(contenders()) == 1:
+        print("PyTorch is not in the table, as it is not installed: pip install -e '.[peers]' in the checkout")
     print(f"written: {out / 'accuracy.md'}, {out / 'accuracy_summary.md'}")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

@@ -239,6 +239,8 @@ class Suite:
                 versions[name] = contenders.ALL[name].version()
             except (ImportError, OSError) as error:
                 absent[name] = str(error).splitlines()[0]
+                if isinstance(error, ImportError):
+                    absent[name] += ": pip install -e '.[bench-peers]' in the checkout"
         return [n for n in names if n in versions], versions, absent
 
     def process(self, name, threads):

@@ -10,7 +10,7 @@ from .cases import NC, RESNET, SMALL, Case, layouts_of
 from .contenders import Cbn, Data, Numpy
 from .suite import cores
 
-pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed")
+pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed: pip install -e '.[bench]'")
 
 CASES = [
     Case(op, shape, layout, len(cores()))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script: find `examples` and `cbn`
+    import examples  # noqa: F401  which says what is not installed
 
 from examples import binary_logits, digits_mlp, embed, four_steps, pipeline, report, sequences
 
@@ -41,9 +42,9 @@ def main(argv=None):
             run(example, short, "with PyTorch")
         else:
             script = Path(example.__file__).name
-            print(f"left out: {script}, which needs PyTorch: pip install torch", file=sys.stderr)
+            print(f"left out: {script}, which needs PyTorch: {pipeline.PEERS}", file=sys.stderr)
     print(f"{time.monotonic() - start:.0f} s; everything above is in {args.out}", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(report.run(main))

@@ -8,11 +8,12 @@
 import sys
 from pathlib import Path
 
-import numpy as np
-from sklearn.datasets import load_breast_cancer
-
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script: find `examples` and `cbn`
+    import examples  # noqa: F401  which says what is not installed
+
+import numpy as np
+from sklearn.datasets import load_breast_cancer
 
 from cbn import BatchNorm1d
 from examples import report, training
@@ -224,4 +225,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(report.run(main))

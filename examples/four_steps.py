@@ -6,11 +6,12 @@ Steps: normalize, scale and shift, gradients, inference; for tables (N, C) and f
 import sys
 from pathlib import Path
 
-import numpy as np
-from sklearn.datasets import load_digits, load_wine
-
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script: find `examples` and `cbn`
+    import examples  # noqa: F401  which says what is not installed
+
+import numpy as np
+from sklearn.datasets import load_digits, load_wine
 
 from cbn import BatchNorm1d, BatchNorm2d
 from examples import report, training
@@ -305,4 +306,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(report.run(main))

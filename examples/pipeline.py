@@ -14,16 +14,18 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+if not __package__:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script: find `examples` and `cbn`
+    import examples  # noqa: F401  which says what is not installed
+
 import numpy as np
 from matplotlib.ticker import LogLocator
 from threadpoolctl import threadpool_limits  # scikit-learn brings it
 
-if not __package__:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script: find `examples` and `cbn`
-
 import cbn
 from examples import digits_mlp, report
 
+PEERS = "pip install -e '.[examples-peers]' in the checkout"
 SIDE = 8  # of an image
 BATCHES = (1, 32)  # images in a request
 THREADS = (1, 4)  # that send requests at once
@@ -248,7 +250,7 @@ def contenders(net):
         session = onnx_session(net)
     except Exception as error:  # whatever an optional package or the deprecated exporter fails with
         reason = str(error).strip().partition("\n")[0]
-        return ways, f"ONNX Runtime is absent: {type(error).__name__}: {reason}."
+        return ways, f"ONNX Runtime is absent: {type(error).__name__}: {reason} ({PEERS})."
     return ways | {"ONNX Runtime": lambda x: session.run(None, {"x": x.reshape(-1, 1, SIDE, SIDE)})[0]}, None
 
 
@@ -501,9 +503,9 @@ def main(argv=None):
     try:
         import torch  # noqa: F401  at the first use of it, so that --help and the other examples do without
     except ImportError:
-        sys.exit("examples/pipeline.py trains its network in PyTorch, which is not installed: pip install torch")
+        sys.exit(f"examples/pipeline.py trains its network in PyTorch, which is not installed: {PEERS}")
     show(run(epochs=args.epochs, rounds=args.rounds, milliseconds=args.milliseconds), args.out)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(report.run(main))

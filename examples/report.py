@@ -13,6 +13,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from cbn.__main__ import run  # noqa: F401  what every script is called by: a closed pipe is no traceback
+
 OUT = Path(__file__).resolve().parent / "out"
 
 # Okabe and Ito's palette, which stays distinct with every kind of colour blindness.

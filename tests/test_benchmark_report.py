@@ -10,7 +10,7 @@ from html import escape, unescape
 import numpy as np
 import pytest
 
-pytest.importorskip("matplotlib")
+pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install -e '.[bench]'")
 
 from benchmarks import report
 from benchmarks import results as read

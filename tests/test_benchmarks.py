@@ -11,10 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytest.importorskip("tqdm", reason="tqdm is not installed")
+pytest.importorskip("tqdm", reason="tqdm is not installed: pip install -e '.[bench]'")
 from benchmarks import __main__ as command
 from benchmarks import cases, compare, contenders, suite
 from benchmarks.cases import Case
+
+from .conftest import closed_pipe
 
 ROOT = Path(__file__).parent.parent
 MB = 1 << 20
@@ -86,6 +88,28 @@ def test_types_and_what_follows_are_chosen(capsys):
     names = capsys.readouterr().out.split()
     assert names
     assert all("bfloat16" in name for name in names)
+
+
+@pytest.mark.parametrize(
+    "arguments", [("benchmarks",), ("benchmarks", "run", "--list"), ("benchmarks.accuracy", "--help")]
+)
+def test_a_closed_pipe_is_no_traceback(arguments):
+    done = closed_pipe(*arguments)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize("package", ["matplotlib", "ml_dtypes", "tqdm"])
+def test_a_missing_package_names_the_extra(package):
+    code = f"import sys; sys.modules[{package!r}] = None; import benchmarks.__main__"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    last = done.stderr.splitlines()[-1]
+    assert last == f"ModuleNotFoundError: the benchmarks need {package}: pip install -e '{ROOT}[bench]'"
+
+
+def test_a_missing_peer_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jax", None)
+    absent = suite.Suite(tmp_path / "results.json", peers=["JAX"], limits=()).absent
+    assert absent["JAX"].endswith(": pip install -e '.[bench-peers]' in the checkout")
 
 
 def run(*arguments, plant="", **kwargs):
@@ -236,7 +260,7 @@ def test_every_contender_agrees_with_float64_where_it_is_installed(tmp_path):
 @pytest.mark.parametrize("memory", ["out", "called"])
 def test_fused_cases_and_other_types(tmp_path, options, op, memory):
     """cbn and PyTorch, where it is, against the exact results that the workers compare with."""
-    pytest.importorskip("ml_dtypes")
+    pytest.importorskip("ml_dtypes", reason="ml_dtypes is not installed: pip install -e '.[bench]'")
     case = Case(op, (3, 5, 6, 7), "last", 1, memory, **options)
     assert case.name.startswith(f"{op}+{case.fused}-" if case.fused else f"{op}-3x5x6x7-last-bfloat16")
     exact = np.load(suite.Exact(case, tmp_path).files["y"])

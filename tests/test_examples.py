@@ -2,6 +2,7 @@
 
 import csv
 import pickle
+import re
 import runpy
 import struct
 import subprocess
@@ -15,11 +16,13 @@ import cbn
 
 for package in ("sklearn", "matplotlib", "tqdm"):
     pytest.importorskip(
-        package, reason="the examples need scikit-learn, matplotlib and tqdm: pip install 'cbn[examples]'"
+        package, reason="the examples need scikit-learn, matplotlib and tqdm: pip install -e '.[examples]'"
     )
 
 from examples import __main__ as demo  # noqa: E402
 from examples import binary_logits, digits_mlp, embed, four_steps, layers, report, sequences, training  # noqa: E402
+
+from .conftest import closed_pipe  # noqa: E402
 
 SCRIPTS = Path(demo.__file__).parent
 
@@ -563,3 +566,42 @@ def test_help(script, monkeypatch, capsys):
         runpy.run_path(str(SCRIPTS / f"{script}.py"), run_name="__main__")
     assert stopped.value.code == 0
     assert "--out DIR" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [("examples", "--help"), ("examples.embed", "--seconds", "20", "--repeats", "1")])
+def test_a_closed_pipe_is_no_traceback(tmp_path, arguments):
+    done = closed_pipe(*arguments, "--out", str(tmp_path))
+    assert done.returncode == 141
+    assert "Error" not in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("script", ["__main__", "digits_mlp", "binary_logits", "four_steps", "sequences", "embed"])
+def test_a_missing_package_names_the_extra(script, tmp_path):
+    code = f"""
+import runpy, sys
+sys.argv[0] = {str(SCRIPTS / script)!r} + ".py"
+sys.path[0] = {str(SCRIPTS)!r}
+sys.modules["sklearn"] = sys.modules["tqdm"] = None
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+    ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    last = ran.stderr.splitlines()[-1]
+    assert last == (
+        f"ModuleNotFoundError: the examples need scikit-learn, tqdm: pip install -e '{SCRIPTS.parent}[examples]'"
+    )
+
+
+def test_the_readmes_commands_work(monkeypatch, capsys):
+    """Each script that it names takes the options that it names."""
+    block = (SCRIPTS / "README.md").read_text().split("```")[1]
+    commands = re.findall(r"\bpython (-m )?(\S+)(.*)", block)
+    assert len(commands) == block.count("python ") >= 4
+    for module, name, rest in commands:
+        path = SCRIPTS.parent / (f"{name}/__main__.py" if module else name)
+        monkeypatch.setattr(sys, "argv", [str(path), "--help"])
+        with pytest.raises(SystemExit):
+            runpy.run_path(str(path), run_name="__main__")
+        text = capsys.readouterr().out
+        for option in re.findall(r"--[a-z0-9-]+", rest):
+            assert option in text, f"{name} {option}"

@@ -382,7 +382,7 @@ def test_the_activation_is_an_attribute(tmp_path, rng):
     assert (y >= 0).all()
     bn.activation = ("leaky_relu", 0.5)  # drops the plan of the call before
     assert (bn(x) < 0).any()
-    pytest.importorskip("safetensors")
+    pytest.importorskip("safetensors", reason="safetensors is not installed: pip install -e '.[test]'")
     for name in ("layer.npz", "layer.safetensors"):
         bn.save(tmp_path / name)
         again = cbn.load(tmp_path / name)

@@ -10,4 +10,4 @@ def peer(name):
     """The package, or a skip; where CBN_REQUIRE_PEERS is set, as in continuous integration, its absence is an error."""
     if os.environ.get("CBN_REQUIRE_PEERS"):
         return importlib.import_module(name)
-    return pytest.importorskip(name, reason=f"{name} is not installed: pip install {name}")
+    return pytest.importorskip(name, reason=f"{name} is not installed: pip install -e '.[peers]'")
