@@ -1,7 +1,6 @@
 """The example of a compiled tool that cimports cbn's passes: built as its author would build it, and called."""
 
 import importlib.util
-import os
 import shutil
 import subprocess
 import sys
@@ -19,6 +18,20 @@ from cbn.kernels import passes
 from .conftest import error
 
 SOURCE = Path(__file__).parents[1] / "examples" / "extension"
+# setup.py as a user runs it where cbn is an editable install: a finder gives it, and no folder of sys.path has it
+EDITABLE = f"""
+import importlib.util, runpy, sys
+
+class Finder:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name == "cbn":
+            return importlib.util.spec_from_file_location(name, {cbn.__file__!r})
+
+sys.meta_path.insert(0, Finder)
+sys.argv = ["setup.py", "-q", "build_ext", "--inplace"]
+runpy.run_path("setup.py", run_name="__main__")
+"""
 
 
 @pytest.fixture(scope="module")
@@ -27,12 +40,7 @@ def frames(tmp_path_factory):
     folder = tmp_path_factory.mktemp("extension")
     for name in ("setup.py", "frames.pyx"):
         shutil.copy(SOURCE / name, folder)
-    # cbn may be installed in a way that Cython does not follow (an editable install): it reads .pxd files from the path
-    environment = os.environ | {"PYTHONPATH": str(Path(cbn.__file__).parents[1])}
-    done = subprocess.run(
-        [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
-        cwd=folder, env=environment, capture_output=True, text=True,
-    )  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", EDITABLE], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     (library,) = folder.glob("frames.*.so")
     spec = importlib.util.spec_from_file_location("frames", library)
