@@ -110,6 +110,7 @@ def test_a_closed_output_is_no_traceback():
 def test_stubs_name_what_the_compiled_module_has():
     stub = ast.parse(Path(passes.__file__).with_name("passes.pyi").read_text())
     declared = {node.name for node in stub.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    declared -= {"_HasForward"}  # for type checkers alone
     actual = {name for name, value in vars(passes).items() if callable(value) and not name.startswith("_")}
     assert declared == actual
     layout = next(node for node in stub.body if isinstance(node, ast.ClassDef))

@@ -1330,7 +1330,7 @@ cdef extern from *:
     object PyObject_GenericGetDict(object self, void *context)
 
 
-class CallSignature:
+class _CallSignature:
     """`inspect.signature` of an instance is that of its forward; of a class that of its constructor, as ever."""
     def __get__(self, instance, owner=None):
         if instance is None:
@@ -1608,7 +1608,7 @@ cdef class Planned:
             self._plans += 1
             self.plan = plan
 
-    __signature__ = CallSignature()
+    __signature__ = _CallSignature()
 
 
 # ---- for compiled tools ----------------------------------------------------------------------------------------
