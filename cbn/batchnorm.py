@@ -487,10 +487,12 @@ class BatchNorm(passes.Planned):
         elif self.weight is not None or self.bias is not None:
             name = "bias" if self.weight is None else "weight"
         else:
-            raise checks.ArgumentError(
+            words = (
                 f"num_features is {n}, but axis {inp.axis} of the input, of size {inp.x.shape}, has {inp.n_channels}"
             )
-        raise checks.ArgumentError(f"{name} should contain {inp.n_channels} elements not {n}")
+            raise checks.ArgumentError(words + checks.other_axis(inp.x, n))
+        words = f"{name} should contain {inp.n_channels} elements not {n}"
+        raise checks.ArgumentError(words + checks.other_axis(inp.x, n))
 
     @staticmethod
     def _check_writable(**arrays: Array | None) -> None:
@@ -769,7 +771,7 @@ class EvalPlan(passes.Planned):
 
     def __init__(self, layer: BatchNorm, shape: Sequence[SupportsIndex], dtype: npt.DTypeLike) -> None:
         found = accepted_dtype(dtype, checks.native_input, "float32, float64, float16 or bfloat16")
-        inp = passes.Input(np.empty(shape, found), layer.channel_axis, ranks=layer._ranks)
+        inp = passes.Input(np.empty(checks.shape(shape), found), layer.channel_axis, ranks=layer._ranks)
         inp.meets(layer.dtype)
         layer._check_channels(inp, layer.running_mean, False)
         self._coef, self._slope = layer._coefficients(), checks.negative_slope(layer.activation)

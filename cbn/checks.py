@@ -7,7 +7,10 @@ ValueError and a RuntimeError, where PyTorch raises RuntimeError.
 
 import contextlib
 import math
+import numbers
 import operator
+import reprlib
+from collections.abc import Mapping
 from typing import Any, Literal, Protocol, SupportsIndex, TypeAlias, TypeVar
 
 import numpy as np
@@ -41,6 +44,7 @@ Number: TypeAlias = float | np.floating[Any] | np.integer[Any]
 Activation = Literal["relu"] | tuple[Literal["leaky_relu"], Number] | None
 
 FLOATS = (np.dtype(np.float32), np.dtype(np.float64))  # of parameters and statistics
+INPUTS = "float32, float64, float16 or bfloat16 (of ml_dtypes)"
 
 
 class ArgumentError(ValueError, RuntimeError):
@@ -67,6 +71,80 @@ def quantization(x: Array, scale: Any, zero_point: Any, out_dtype: Any) -> tuple
     raise TypeError(f"out_dtype must be float32 or bfloat16 (of ml_dtypes), not {out_dtype!r}")
 
 
+def array(x: Any, name: str) -> Array:
+    """x as an array of any dtype, itself where it is one; what holds no array is refused by the name of its type."""
+    if type(x) is np.ndarray:
+        return x
+    unmasked(x, name)
+    try:
+        a = np.asanyarray(x)
+    except MemoryError:
+        raise
+    except Exception as error:
+        if "inhomogeneous" in str(error):
+            raise ValueError(f"{name} is a {type(x).__name__} whose parts differ in shape; expected an array") from None
+        if getattr(x, "requires_grad", False):
+            raise TypeError(f"{name} is a {type(x).__name__} that requires grad; expected x.detach()") from None
+        hint = "; expected x.float(), for example" if "ScalarType BFloat16" in str(error) else ""
+        raise TypeError(
+            f"{name} is a {type(x).__name__}, which numpy cannot read as an array: {error}{hint}"
+        ) from error
+    unmasked(a, name)
+    if a.ndim == 0 and (a.dtype == object or isinstance(x, (str, bytes))):
+        raise TypeError(f"{name} must be an array, not {'None' if x is None else type(x).__name__}{maker(x)}")
+    return np.asarray(a)
+
+
+def maker(x: Any) -> str:
+    """How to make an array of an object that holds one, but that numpy does not look into."""
+    for method, words in (("toarray", "x.toarray() makes one"), ("__dlpack__", "numpy.from_dlpack(x) makes one")):
+        if callable(getattr(x, method, None)):
+            return "; " + words
+    return ""
+
+
+def dtype_error(a: Array, x: Any, name: str, expected: str) -> TypeError:
+    """The refusal of the dtype of a, made from x; it advises a conversion only where one keeps the values."""
+    words = f"{name} has dtype {a.dtype}; expected {expected}"
+    if a.ndim and np.can_cast(a.dtype, np.float32, "same_kind"):
+        target = "numpy.float64" if a.dtype.kind == "f" and a.dtype.itemsize > 8 else "numpy.float32"
+        variable = "x" if name == "input" else name
+        words += f", as in {variable}.astype({target})" if x is a else f", as in numpy.asarray({variable}, {target})"
+        if name == "input" and a.dtype in (np.uint8, np.int8):
+            words += "; cbn.functional.batch_norm takes it in evaluation, with x_scale=1/255, for example"
+    elif a.dtype == object:
+        strange = [v for v in a.flat if not isinstance(v, numbers.Number)]
+        words += f"; it holds objects that are no numbers, such as {reprlib.repr(strange[0])}" if strange else ""
+    elif a.dtype.names:
+        words += f"; it is structured, with fields {', '.join(a.dtype.names)}"
+    return TypeError(words)
+
+
+def shape(value: Any) -> tuple[int, ...]:
+    """A shape as a tuple of ints that an array can have."""
+    words = f"shape must be a sequence of integers, as x.shape is, not {reprlib.repr(value)}"
+    if isinstance(value, (str, bytes, Mapping)) or not hasattr(value, "__getitem__"):
+        raise TypeError(words)
+    try:
+        sizes = tuple(integer(size, "a size", "an integer") for size in value)
+    except TypeError:
+        raise TypeError(words) from None
+    if min(sizes, default=0) < 0:
+        raise ValueError(f"shape must not have negative sizes, but got {sizes}")
+    if math.prod(filter(None, sizes)) >= 1 << 60:
+        raise ValueError(f"shape {sizes} has more elements than memory can have")
+    return sizes
+
+
+def other_axis(x: Array, n_channels: int) -> str:
+    """What to add to PyTorch's words where x has so many channels, but on another axis."""
+    if n_channels not in x.shape:
+        return ""
+    axis = x.ndim - 1 - x.shape[::-1].index(n_channels)
+    meant = -1 if axis == x.ndim - 1 else axis
+    return f"; input has shape {x.shape}, whose axis {axis} has {n_channels}: channel_axis={meant}?"
+
+
 def native_float(dtype: np.dtype[Any]) -> np.dtype[Any] | None:
     """The dtype in native byte order if it is float32 or float64, else None."""
     return next((f for f in FLOATS if dtype.kind == "f" and dtype.itemsize == f.itemsize), None)
@@ -85,12 +163,16 @@ def parameter_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
 
 
 def integer(value: Any, name: str, expected: str) -> int:
-    """value as an int; bools and what is no integer are refused."""
+    """value as an int of 64 bits; bools and what is no integer are refused."""
     if not isinstance(value, (bool, np.bool_)):
         try:
-            return operator.index(value)
+            found = operator.index(value)
         except TypeError:
             pass
+        else:
+            if not -(1 << 63) <= found < 1 << 63:
+                raise ValueError(f"{name} must be {expected} of 64 bits, but got one of {found.bit_length()}")
+            return found
     raise TypeError(f"{name} must be {expected}, not {value!r}")
 
 
@@ -112,18 +194,21 @@ def unmasked(a: Any, name: str) -> None:
 
 def float_array(x: ArrayLike, name: str) -> Array:
     """x as an aligned array in native byte order, of a floating type; a copy only where it has to be one."""
-    unmasked(x, name)
-    # A view of our own: what the caller does to the shape or the dtype of his does not change it
-    x = np.asarray(x).view()
-    dtype = native_input(x.dtype)
+    given = array(x, name)
+    dtype = native_input(given.dtype)
     if dtype is None:
-        raise TypeError(
-            f"{name} has dtype {x.dtype}; expected float32, float64, float16 or bfloat16 (of ml_dtypes), "
-            "as in x.astype(numpy.float32)"
-        )
-    if not (x.flags.aligned and x.dtype.isnative):
-        x = x.astype(dtype, order="K", copy=True)
-    return x
+        raise dtype_error(given, x, name, INPUTS)
+    # A view of our own: what the caller does to the shape or the dtype of his does not change it
+    a = given.view()
+    return a if a.flags.aligned and a.dtype.isnative else a.astype(dtype, order="K", copy=True)
+
+
+def doubles(x: Any, name: str) -> Doubles:
+    """A copy of numbers as float64."""
+    a = array(x, name)
+    if not np.can_cast(a.dtype, np.float64, "same_kind"):
+        raise dtype_error(a, x, name, "numbers")
+    return np.array(a, dtype=np.float64)
 
 
 def axis_index(channel_axis: SupportsIndex, ndim: int) -> int:
@@ -158,8 +243,10 @@ def output(out: Array | None, shape: tuple[int, ...], dtype: np.dtype[Any], expe
         raise ValueError("out is read-only")
 
 
-def per_channel(a: ArrayLike | None, name: str, n_channels: int, *, written: bool = False) -> Array | Any:
-    """Refuse a parameter or statistic that is not a float array (C,); None passes. Returns it as an array."""
+def per_channel(
+    a: ArrayLike | None, name: str, n_channels: int, *, written: bool = False, x: Array | None = None
+) -> Array | Any:
+    """Refuse a parameter or statistic that is not a float array (C,), for x; None passes. Returns it as an array."""
     if a is None:
         return None
     if type(a) is np.ndarray and a.shape == (n_channels,) and a.dtype in FLOATS and (not written or a.flags.writeable):
@@ -167,11 +254,12 @@ def per_channel(a: ArrayLike | None, name: str, n_channels: int, *, written: boo
     unmasked(a, name)
     if written and not isinstance(a, np.ndarray):
         raise TypeError(f"{name} is updated in place and must be a numpy array, not {type(a).__name__}")
-    a = np.asarray(a)
+    given, a = a, array(a, name)
     if native_float(a.dtype) is None:
-        raise TypeError(f"{name} has dtype {a.dtype}; expected float32 or float64")
+        raise dtype_error(a, given, name, "float32 or float64")
     if a.size != n_channels:
-        raise ArgumentError(f"{name} should contain {n_channels} elements not {a.size}")
+        hint = "" if x is None else other_axis(x, a.size)
+        raise ArgumentError(f"{name} should contain {n_channels} elements not {a.size}{hint}")
     if a.ndim != 1:
         raise ValueError(f"{name} has shape {a.shape}; expected ({n_channels},)")
     if written and not a.flags.writeable:
@@ -195,10 +283,14 @@ def buffers_for_eval(running_mean: ArrayLike | None, running_var: ArrayLike | No
 
 def number(value: Any, name: str, expected: str) -> float:
     """value as a float; bools and what is no number are refused."""
-    if isinstance(value, (bool, np.bool_, str, bytes)):
+    if type(value) is float:
+        return value  # as almost always
+    if isinstance(value, (bool, np.bool_, str, bytes)) or (hasattr(value, "ndim") and value.ndim):
         raise TypeError(f"{name} must be {expected}, not {value!r}")
     try:
         return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be {expected} that float64 holds, but got one beyond 1.8e308") from None
     except (TypeError, ValueError):
         raise TypeError(f"{name} must be {expected}, not {value!r}") from None
 

@@ -163,6 +163,7 @@ def gradients(
 
 
 def check_parameters(
+    x: Array,
     n: int,
     running_mean: ArrayLike | None,
     running_var: ArrayLike | None,
@@ -171,12 +172,12 @@ def check_parameters(
     *,
     updated: bool,
 ) -> tuple[Array | Any, Array | Any, Array | Any, Array | Any]:
-    """The four per-channel arguments for n channels, checked in PyTorch's order."""
+    """The four per-channel arguments for the n channels of x, checked in PyTorch's order."""
     return (
-        checks.per_channel(running_mean, "running_mean", n, written=updated),
-        checks.per_channel(running_var, "running_var", n, written=updated),
-        checks.per_channel(weight, "weight", n),
-        checks.per_channel(bias, "bias", n),
+        checks.per_channel(running_mean, "running_mean", n, written=updated, x=x),
+        checks.per_channel(running_var, "running_var", n, written=updated, x=x),
+        checks.per_channel(weight, "weight", n, x=x),
+        checks.per_channel(bias, "bias", n, x=x),
     )
 
 
@@ -266,7 +267,7 @@ def batch_norm(
     """
     slope = checks.negative_slope(activation)
     arrays = (weight, bias, running_mean, running_var)
-    a = np.asanyarray(x)
+    a = checks.array(x, "input")
     if a.dtype in (np.uint8, np.int8) and not training:
         checks.momentum_fraction(momentum)
         scale, zero_point, dtype = checks.quantization(a, x_scale, x_zero_point, out_dtype)
@@ -277,7 +278,9 @@ def batch_norm(
         if value is not None:
             words = f"{'training' if training else 'evaluation'} with input of dtype {a.dtype}"
             raise TypeError(f"{name} is for evaluation with 8-bit input (uint8, int8), and this is {words}")
-    return _batch_norm(x, *arrays, training, momentum, eps, channel_axis, out, residual, slope)[0]
+    if a is not x and checks.native_input(a.dtype) is None:
+        raise checks.dtype_error(a, x, "input", checks.INPUTS)
+    return _batch_norm(a, *arrays, training, momentum, eps, channel_axis, out, residual, slope)[0]
 
 
 def _batch_norm(
@@ -303,7 +306,7 @@ def _batch_norm(
     else:
         checks.buffers_for_eval(running_mean, running_var)
     running_mean, running_var, weight, bias = check_parameters(
-        inp.n_channels, running_mean, running_var, weight, bias, updated=bool(training)
+        inp.x, inp.n_channels, running_mean, running_var, weight, bias, updated=bool(training)
     )
     epsilon = checks.epsilon_for(eps, training)
     residual = checks.residual(residual, inp.x)
@@ -340,13 +343,12 @@ def _batch_norm_bytes(
     dtype: np.dtype[Any],
 ) -> Array:
     """Evaluation of 8-bit input: the map with coefficients that hold the scale and the zero point."""
-    checks.unmasked(x, "input")
     checks.rank(x, None)
     axis = checks.axis_index(channel_axis, x.ndim)
     checks.output(out, x.shape, dtype, "as out_dtype")
     checks.buffers_for_eval(running_mean, running_var)
     n = x.shape[axis]
-    mean, var, weight, bias = check_parameters(n, running_mean, running_var, weight, bias, updated=False)
+    mean, var, weight, bias = check_parameters(x, n, running_mean, running_var, weight, bias, updated=False)
     coef = coefficients(mean, var, weight, bias, checks.epsilon_for(eps, False))
     # (scale*(x - zero_point) - mean)*invstd = (x - (zero_point + mean/scale))*(scale*invstd)
     folded = coef.copy()
@@ -488,6 +490,8 @@ def native_batch_norm_backward(
     array([1.])
     """
     inp = passes.Input(x, channel_axis)
+    if not isinstance(output_mask, Iterable):
+        raise TypeError(f"output_mask must be three bools, for dx, dweight and dbias, not {output_mask!r}")
     mask = [checks.boolean(wanted, "an element of output_mask") for wanted in output_mask]
     if len(mask) != 3:
         raise ValueError(f"output_mask must have three elements, for dx, dweight and dbias, not {len(mask)}")
@@ -498,17 +502,17 @@ def native_batch_norm_backward(
     dy = checks.float_array(dy, "dy")
     if dy.shape != inp.x.shape:
         raise ValueError(f"dy has shape {dy.shape}; expected {inp.x.shape}, as the input")
-    weight = checks.per_channel(weight, "weight", inp.n_channels)
+    weight = checks.per_channel(weight, "weight", inp.n_channels, x=inp.x)
     epsilon = checks.epsilon_for(eps, train)
     if train:
-        mean = checks.per_channel(save_mean, "save_mean", inp.n_channels)
-        invstd = checks.per_channel(save_invstd, "save_invstd", inp.n_channels)
+        mean = checks.per_channel(save_mean, "save_mean", inp.n_channels, x=inp.x)
+        invstd = checks.per_channel(save_invstd, "save_invstd", inp.n_channels, x=inp.x)
         if mean is None or invstd is None:
             raise checks.ArgumentError("save_mean and save_invstd must be defined in training mode")
     else:
         checks.buffers_for_eval(running_mean, running_var)
-        mean = checks.per_channel(running_mean, "running_mean", inp.n_channels)
-        invstd = checks.per_channel(running_var, "running_var", inp.n_channels)
+        mean = checks.per_channel(running_mean, "running_mean", inp.n_channels, x=inp.x)
+        invstd = checks.per_channel(running_var, "running_var", inp.n_channels, x=inp.x)
     inp.meets(*[a.dtype for a in (weight, *(() if train else (mean, invstd))) if a is not None])
     mean, invstd, scale = channels.as_doubles(mean, invstd, weight)
     forward = Forward(inp, scale, None, mean, invstd if train else inverse_std(invstd, epsilon), train)

@@ -211,16 +211,15 @@ def _arrays(
     weight: ArrayLike, bias: ArrayLike | None, least: int, most: int, words: str
 ) -> tuple[Array, Doubles | None]:
     """The weight, and the bias in float64; of dtypes that layers have, the weight of `least` to `most` dimensions."""
-    checked = {}
+    checked: dict[str, Array] = {}
     for name, value in {"weight": weight, "bias": bias}.items():
-        checks.unmasked(value, name)
-        a = np.asarray(value)
-        if a.dtype.name not in TINY and value is not None:
-            raise TypeError(f"{name} has dtype {a.dtype}; expected float16, bfloat16, float32 or float64")
+        if value is None and name == "bias":
+            continue
+        a = checks.array(value, name)
+        if a.dtype.name not in TINY:
+            raise checks.dtype_error(a, value, name, "float16, bfloat16, float32 or float64")
         checked[name] = a
     w = checked["weight"]
-    if w.dtype.name not in TINY:
-        raise TypeError("weight is None; expected an array")
     if not least <= w.ndim <= most or not w.size:
         raise ValueError(f"weight has shape {w.shape}; {words}")
     return w, None if bias is None else checked["bias"].astype(np.float64)

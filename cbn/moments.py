@@ -9,6 +9,7 @@ from typing import SupportsIndex
 import numpy as np
 import numpy.typing as npt
 
+from . import checks
 from .checks import ArrayLike, Number
 from .kernels import passes
 
@@ -55,13 +56,13 @@ class Moments:
     m2: npt.NDArray[np.float64]
 
     def __init__(self, count: ArrayLike | Number, mean: ArrayLike, m2: ArrayLike) -> None:
-        mean = np.array(mean, dtype=np.float64)
+        mean = checks.doubles(mean, "mean")
         if mean.ndim != 1:
             raise ValueError(f"mean has shape {mean.shape}; expected (C,)")
-        m2 = np.array(m2, dtype=np.float64)
+        m2 = checks.doubles(m2, "m2")
         if m2.shape != mean.shape:
             raise ValueError(f"m2 has shape {m2.shape}; expected {mean.shape}, as mean")
-        count = np.array(count, dtype=np.float64)
+        count = checks.doubles(count, "count")
         if count.shape not in ((), mean.shape):
             raise ValueError(f"count has shape {count.shape}; expected {mean.shape}, as mean, or one number")
         if not np.all(count >= 0):
@@ -102,12 +103,15 @@ class Moments:
     @classmethod
     def merge(cls, parts: Iterable[Moments]) -> Moments:
         """Merge any number of moments, at least one, in the order given."""
+        if isinstance(parts, Moments) or not isinstance(parts, Iterable):
+            raise TypeError(f"parts must be several Moments, as a list has them, not {type(parts).__name__}")
         parts = list(parts)
         if not parts:
             raise ValueError("there are no moments to merge")
+        for part in parts:
+            if not isinstance(part, Moments):
+                raise TypeError(f"expected Moments, not {type(part).__name__}")
         total = parts[0]
-        if not isinstance(total, Moments):
-            raise TypeError(f"expected Moments, not {type(total).__name__}")
         for part in parts[1:]:
             total = total + part
         return total

@@ -152,7 +152,7 @@ def ones(*shape):
             TypeError,
             "weight has dtype int64; exp",
         ),
-        (lambda bn: cbn.fuse_linear_bn(None, None, bn), TypeError, "weight is None; expected an array"),
+        (lambda bn: cbn.fuse_linear_bn(None, None, bn), TypeError, "weight must be an array, not None"),
         (lambda bn: cbn.fuse_linear_bn(ones(3, 2), [1, 2, 3], bn), TypeError, "bias has dtype int64"),
         (lambda bn: cbn.fuse_linear_bn(ones(3, 2), ones(2), bn), ValueError, r"bias has shape \(2,\); expected \(3,\)"),
         (lambda bn: cbn.fuse_linear_bn(ones(3), None, bn), ValueError, r"shape \(3,\); a linear layer's is \(out_fea"),

@@ -1645,11 +1645,12 @@ cdef class Passes:
         For what a layer would refuse, for an empty array, and for strides that would need a copy.
     """
     def __cinit__(self, like, channel_axis=1):
-        inp = Input(like, channel_axis, "like")
+        a = checks.array(like, "like")
+        inp = Input(a, channel_axis, "like")
         if inp.layout is None:
-            raise ValueError(f"like is empty, of shape {np.shape(like)}")
-        if cnp.PyArray_DATA(inp.x) != cnp.PyArray_DATA(np.asarray(like)):
-            raise ValueError(f"like has strides {np.asarray(like).strides}, which no loop reads: expected rows or runs")
+            raise ValueError(f"like is empty, of shape {a.shape}")
+        if cnp.PyArray_DATA(inp.x) != cnp.PyArray_DATA(a):
+            raise ValueError(f"like has strides {a.strides}, which no loop reads: expected rows or runs")
         self.job = <Job *>malloc(sizeof(Job))
         if self.job == NULL:
             raise MemoryError()
