@@ -132,7 +132,7 @@ def load(
     >>> file = io.BytesIO()
     >>> cbn.BatchNorm2d(3).eval().save(file)
     >>> cbn.load(io.BytesIO(file.getvalue()))
-    BatchNorm2d(3, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True)
+    BatchNorm2d(3, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True).eval()
     """
     path, name = _path(file, "read"), _name(file)
     if _is_safetensors(name):

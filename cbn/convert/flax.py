@@ -75,8 +75,9 @@ def from_flax(
     >>> import cbn
     >>> variables = {"params": {"scale": np.ones(3), "bias": np.zeros(3)},
     ...              "batch_stats": {"mean": np.zeros(3), "var": np.ones(3)}}
-    >>> cbn.from_flax(variables)
-    BatchNorm(3, eps=1e-05, momentum=0.01, affine=True, bias=True, track_running_stats=True)
+    >>> cbn.from_flax(variables)  # doctest: +NORMALIZE_WHITESPACE
+    BatchNorm(3, eps=1e-05, momentum=0.01, affine=True, bias=True, track_running_stats=True, dtype='float64',
+    channel_axis=-1, running_var='biased').eval()
     """
     given = {
         "params": params,

@@ -61,7 +61,8 @@ def from_keras(layer: Any, *, running_var: Literal["unbiased", "biased"] | None 
     >>> layer = keras.layers.BatchNormalization()  # doctest: +SKIP
     >>> layer.build((None, 8, 8, 3))  # doctest: +SKIP
     >>> cbn.from_keras(layer)  # doctest: +SKIP
-    BatchNorm(3, eps=0.001, momentum=0.01, affine=True, bias=True, track_running_stats=True)
+    BatchNorm(3, eps=0.001, momentum=0.01, affine=True, bias=True, track_running_stats=True, channel_axis=-1,
+    running_var='biased').eval()
     """
     if running_var not in (None, "unbiased", "biased"):
         raise ValueError(f"running_var must be 'unbiased', 'biased' or None, not {running_var!r}")

@@ -69,7 +69,8 @@ def from_onnx(model: Any, *, skip: bool = False) -> dict[str, BatchNorm]:
     --------
     >>> import cbn
     >>> cbn.from_onnx("resnet50.onnx")["bn_conv1"]  # doctest: +SKIP
-    BatchNorm(64, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True)
+    BatchNorm(64, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True,
+    running_var='biased').eval()
     """
     try:
         import onnx  # noqa: F401

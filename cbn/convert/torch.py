@@ -78,7 +78,7 @@ def from_torch(module: Any) -> BatchNorm:
     >>> import cbn
     >>> import torch  # doctest: +SKIP
     >>> cbn.from_torch(torch.nn.BatchNorm2d(3).eval())  # doctest: +SKIP
-    BatchNorm2d(3, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True)
+    BatchNorm2d(3, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True).eval()
     """
     kind = _known(module)
     if kind == ("torch._dynamo.eval_frame", "OptimizedModule"):

@@ -1339,7 +1339,6 @@ class _CallSignature:
         return inspect.signature(instance.forward if called is None else types.MethodType(called, instance))
 
 
-
 # ---- calls that repeat -----------------------------------------------------------------------------------------
 
 cdef bint usable(cnp.ndarray a, Py_ssize_t C, int type_num) noexcept:
