@@ -107,7 +107,7 @@ class BuildPasses(build_ext):
         # one of vectors
         flags = ["-O3", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math"]
         flags += ["-fvisibility=hidden", "-g0", "-Wall", "-Wextra"]
-        link_flags = []
+        link_flags = ["-pthread"]
         if "__clang__" not in macros:
             # What a loop tests once for some vectors (kind of store, copy) is not worth a body for each case
             flags += ["-fno-unswitch-loops"]

@@ -771,7 +771,8 @@ class EvalPlan(passes.Planned):
 
     def __init__(self, layer: BatchNorm, shape: Sequence[SupportsIndex], dtype: npt.DTypeLike) -> None:
         found = accepted_dtype(dtype, checks.native_input, "float32, float64, float16 or bfloat16")
-        inp = passes.Input(np.empty(checks.shape(shape), found), layer.channel_axis, ranks=layer._ranks)
+        like = passes.with_room(np.empty, checks.shape(shape), found)
+        inp = passes.Input(like, layer.channel_axis, ranks=layer._ranks)
         inp.meets(layer.dtype)
         layer._check_channels(inp, layer.running_mean, False)
         self._coef, self._slope = layer._coefficients(), checks.negative_slope(layer.activation)

@@ -121,15 +121,17 @@ def gradients(
     elif dtype.itemsize == 2 and forward.negative_slope not in (0, 1):
         work = np.dtype(np.float32)  # h = dy*slope, which is kept in between, has more digits than 16 bits hold
     if work != dtype:
-        wider = passes.Input(inp.x.astype(work, order="K"), inp.axis)
+        wider = passes.Input(passes.with_room(inp.x.astype, work, order="K"), inp.axis)
         wider.wide = inp.wide
-        forward = replace(forward, inp=wider, residual=None if residual is None else residual.astype(work))
-        dx, dresidual, sums, products = gradients(dy.astype(work), forward, want_dx, want_sums, None)
+        wider_residual = None if residual is None else passes.with_room(residual.astype, work)
+        forward = replace(forward, inp=wider, residual=wider_residual)
+        wider_dy = passes.with_room(dy.astype, work)
+        dx, dresidual, sums, products = gradients(wider_dy, forward, want_dx, want_sums, None)
         with np.errstate(all="ignore"):
             if want_dx:
-                dx = delivered(dx.astype(dtype, order="K"), out)
+                dx = delivered(passes.with_room(dx.astype, dtype, order="K"), out)
             if residual is not None:
-                dresidual = dresidual.astype(dtype, order="K")
+                dresidual = passes.with_room(dresidual.astype, dtype, order="K")
         return dx, dresidual, sums, products
     dy = inp.lies_as(dy)
     residual = None if residual is None else inp.lies_as(residual)
@@ -145,7 +147,7 @@ def gradients(
         else:
             h = passes.empty_like(inp.x)
     elif residual is not None:
-        dresidual = dy.copy(order="K")
+        dresidual = passes.with_room(dy.copy, order="K")
     sums = products = None
     if want_sums or h is not None or (forward.batch_statistics and want_dx):
         through = dx if forward.batch_statistics else None
@@ -356,12 +358,13 @@ def _batch_norm_bytes(
         folded[0] = zero_point + coef[0] / scale
         folded[1] *= scale
     if not passes.fits_in_float32(folded):
-        wide = passes.Input(scale * (x.astype(np.float64) - zero_point), axis)
+        wide = passes.Input(passes.with_room(lambda: scale * (x.astype(np.float64) - zero_point)), axis)
+        y = normalize(wide, coef, None, None, negative_slope)
         with np.errstate(all="ignore"):
-            return delivered(normalize(wide, coef, None, None, negative_slope).astype(dtype), out)
+            return delivered(passes.with_room(y.astype, dtype), out)
     layout = passes.Layout.of(x, axis) if x.size else None
     if x.size and layout is None:
-        x = x.copy(order="K")
+        x = passes.with_room(x.copy, order="K")
         layout = passes.Layout.of(x, axis)
     if layout and out is not None and out.flags.aligned and layout.fits(out) and not passes.overlaps(x, out):
         y = out

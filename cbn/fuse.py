@@ -14,6 +14,7 @@ import numpy as np
 from . import checks
 from .batchnorm import BatchNorm
 from .checks import Array, ArrayLike, Doubles
+from .kernels import passes
 
 __all__ = ["fuse_bn_linear", "fuse_conv_bn", "fuse_linear_bn"]
 
@@ -77,7 +78,7 @@ def fuse_linear_bn(
            [0.25, 0.25, 0.25]], dtype=float32), array([-0.5, -0.5], dtype=float32))
     """
     w, b = _arrays(weight, bias, 2, 2, "a linear layer's is (out_features, in_features)")
-    return _after(w, b, bn, 1, False, flush_subnormals, return_error)
+    return passes.with_room(_after, w, b, bn, 1, False, flush_subnormals, return_error)
 
 
 def fuse_conv_bn(
@@ -132,7 +133,7 @@ def fuse_conv_bn(
     if transpose:
         words = "a transposed convolution's is (in_channels, out_channels/groups, ...)"
     w, b = _arrays(weight, bias, 3, 64, words)
-    return _after(w, b, bn, groups, transpose, flush_subnormals, return_error)
+    return passes.with_room(_after, w, b, bn, groups, transpose, flush_subnormals, return_error)
 
 
 def fuse_bn_linear(
@@ -189,19 +190,7 @@ def fuse_bn_linear(
             f"a batch norm before a convolution with padding={padding!r} cannot be folded into it: the zeros around "
             "the input stand behind the batch norm, and would then stand before it"
         )
-    groups = _groups(groups, len(w), "out_channels")
-    n_in = w.shape[1] * groups
-    mean, scale, offset = _coefficients(bn, n_in, f"in_channels of weight {w.shape}")
-    if b is not None and b.shape != (len(w),):
-        raise ValueError(f"bias has shape {b.shape}; expected ({len(w)},)")
-    # Input channel i of a group is channel i of the rows of that group.
-    shape = (groups, 1, w.shape[1], 1)
-    grouped = w.astype(np.float64).reshape(groups, len(w) // groups, w.shape[1], -1)
-    with np.errstate(all="ignore"):
-        folded = grouped * scale.reshape(shape)
-        moved = (grouped * offset.reshape(shape) - folded * mean.reshape(shape)).reshape(len(w), -1).sum(axis=1)
-    folded_bias = moved if b is None else b + moved
-    return _rounded(folded.reshape(len(w), -1), folded_bias, w, 1, False, flush_subnormals, return_error)
+    return passes.with_room(_before, bn, w, b, groups, flush_subnormals, return_error)
 
 
 # ---- steps -----------------------------------------------------------------------------------------------------------
@@ -266,6 +255,25 @@ def _after(
     with np.errstate(over="ignore"):
         folded, folded_bias = rows * scale[:, None], ((0 if b is None else b) - mean) * scale + offset
     return _rounded(folded, folded_bias, w, groups, transpose, flush, return_error)
+
+
+def _before(
+    bn: BatchNorm, w: Array, b: Doubles | None, groups: int, flush: bool, return_error: bool
+) -> tuple[Array, ...]:
+    """A batch norm folded into the layer after it."""
+    groups = _groups(groups, len(w), "out_channels")
+    n_in = w.shape[1] * groups
+    mean, scale, offset = _coefficients(bn, n_in, f"in_channels of weight {w.shape}")
+    if b is not None and b.shape != (len(w),):
+        raise ValueError(f"bias has shape {b.shape}; expected ({len(w)},)")
+    # Input channel i of a group is channel i of the rows of that group.
+    shape = (groups, 1, w.shape[1], 1)
+    grouped = w.astype(np.float64).reshape(groups, len(w) // groups, w.shape[1], -1)
+    with np.errstate(all="ignore"):
+        folded = grouped * scale.reshape(shape)
+        moved = (grouped * offset.reshape(shape) - folded * mean.reshape(shape)).reshape(len(w), -1).sum(axis=1)
+    folded_bias = moved if b is None else b + moved
+    return _rounded(folded.reshape(len(w), -1), folded_bias, w, 1, False, flush, return_error)
 
 
 def _rows_of_outputs(w: Array, groups: int, transpose: bool) -> Array:

@@ -2,7 +2,8 @@
 
 A new array of 100 MB costs more in page faults than the pass that fills it. So the memory of an output of a megabyte or
 more is kept when the array dies, for the next one of about its size, up to CBN_CACHE_BYTES in all (an eighth of the
-memory by default, 0: none). The array owns it like any other array, and may outlive the layer.
+memory by default, 0: none). The array owns it like any other array, and may outlive the layer. Where a call of cbn's
+finds too little memory, it gives back what is kept and tries again.
 """
 
 import contextlib
@@ -69,7 +70,7 @@ def _at_import() -> None:
     if asked := os.environ.get("CBN_CACHE_BYTES"):
         if not asked.isascii() or not asked.isdigit():
             raise ValueError(f"CBN_CACHE_BYTES must be a number of bytes, 0 or more, not {asked!r}")
-        limit = min(int(asked), 1 << 62)
+        limit = int(asked) if len(asked) < 19 else 1 << 62
     passes.set_cache_limit(limit)
 
 

@@ -1,10 +1,12 @@
 """Memory of large outputs that is used again, and the sizes of caches and memory that the system tells."""
 
 import gc
+import re
 import subprocess
 import sys
 import threading
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -116,6 +118,53 @@ def test_order_in_memory_and_resize():
     assert np.all(y == 3)
 
 
+def test_what_grows_keeps_its_alignment_and_its_huge_pages():
+    """The C library's realloc keeps neither; and what came from it was the next output."""
+    z = passes.empty_like(np.empty(1 << 20, np.int8))
+    for megabytes in (3, 4, 6, 7, 20, 33, 5, 2, 60):
+        before = len(z)
+        z.fill(megabytes)
+        z.resize(megabytes << 20, refcheck=False)
+        assert address(z) % 64 == 0, megabytes
+        n = min(before, len(z))
+        assert (z[:n] == megabytes).all(), megabytes
+        assert not z[n:].any(), megabytes
+        if megabytes >= 4 and sys.platform.startswith("linux"):
+            assert "hg" in flags_of_mapping(address(z) + (2 << 20)), megabytes
+    del z
+    again = passes.empty_like(np.empty(60 << 20, np.int8))
+    assert address(again) % 64 == 0
+
+
+def flags_of_mapping(where):
+    """The kernel's flags of the memory at an address; hg: huge pages are asked for."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(found[1], 16) <= where < int(found[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            return line.split()[1:]
+    return []
+
+
+def test_what_shrinks_gives_its_memory_up():
+    for size in (1 << 21, 1000):
+        z = passes.empty_like(np.empty(40 << 20, np.int8))
+        z.fill(7)
+        cbn.empty_cache()
+        z.resize(size, refcheck=False)
+        assert passes.cache_state()[0] >= 40 << 20, size
+        assert (z == 7).all(), size
+        del z
+        cbn.empty_cache()
+
+
+def test_sizes_that_no_memory_has():
+    for size in (1 << 46, (1 << 62) + 1, *((1 << 63) - k for k in (1, 64, 65, 128, 1 << 21, (1 << 21) + 65))):
+        with pytest.raises(MemoryError):
+            passes.empty_like(np.broadcast_to(np.int8(0), (size,)))
+
+
 def test_tracemalloc_counts_the_living():
     x = np.empty(1 << 22, np.int8)
     passes.empty_like(x)
@@ -161,6 +210,83 @@ def test_the_handler_of_other_arrays_stays():
     assert name(np.empty(10)) == before
 
 
+STARVED = """
+import resource
+import numpy as np
+import cbn
+from cbn.functional import batch_norm
+from cbn.kernels import passes
+cbn.set_num_threads(1)
+passes.set_cache_limit(1 << 30)
+rng = np.random.default_rng(0)
+x = rng.standard_normal((64, 8, 64, 64)).astype(np.float32)     # 8 MB
+bn = cbn.BatchNorm2d(8)
+SETUP
+def starve():
+    arrays = [passes.empty_like(np.empty(100 << 20, np.int8)) for _ in range(3)]
+    del arrays
+    assert passes.cache_state()[0] >= 300 << 20
+    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (2 << 20), resource.RLIM_INFINITY))
+
+def call():
+    return CALL
+
+expected = call()
+before = out.tobytes()
+out[...] = 0
+starve()
+found = call()
+assert passes.cache_state()[0] < 300 << 20, "there was memory enough"
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
+found, expected = (a if isinstance(a, (tuple, list)) else (a,) for a in (found, expected))
+for a, b in zip(found, expected, strict=True):
+    assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+assert out.tobytes() == before
+print("good")
+"""
+TO_OUT = "out = np.empty_like(x)"
+STARVED_CALLS = {  # what allocates: (set up, call); `out` is where it does not allocate its output
+    "output": ("", "bn(x)"),
+    "evaluation": ("bn.eval()", "bn(x)"),
+    "many small outputs": ("x = x[:6].copy()", "[bn.eval()(x) for _ in range(20)]"),
+    "copy of what no loop reads": ("x, out = x[..., ::2], np.empty((64, 8, 64, 32), np.float32)", "bn(x, out=out)"),
+    "copy in native order": (f"{TO_OUT}; x = x.astype('>f4')", "bn.eval()(x, out=out.view())"),
+    "copy of a list": (f"{TO_OUT}; x = list(x)", "bn(x, out=out)"),
+    "residual that lies otherwise": (
+        f"{TO_OUT}; z = np.asfortranarray(x)", "bn(x, out=out, residual=z)"),
+    "scratch of the pipeline": (
+        "x = np.tile(x, (1, 1, 2, 2)); out = np.empty_like(x); "
+        "passes.tune(l2_bytes=1 << 20, l3_bytes=1 << 28, stream_bytes=0)", "bn(x, out=out)"),
+    "statistics": ("x = x.reshape(2, -1)", "(lambda m: (m.mean, m.m2))(cbn.moments(x))"),
+    "gradient": ("bn(x); dy = x + 1", "bn.backward(dy)"),
+    "gradient of a dtype of its own": (f"{TO_OUT}; bn(x); dy = x.astype(np.float64)", "bn.backward(dy, out=out)"),
+    "gradient of 16 bits, leaky": (
+        "x = x.astype(np.float16); bn.activation = ('leaky_relu', 0.1); bn(x); out = np.empty_like(x); dy = x.copy()",
+        "bn.backward(dy, out=out)"),
+    "gradient of the residual": (f"{TO_OUT}; bn(x, residual=x); dy = x.copy()", "bn.backward(dy, out=out)"),
+    "8 bits, as float64": (
+        "out = np.empty_like(x); q = x.astype(np.int8)",
+        "batch_norm(q, np.full(8, 1e33), np.ones(8), x_scale=1e-3, out=out)"),
+    "8 bits that no loop reads": (
+        "q = np.zeros((64, 8, 256, 512), np.int8)[:, :, ::4, ::2]; out = np.empty(q.shape, np.float32)",
+        "batch_norm(q, np.zeros(8), np.ones(8), x_scale=1e-3, out=out)"),
+    "fused weights before": ("w = x.reshape(8, -1); bn.eval()", "cbn.fuse_linear_bn(w, None, bn)"),
+    "fused weights after": ("w = x.reshape(-1, 8); bn.eval()", "cbn.fuse_bn_linear(bn, w, None)"),
+    "plan": ("bn.eval()", "bn.plan((64, 8, 64, 64))(x)"),
+}  # fmt: skip
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="RLIMIT_AS and /proc are Linux's")
+@pytest.mark.parametrize("name", STARVED_CALLS)
+def test_memory_that_nobody_uses_is_given_back_before_a_call_fails(name):
+    setup, call = STARVED_CALLS[name]
+    setup = "\n".join(["out = np.empty(0)", *setup.split("; ")])
+    # Large blocks have mappings of their own, so that the limit on the address space is what malloc meets
+    done = run(STARVED.replace("SETUP", setup).replace("CALL", call), MALLOC_MMAP_THRESHOLD_="65536")
+    assert done.stdout == "good\n", done.stderr
+
+
 def run(code, **environment):
     return subprocess.run(
         [sys.executable, "-c", code],
@@ -175,6 +301,7 @@ def test_environment():
     code = "import cbn; from cbn.kernels import passes; print(passes.cache_state()[1])"
     assert run(code, CBN_CACHE_BYTES="0").stdout == "0\n"
     assert run(code, CBN_CACHE_BYTES="123456").stdout == "123456\n"
+    assert run(code, CBN_CACHE_BYTES="9" * 5000).stdout == f"{1 << 62}\n"
     assert int(run(code).stdout) == memory.memory_bytes() // memory.SHARE
     for bad in ("-1", "1GB", "²"):
         done = run(code, CBN_CACHE_BYTES=bad)

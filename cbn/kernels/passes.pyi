@@ -1,5 +1,6 @@
 """Types of the compiled passes; see passes.pyx."""
 
+from collections.abc import Callable
 from typing import Any, ParamSpec, Protocol, SupportsIndex, TypeVar, final
 
 import numpy as np
@@ -11,6 +12,7 @@ _P = ParamSpec("_P")
 _R = TypeVar("_R", covariant=True)
 _Array = npt.NDArray[Any]
 _Doubles = npt.NDArray[np.float64]
+_T = TypeVar("_T")
 
 @final
 class Layout:
@@ -97,6 +99,7 @@ def grad_moments(
     h: _Array | None = None,
     keeps_h: bool = False,
 ) -> tuple[_Doubles, _Doubles]: ...
+def with_room(make: Callable[..., _T], *args: Any, **kwargs: Any) -> _T: ...
 def empty_like(x: _Array, dtype: np.dtype[Any] | None = None) -> _Array: ...
 def set_cache_limit(n_bytes: int) -> int: ...
 def cache_state() -> tuple[int, int]: ...

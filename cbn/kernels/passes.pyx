@@ -247,6 +247,7 @@ cdef extern from "pool.h" nogil:
     void cbn_pool_free(void *ctx, void *p, size_t size)
     void cbn_pool_limit(size_t n_bytes)
     size_t cbn_pool_kept()
+    size_t cbn_pool_release()
 
 # numpy asks it for the data of an array, keeps it with the array, and gives the data back to it at the array's end.
 cdef cnp.PyDataMem_Handler pool
@@ -259,19 +260,39 @@ cdef object pool_capsule = PyCapsule_New(&pool, b"mem_handler", NULL)
 cdef size_t pool_limit = 0
 
 
+def with_room(make, *args, **kwargs):
+    """make(...), and once more where memory was short while cbn kept some that nobody used: what allocates much."""
+    try:
+        return make(*args, **kwargs)
+    except MemoryError:
+        if not cbn_pool_release():
+            raise
+    return make(*args, **kwargs)
+
+
+cdef cnp.ndarray new_like(cnp.ndarray x, dtype):
+    cdef void *descr = NULL
+    if dtype is not None:
+        Py_INCREF(dtype)    # numpy keeps it
+        descr = <void *>dtype
+    return PyArray_NewLikeArray(x, cnp.NPY_KEEPORDER, descr, 0)
+
+
 cpdef cnp.ndarray empty_like(cnp.ndarray x, dtype=None):
     """A new array of x's shape, order in memory and dtype, or another one; a large one in memory that one has left."""
-    cdef void *descr = NULL
     cdef Py_ssize_t n_bytes = cnp.PyArray_NBYTES(x)
     if dtype is not None:
         n_bytes = cnp.PyArray_SIZE(x) * dtype.itemsize
-        Py_INCREF(dtype)    # numpy keeps it
-        descr = <void *>dtype
     if pool_limit == 0 or n_bytes < CBN_POOL_LEAST:
-        return PyArray_NewLikeArray(x, cnp.NPY_KEEPORDER, descr, 0)
+        try:
+            return new_like(x, dtype)
+        except MemoryError:
+            if not cbn_pool_release():
+                raise
+        return new_like(x, dtype)
     before = cnp.PyDataMem_SetHandler(pool_capsule)
     try:
-        return PyArray_NewLikeArray(x, cnp.NPY_KEEPORDER, descr, 0)
+        return new_like(x, dtype)
     finally:
         cnp.PyDataMem_SetHandler(before)
 
@@ -298,8 +319,7 @@ def empty_cache():
     >>> import cbn
     >>> cbn.empty_cache()
     """
-    cbn_pool_limit(0)
-    cbn_pool_limit(pool_limit)
+    cbn_pool_release()
 
 
 # ---- layouts ---------------------------------------------------------------------------------------------------
@@ -457,7 +477,7 @@ cdef class Input:
         if cnp.PyArray_SIZE(a):
             self.layout = Layout.of(a, self.axis)
             if self.layout is None:
-                a = a.copy(order="K")
+                a = with_room(a.copy, order="K")
                 self.layout = Layout.of(a, self.axis)
         self.x = a
 
@@ -484,7 +504,7 @@ cdef class Input:
         """a itself if the loops can go through it beside x, else a copy that lies as x does."""
         if self.layout is None or self.has_beside(a):
             return a
-        copy = np.empty_like(self.x, dtype=a.dtype, subok=False)
+        copy = with_room(np.empty_like, self.x, dtype=a.dtype, subok=False)
         copy[...] = a
         return copy
 
@@ -1210,6 +1230,11 @@ cdef double *doubles(cnp.ndarray a, Py_ssize_t n) except? NULL:
 
 
 cdef cnp.ndarray new_doubles(cnp.npy_intp n):
+    try:
+        return cnp.PyArray_SimpleNew(1, &n, cnp.NPY_DOUBLE)
+    except MemoryError:
+        if not cbn_pool_release():
+            raise
     return cnp.PyArray_SimpleNew(1, &n, cnp.NPY_DOUBLE)
 
 
@@ -1217,7 +1242,7 @@ cdef room_for(Job *job):
     """The memory of the pipeline's copies; whoever calls keeps it until the job is done."""
     if not (job.fused and job.copying):
         return None
-    room = np.empty(job.threads * job.copy_bytes + LINE, np.int8)
+    room = with_room(np.empty, job.threads * job.copy_bytes + LINE, np.int8)
     job.copy = cnp.PyArray_BYTES(room)
     job.copy += -<Py_ssize_t>job.copy & (LINE - 1)
     return room
@@ -1709,8 +1734,8 @@ cdef void with_copies(Job *job) noexcept nogil:
     job.stream = stores_past(job)
     choose_tiles(job)
     if job.fused:
-        room = <char *>malloc(job.threads * job.copy_bytes + LINE)
+        room = <char *>cbn_pool_malloc(NULL, job.threads * job.copy_bytes)
         job.fused = room != NULL
-        job.copy = room + (-<Py_ssize_t>room & (LINE - 1))
+        job.copy = room
     reduce_and_map(job)
-    free(room)
+    cbn_pool_free(NULL, room, 0)

@@ -1,7 +1,7 @@
 /* pool.c: a list of free blocks, oldest first, under a lock that is held for a few instructions. */
 #include "pool.h"
 
-#include <stdatomic.h>
+#include <pthread.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -15,26 +15,30 @@ enum {
     MOST_BLOCKS = 64,
 };
 
-/* In front of the data. */
+/* In front of the data, and where the block begins. */
 typedef struct {
-    void *block;
-    size_t capacity; /* bytes of data; 0: too small to be kept */
+    size_t capacity; /* bytes of data */
 } header;
 
 static header *kept[MOST_BLOCKS];
 static int n_kept;
 static size_t kept_bytes, limit_bytes;
-static atomic_flag lock = ATOMIC_FLAG_INIT;
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
 static void acquire(void)
 {
-    while (atomic_flag_test_and_set_explicit(&lock, memory_order_acquire))
-        ;
+    pthread_mutex_lock(&lock);
 }
 
 static void release(void)
 {
-    atomic_flag_clear_explicit(&lock, memory_order_release);
+    pthread_mutex_unlock(&lock);
+}
+
+/* A forked child has no thread that could release a lock which another thread held at the fork. */
+__attribute__((constructor)) static void hold_across_forks(void)
+{
+    pthread_atfork(acquire, release, release);
 }
 
 static header *header_of(void *p)
@@ -56,23 +60,28 @@ static header *take_out(int i)
     return h;
 }
 
-static void *new_block(size_t size, int zeroed)
+/* How much larger than asked for a block may be, to be used all the same. */
+static int fits(const header *h, size_t size)
+{
+    return h->capacity >= size && h->capacity - size <= size / 4 + HUGE_PAGE;
+}
+
+static void *new_block(size_t size)
 {
     const size_t alignment = size >= 2 * HUGE_PAGE ? HUGE_PAGE : ALIGNMENT;
-    if (size > SIZE_MAX / 2)
+    if (size > PTRDIFF_MAX - ALIGNMENT - HUGE_PAGE)
         return NULL;
     const size_t whole = (size + ALIGNMENT + alignment - 1) / alignment * alignment;
     header *h = aligned_alloc(alignment, whole);
+    if (!h && cbn_pool_release())
+        h = aligned_alloc(alignment, whole);
     if (!h)
         return NULL;
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
     if (alignment == HUGE_PAGE)
         madvise(h, whole, MADV_HUGEPAGE);
 #endif
-    if (zeroed)
-        memset(h, 0, whole);
-    h->block = h;
-    h->capacity = size >= CBN_POOL_LEAST ? whole - ALIGNMENT : 0;
+    h->capacity = whole - ALIGNMENT;
     return data_of(h);
 }
 
@@ -85,22 +94,21 @@ void *cbn_pool_malloc(void *ctx, size_t size)
         acquire();
         /* The smallest that is large enough, and not much too large; of equals the one used last. */
         for (int i = n_kept - 1; i >= 0; i--)
-            if (kept[i]->capacity >= size && kept[i]->capacity - size <= size / 4 + HUGE_PAGE &&
-                (best < 0 || kept[i]->capacity < kept[best]->capacity))
+            if (fits(kept[i], size) && (best < 0 || kept[i]->capacity < kept[best]->capacity))
                 best = i;
         if (best >= 0)
             h = take_out(best);
         release();
     }
-    return h ? data_of(h) : new_block(size, 0);
+    return h ? data_of(h) : new_block(size);
 }
 
 void *cbn_pool_calloc(void *ctx, size_t n, size_t size)
 {
-    (void)ctx;
     if (size && n > SIZE_MAX / size)
         return NULL;
-    return new_block(n * size, 1);
+    void *p = cbn_pool_malloc(ctx, n * size);
+    return p ? memset(p, 0, n * size) : NULL;
 }
 
 /* What is over the limit, oldest first; the caller holds the lock, and frees what this returns without it. */
@@ -120,7 +128,7 @@ void cbn_pool_free(void *ctx, void *p, size_t size)
     header *h = header_of(p), *out[MOST_BLOCKS];
     int n = 0;
     acquire();
-    const int keep = h->capacity && h->capacity <= limit_bytes;
+    const int keep = h->capacity >= CBN_POOL_LEAST && h->capacity <= limit_bytes;
     if (keep) {
         kept[n_kept++] = h;
         kept_bytes += h->capacity;
@@ -128,26 +136,25 @@ void cbn_pool_free(void *ctx, void *p, size_t size)
     }
     release();
     if (!keep)
-        free(h->block);
+        free(h);
     while (n)
-        free(out[--n]->block);
+        free(out[--n]);
 }
 
+/* The C library's realloc keeps neither the alignment nor the huge pages, so what does not fit moves. */
 void *cbn_pool_realloc(void *ctx, void *p, size_t size)
 {
     if (!p)
         return cbn_pool_malloc(ctx, size);
     header *h = header_of(p);
-    if (h->capacity >= size && size >= CBN_POOL_LEAST)
+    if (fits(h, size))
         return p;
-    /* numpy does not say how large the array was: a small block's size is not recorded either, so move at most that */
-    void *q = realloc(h->block, size + ALIGNMENT);
+    void *q = cbn_pool_malloc(ctx, size);
     if (!q)
-        return NULL;
-    h = q;
-    h->block = h;
-    h->capacity = size >= CBN_POOL_LEAST ? size : 0;
-    return data_of(h);
+        return h->capacity >= size ? p : NULL;
+    memcpy(q, p, size < h->capacity ? size : h->capacity);
+    cbn_pool_free(ctx, p, h->capacity);
+    return q;
 }
 
 void cbn_pool_limit(size_t bytes)
@@ -158,7 +165,21 @@ void cbn_pool_limit(size_t bytes)
     int n = over_limit(out);
     release();
     while (n)
-        free(out[--n]->block);
+        free(out[--n]);
+}
+
+size_t cbn_pool_release(void)
+{
+    header *out[MOST_BLOCKS];
+    int n = 0;
+    acquire();
+    const size_t bytes = kept_bytes;
+    while (n_kept)
+        out[n++] = take_out(0);
+    release();
+    while (n)
+        free(out[--n]);
+    return bytes;
 }
 
 size_t cbn_pool_kept(void)

@@ -16,5 +16,6 @@ void cbn_pool_free(void *ctx, void *p, size_t size);
 
 void cbn_pool_limit(size_t bytes); /* keep at most so many bytes that nobody uses; 0: none */
 size_t cbn_pool_kept(void);        /* so many are kept now */
+size_t cbn_pool_release(void);     /* give these back to the system; returns how many they were */
 
 #endif
