@@ -151,7 +151,7 @@ class BuildPasses(build_ext):
             sys.exit(f"cbn: the C compiler {command[0]!r} cannot build {what}:\n\n{done.stderr.strip()}\n\n{remedy}")
 
 
-sources = ["passes.pyx", "select.c", "pool.c", "baseline.c"]
+sources = ["passes.pyx", "select.c", "threads.c", "pool.c", "baseline.c"]
 if platform.machine().lower() in ("x86_64", "amd64"):
     sources += ["avx2.c", "avx512.c", "avx512_bf16.c"]
 

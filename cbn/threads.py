@@ -3,7 +3,8 @@
 In this order: what the calling thread asked for (`num_threads`), what the process asked for (`set_num_threads`, or
 CBN_NUM_THREADS), else OpenMP's own number, read at each call, bounded by the processors that the process may use (its
 affinity, and its control group's quota, which OpenMP runtimes ignore). What was asked for is used as it is. Nothing of
-the host program is changed: the number travels with each parallel region.
+the host program is changed: the number travels with each parallel region. Where so many threads cannot be created,
+or not in a forked child, a region has fewer: kernels/threads.c.
 """
 
 import contextlib
@@ -17,24 +18,32 @@ from .kernels import passes
 
 __all__ = ["get_num_threads", "num_threads", "set_num_threads"]
 
-MAX_THREADS = 1 << 16
+environment = 0  # threads that CBN_NUM_THREADS asks for; 0: it does not
 
 
-def checked(n: int, name: str = "n") -> int:
-    """n as a number of threads."""
-    n = checks.integer(n, name, "a number of threads")
-    if not 1 <= n <= MAX_THREADS:
-        raise ValueError(f"{name} must be a number of threads, 1 or more, but got {n}")
+def checked(n: int | None, name: str = "n") -> int:
+    """n as a number of threads, 0 for None."""
+    if n is None:
+        return 0
+    n = checks.integer(n, name, "a number of threads or None")
+    if not 1 <= n <= passes.MAX_THREADS:
+        came = str(n) if abs(n) < 1 << 64 else "one of many digits"
+        raise ValueError(f"{name} must be a number of threads from 1 to {passes.MAX_THREADS}, but got {came}")
     return n
 
 
-def set_num_threads(n: int) -> None:
+def set_num_threads(n: int | None) -> None:
     """Use n threads in this process, from the next call on; more than there are processors is allowed.
 
     Parameters
     ----------
-    n : int
-        1 or more.
+    n : int or None
+        From 1 to 1024; None: back to the default, which is CBN_NUM_THREADS if it is set.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For what is no such number.
 
     Examples
     --------
@@ -43,21 +52,30 @@ def set_num_threads(n: int) -> None:
     >>> cbn.get_num_threads()
     2
     """
-    passes.ask_threads(process=checked(n))
+    passes.ask_threads(process=checked(n) or environment)
 
 
 def get_num_threads() -> int:
-    """The number of threads that a large call from this thread would use now."""
+    """The number of threads that a large call from this thread would use now, as far as that is known.
+
+    Whether so many can be created is seen at that call. Where they cannot, this number is smaller from then on, until a
+    call finds more; one a second tries.
+    """
     return passes.get_threads()
 
 
-def num_threads(n: int) -> contextlib.AbstractContextManager[None]:
+def num_threads(n: int | None) -> contextlib.AbstractContextManager[None]:
     """Use n threads for the calls of this thread inside the `with` block.
 
     Parameters
     ----------
-    n : int
-        1 or more.
+    n : int or None
+        From 1 to 1024; None: as many as the process uses, also inside another such block.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For what is no such number.
 
     Examples
     --------
@@ -106,30 +124,33 @@ def cgroup_quota(root: str | Path = "/sys/fs/cgroup", own: str | Path = "/proc/s
 
 def explain() -> str:
     """Why `get_num_threads` says what it says."""
+    n = passes.get_threads()
     here, process = passes.asked_threads()
     info = passes.build_info()
-    if info["forked"]:
-        return "forked child: the parent's threads do not exist here"
+    if info["pool_lost"]:
+        return "forked child: the OpenMP threads of this thread stayed in the parent; new threads have their own"
     if not info["openmp"]:
         return "built without OpenMP"
+    if n < info["threads_wanted"]:
+        return f"of {info['threads_wanted']} no more could be created"
     if here:
         return "num_threads()"
     if process:
-        return "set_num_threads() or CBN_NUM_THREADS"
+        return "CBN_NUM_THREADS" if process == environment else "set_num_threads()"
     bounds = f"OpenMP {info['openmp_max_threads']}, affinity {info['openmp_num_procs']}"
     return bounds + (f", quota {info['cgroup_threads']}" if info["cgroup_threads"] else "")
 
 
 def _at_import() -> None:
+    global environment
     passes.set_cgroup_threads(cgroup_quota())
-    if asked := os.environ.get("CBN_NUM_THREADS"):
-        try:
-            n = int(asked)
-        except ValueError:
-            raise ValueError(f"CBN_NUM_THREADS must be a number of threads, not {asked!r}") from None
-        passes.ask_threads(process=checked(n, "CBN_NUM_THREADS"))
-    if hasattr(os, "register_at_fork"):
-        os.register_at_fork(after_in_child=passes.after_fork_in_child)
+    if asked := os.environ.get("CBN_NUM_THREADS", "").strip():
+        if not (asked.isascii() and asked.isdigit() and len(asked) < 20 and 1 <= int(asked) <= passes.MAX_THREADS):
+            raise ValueError(
+                f"CBN_NUM_THREADS must be a number of threads from 1 to {passes.MAX_THREADS}, not {asked!r}"
+            )
+        environment = int(asked)
+    passes.ask_threads(process=environment)
 
 
 _at_import()

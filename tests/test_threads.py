@@ -1,4 +1,4 @@
-"""Threads: how many, the same bits for any number, sharing a layer, forking, and an untouched host process."""
+"""Threads: how many, the same bits for any number, sharing a layer, too few, forking, an untouched host process."""
 
 import os
 import re
@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 
 import cbn
-from cbn import threads
+from cbn import config, threads
 from cbn.functional import native_batch_norm, native_batch_norm_backward
 from cbn.kernels import passes
 
 HAS_OPENMP = passes.build_info()["openmp"] != 0
+GOMP = next((path for path in config.openmp_runtime() if "gomp" in path), None)
 
 
 def in_a_new_process(code, **environment):
@@ -58,30 +59,53 @@ def test_who_decides():
     with pytest.raises(KeyError), cbn.num_threads(3):
         raise KeyError
     assert cbn.get_num_threads() == 5
-    passes.ask_threads(process=0)
+    with cbn.num_threads(3):
+        with cbn.num_threads(None):  # in there nobody asks but the process
+            assert cbn.get_num_threads() == 5
+        assert cbn.get_num_threads() == 3
+    cbn.set_num_threads(None)
     assert cbn.get_num_threads() == default
+    with cbn.num_threads(None):
+        assert cbn.get_num_threads() == default
 
 
-@pytest.mark.parametrize("n", [0, -1, 1 << 17])
+@pytest.mark.parametrize("n", [0, -1, 1025, 1 << 17, 10**30, pytest.param(10**5000, id="huge")])
 def test_numbers_out_of_range(n):
+    before = passes.asked_threads()
     for call in (cbn.set_num_threads, cbn.num_threads):
-        with pytest.raises(ValueError, match=f"n must be a number of threads, 1 or more, but got {n}"):
+        with pytest.raises(ValueError, match="n must be a number of threads from 1 to 1024, but got ") as error:
             call(n)
+        assert str(error.value).endswith(f" {n}" if abs(n) < 10**10 else "one of many digits")
+    assert passes.asked_threads() == before
 
 
-@pytest.mark.parametrize("n", [1.0, "2", None, True])
+def test_the_largest_number():
+    cbn.set_num_threads(1024)
+    assert cbn.get_num_threads() == 1024
+
+
+@pytest.mark.parametrize("n", [1.0, "2", True])
 def test_what_is_no_number(n):
     for call in (cbn.set_num_threads, cbn.num_threads):
-        with pytest.raises(TypeError, match="n must be a number of threads"):
+        with pytest.raises(TypeError, match="n must be a number of threads or None, not "):
             call(n)
 
 
 def test_environment():
     show = "import cbn; print(cbn.get_num_threads())"
+    default = in_a_new_process(show)
     assert in_a_new_process(show, CBN_NUM_THREADS="11") == "11"
-    for value in ("0", "many", "-3"):
-        with pytest.raises(AssertionError, match="CBN_NUM_THREADS must be a number of threads"):
+    assert in_a_new_process(show, CBN_NUM_THREADS=" 1024 ") == "1024"
+    for value in ("", " "):
+        assert in_a_new_process(show, CBN_NUM_THREADS=value) == default, value
+    for value in ("0", "many", "-3", "1025", "4.0", "4,2", "1_0", "²", "9" * 5000):
+        with pytest.raises(AssertionError, match="CBN_NUM_THREADS must be a number of threads from 1 to 1024, not '"):
             in_a_new_process(show, CBN_NUM_THREADS=value)
+
+
+def test_back_to_the_default_of_the_environment():
+    code = "import cbn; cbn.set_num_threads(3); cbn.set_num_threads(None); print(cbn.get_num_threads())"
+    assert in_a_new_process(code, CBN_NUM_THREADS="11") == "11"
 
 
 @pytest.mark.skipif(not HAS_OPENMP, reason="built without OpenMP")
@@ -127,7 +151,7 @@ def test_cgroup_quota(tmp_path):
 def test_the_reason_is_told():
     assert "affinity" in threads.explain() or "without OpenMP" in threads.explain()
     cbn.set_num_threads(2)
-    assert "set_num_threads" in threads.explain() or not HAS_OPENMP
+    assert threads.explain() == "set_num_threads()" or not HAS_OPENMP
     with cbn.num_threads(2):
         assert threads.explain() == "num_threads()" or not HAS_OPENMP
 
@@ -186,6 +210,312 @@ def test_nobody_sees_a_half_update(parallel):
         stop.set()
         worker.join()
         sys.setswitchinterval(before)
+
+
+# What the processes of the tests below have: a call that opens one region, of up to 16 threads, the number of threads
+# that then exist, and limits.
+PRELUDE = """
+import os, resource, signal, sys, threading, time
+import numpy as np
+import cbn
+from cbn import threads
+from cbn.kernels import passes
+passes.tune(bytes_per_thread=1)
+x = np.random.default_rng(0).standard_normal((2, 16, 20000)).astype(np.float32)     # an item for each channel
+
+def right():
+    return cbn.moments(x).m2.tobytes() == expected
+
+with cbn.num_threads(1):
+    expected = cbn.moments(x).m2.tobytes()
+
+def alive():
+    return len(os.listdir("/proc/self/task"))
+
+def spare(megabytes):     # of address space
+    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (megabytes << 20), resource.RLIM_INFINITY))
+
+def in_thread(function):
+    found = []
+    worker = threading.Thread(target=lambda: found.append(function()))
+    worker.start()
+    worker.join()
+    return found[0]
+
+def in_child(function):
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(20)       # it hangs: the test says so
+        try:
+            os._exit(0 if function() else 1)
+        finally:
+            os._exit(2)
+    return os.waitpid(pid, 0)[1] == 0
+"""
+openmp_alone = pytest.mark.skipif(not HAS_OPENMP, reason="built without OpenMP")
+linux_alone = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="how a limit works is Linux's")
+
+
+def good(code, **environment):
+    """Whether the code, after the prelude, is right by its own `assert`s and lives to its end."""
+    assert in_a_new_process(f"{PRELUDE}{code}\nprint('good')", PYTHONWARNINGS="ignore", **environment) == "good"
+
+
+@openmp_alone
+@linux_alone
+@pytest.mark.parametrize("megabytes", [1, 20, 100])
+@pytest.mark.parametrize("n", [2, 8, 16])
+def test_threads_that_memory_has_no_room_for(n, megabytes):
+    """OpenMP's runtime would end the process."""
+    good(f"""
+cbn.set_num_threads({n})
+before = alive()
+spare({megabytes})
+assert right() and right()
+started = alive() - before
+assert started <= {megabytes} // 8, started     # a stack has 8 MB
+assert cbn.get_num_threads() == started + 1
+fewer = "of {n} no more could be created"
+assert threads.explain() == ("set_num_threads()" if started + 1 == {n} else fewer), threads.explain()
+""", OMP_STACKSIZE="8M")  # fmt: skip
+
+
+@openmp_alone
+@linux_alone
+def test_a_stack_of_its_own_size():
+    for size in ("512M", " 512 m ", "524288", "524288K", "536870912b"):
+        good("before = alive(); cbn.set_num_threads(8); spare(1200); assert right() and before < alive() <= before + 2",
+             OMP_STACKSIZE=size)  # fmt: skip
+
+
+@openmp_alone
+@linux_alone
+@pytest.mark.parametrize("size", ["", "abc", "-5", "1", "8 MB", "999999999999999999999", "100000G"])
+def test_a_stack_size_that_makes_no_sense(size):
+    """libgomp prints what it thinks of it, and takes the default; or no thread at all can be created."""
+    good("cbn.set_num_threads(4); assert right()", OMP_STACKSIZE=size)
+
+
+@openmp_alone
+@linux_alone
+def test_threads_that_ended_are_not_taken_for_granted():
+    """libgomp lets threads go when a region has fewer; the next large one creates them again."""
+    good("""
+for n in (8, 2):
+    with cbn.num_threads(n):
+        assert right()
+spare(1)
+with cbn.num_threads(16):
+    assert right()
+with cbn.num_threads(8):
+    assert right()
+""", OMP_STACKSIZE="64M")  # fmt: skip
+
+
+@openmp_alone
+@linux_alone
+def test_many_callers_share_what_there_is():
+    """Each Python thread has a pool of its own; what one has found to be free another must not take."""
+    good("""
+cbn.set_num_threads(8)
+sys.setswitchinterval(1e-6)
+start = threading.Barrier(6)
+found = []
+def work():
+    start.wait()
+    found.append(all([right() for _ in range(5)]))
+workers = [threading.Thread(target=work) for _ in range(6)]
+for worker in workers[:-1]:
+    worker.start()
+spare(150)
+workers[-1].start()
+for worker in workers:
+    worker.join()
+assert found == [True] * 6, found
+""", OMP_STACKSIZE="8M")  # fmt: skip
+
+
+@openmp_alone
+@linux_alone
+def test_more_threads_when_there_is_room_again():
+    good("""
+cbn.set_num_threads(6)
+before = alive()
+spare(1)
+assert right() and alive() == before and cbn.get_num_threads() == 1
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
+assert in_thread(lambda: right() and alive() == before + 6)     # with the Python thread itself
+time.sleep(1.1)
+assert right() and cbn.get_num_threads() == 6 and alive() >= before + 5, alive()
+assert threads.explain() == "set_num_threads()", threads.explain()
+""")
+
+
+@openmp_alone
+@linux_alone
+def test_memory_that_nobody_uses_goes_to_stacks():
+    good("""
+passes.set_cache_limit(1 << 30)
+arrays = [passes.empty_like(np.empty(100 << 20, np.int8)) for _ in range(3)]
+del arrays
+assert passes.cache_state()[0] >= 300 << 20
+cbn.set_num_threads(8)
+before = alive()
+spare(1)
+assert right() and alive() == before + 7, (before, alive())
+""", OMP_STACKSIZE="8M")  # fmt: skip
+
+
+@openmp_alone
+@linux_alone
+def test_threads_that_the_user_may_not_have():
+    """RLIMIT_NPROC, as pids.max of a control group. It does not bind root, who becomes somebody else here."""
+    good("""
+if os.geteuid() == 0:
+    os.setresuid(54321, 54321, 54321)     # who has no other processes
+    spare_processes = alive() + 3
+else:
+    spare_processes = 1                   # there are more already
+resource.setrlimit(resource.RLIMIT_NPROC, (spare_processes,) * 2)
+before = alive()
+cbn.set_num_threads(8)
+assert right() and right()
+assert before <= alive() <= before + 3, (before, alive())
+assert cbn.get_num_threads() <= 4
+""")
+
+
+@openmp_alone
+@linux_alone
+def test_no_more_than_the_thread_limit_are_tried():
+    good("cbn.set_num_threads(64); spare(100); assert right() and cbn.get_num_threads() == 64",
+         OMP_THREAD_LIMIT="3", OMP_STACKSIZE="8M")  # fmt: skip
+
+
+@openmp_alone
+@linux_alone
+@pytest.mark.parametrize("levels", [1, 2])
+def test_a_call_within_a_region_of_another_library(levels):
+    """There a region opens no threads, or as many at each call that its pool does not keep."""
+    good(f"""
+import ctypes
+gomp = ctypes.CDLL({GOMP!r})
+gomp.omp_set_max_active_levels({levels})
+cbn.set_num_threads(4)
+found = []
+@ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+def body(_):
+    cbn.set_num_threads(6)
+    found.append(right() and right())
+gomp.GOMP_parallel(body, None, 2, 0)
+spare(2)
+gomp.GOMP_parallel(body, None, 2, 0)
+assert found == [True] * 4, found
+""", OMP_STACKSIZE="8M")  # fmt: skip
+
+
+@openmp_alone
+def test_a_child_has_threads_where_its_parent_opened_no_region():
+    good("""
+cbn.set_num_threads(4)
+def all_four():
+    return cbn.get_num_threads() == 4 and right() and alive() == 4 and threads.explain() == "set_num_threads()"
+assert in_child(all_four)
+assert in_child(lambda: in_child(all_four))
+assert in_child(lambda: in_thread(lambda: right() and alive() == 5))
+assert in_child(lambda: all_four() and not in_child(all_four) and in_child(lambda: right() and alive() == 1))
+""")
+
+
+@openmp_alone
+def test_a_child_whose_pool_stayed_in_the_parent_is_serial():
+    """And does not hang; threads that it starts itself have pools of their own."""
+    good("""
+cbn.set_num_threads(4)
+assert right()
+def serial():
+    cbn.set_num_threads(3)
+    return right() and cbn.get_num_threads() == 1 and alive() == 1 and threads.explain().startswith("forked child: ")
+assert in_child(serial)
+assert in_child(lambda: serial() and in_child(serial))
+assert in_child(lambda: in_thread(lambda: right() and cbn.get_num_threads() == 4 and alive() == 5))
+assert cbn.get_num_threads() == 4 and right()
+""")
+
+
+@openmp_alone
+def test_the_pool_belongs_to_the_python_thread_that_forks():
+    good("""
+cbn.set_num_threads(4)
+parallel = lambda: right() and cbn.get_num_threads() == 4 and alive() == 4
+serial = lambda: right() and cbn.get_num_threads() == 1 and alive() == 1
+done, go = threading.Event(), threading.Event()
+found = []
+def work():
+    assert right()
+    done.set()
+    go.wait()
+    found.append(in_child(serial))
+worker = threading.Thread(target=work)
+worker.start()
+done.wait()
+assert in_child(parallel)                           # the main thread opened no region
+assert in_thread(lambda: in_child(parallel))        # nor did this one
+go.set()
+worker.join()
+assert found == [True]
+""")
+
+
+@openmp_alone
+@linux_alone
+def test_a_pool_of_another_library_is_noticed():
+    """A library that shares the OpenMP runtime has opened a region in the thread that forks: cbn's would hang."""
+    good(f"""
+import ctypes
+gomp = ctypes.CDLL({GOMP!r})
+body = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(lambda _: None)
+region = lambda: gomp.GOMP_parallel(body, None, 3, 0)
+cbn.set_num_threads(4)
+parallel = lambda: right() and cbn.get_num_threads() == 4 and alive() == 4
+serial = lambda: right() and cbn.get_num_threads() == 1 and alive() == 1
+in_thread(region)
+assert in_child(parallel)
+assert in_thread(lambda: (region(), in_child(serial))[1])
+region()
+assert in_child(serial)
+assert in_thread(lambda: in_child(parallel))
+""")
+
+
+@openmp_alone
+@pytest.mark.parametrize("opened", [False, True])
+def test_workers_of_multiprocessing(opened):
+    good(f"""
+import multiprocessing
+cbn.set_num_threads(4)
+if {opened}:
+    assert right()
+def work(_):
+    signal.alarm(60)
+    return right() and cbn.get_num_threads() == (1 if {opened} else 4)
+with multiprocessing.get_context("fork").Pool(2, maxtasksperchild=2) as pool:
+    found = pool.map(work, range(3), chunksize=1)       # by the first two workers, which this thread forked
+assert found == [True] * 3, found
+""")
+
+
+@openmp_alone
+@linux_alone
+def test_a_child_that_cannot_find_out_is_serial():
+    good("""
+cbn.set_num_threads(4)
+def starved():
+    spare(1)
+    return right() and cbn.get_num_threads() == 1 and alive() == 1
+assert in_child(starved)
+""", OMP_STACKSIZE="64M")  # fmt: skip
 
 
 FORK = """

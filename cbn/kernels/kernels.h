@@ -77,8 +77,4 @@ extern const cbn_isa *const cbn_built[];
 /* The highest of them that this processor runs, as an index; those below it run too. */
 int cbn_highest(void);
 
-/* Threads asked for, by the process and by the calling thread; 0: nobody asked. */
-extern int cbn_process_threads;
-extern _Thread_local int cbn_thread_threads;
-
 #endif

@@ -60,8 +60,17 @@ cdef extern from "kernels.h" nogil:
     enum: CBN_ROW_BYTES
     const cbn_isa *cbn_built[]
     int cbn_highest()
+
+cdef extern from "threads.h" nogil:
+    ctypedef struct cbn_thread:
+        int asked, pool, forked
+    enum: CBN_MOST_THREADS, CBN_POOL_LOST
     int cbn_process_threads
-    int cbn_thread_threads
+    cbn_thread cbn_here
+    void (*cbn_open_region)() noexcept nogil
+    int cbn_threads_for_region(int n)
+    void cbn_region_is_open()
+    int cbn_threads_now(int n)
 
 cdef extern from "numpy/ndarraytypes.h":
     enum: NPY_HALF
@@ -142,7 +151,7 @@ use_isa(os.environ.get("CBN_ISA") or None)
 # ---- threads ---------------------------------------------------------------------------------------------------
 
 cdef int cgroup_threads = 0   # the quota of the control group in whole processors; 0: none
-cdef bint forked = False      # a forked child: the parent's OpenMP threads do not exist here, waiting hangs
+MAX_THREADS = CBN_MOST_THREADS
 
 # Below this much memory a thread (some 10 us), opening a parallel region costs more than it saves; and where other
 # threads are busy, as those of a BLAS that spin after a matrix product, it can cost a scheduler slice of milliseconds.
@@ -151,13 +160,13 @@ cdef Py_ssize_t bytes_per_thread = 1 << 18
 
 cdef int thread_limit() noexcept nogil:
     cdef int n
-    if forked:
+    if cbn_here.forked == CBN_POOL_LOST:
         return 1
-    if cbn_thread_threads > 0:
-        return cbn_thread_threads
+    if cbn_here.asked > 0:
+        return cbn_here.asked
     if cbn_process_threads > 0:
         return cbn_process_threads
-    n = min(omp_get_max_threads(), omp_get_num_procs())
+    n = min(omp_get_max_threads(), omp_get_num_procs(), CBN_MOST_THREADS)
     if cgroup_threads > 0:
         n = min(n, cgroup_threads)
     return max(n, 1)
@@ -172,18 +181,21 @@ cdef int threads_for(Py_ssize_t n_bytes, Py_ssize_t items) noexcept nogil:
 
 
 def get_threads():
-    return thread_limit()
+    cdef int n
+    with nogil:
+        n = cbn_threads_now(thread_limit())
+    return n
 
 
 def asked_threads():
     """(asked for by the calling thread, by the process), 0 where nobody asked."""
-    return cbn_thread_threads, cbn_process_threads
+    return cbn_here.asked, cbn_process_threads
 
 
 def ask_threads(here=None, process=None):
-    global cbn_thread_threads, cbn_process_threads
+    global cbn_process_threads
     if here is not None:
-        cbn_thread_threads = here
+        cbn_here.asked = here
     if process is not None:
         cbn_process_threads = process
 
@@ -193,20 +205,27 @@ def set_cgroup_threads(int n):
     cgroup_threads = n
 
 
-def after_fork_in_child():
-    global forked
-    forked = True
+cdef void nothing(Job *job, Py_ssize_t begin, Py_ssize_t end, int thread) noexcept nogil:
+    pass
+
+
+cdef void region_of_two() noexcept nogil:
+    run(nothing, NULL, 2, 2)
+
+
+cbn_open_region = region_of_two
 
 
 def build_info():
-    """What show_config prints about the build."""
+    """What show_config prints about the build, and about the threads of the calling one."""
     return {
         "compiler": CBN_COMPILER.decode(),
         "openmp": CBN_OPENMP,
         "openmp_max_threads": omp_get_max_threads(),
         "openmp_num_procs": omp_get_num_procs(),
         "cgroup_threads": cgroup_threads,
-        "forked": bool(forked),
+        "pool_lost": cbn_here.forked == CBN_POOL_LOST,
+        "threads_wanted": thread_limit(),
     }
 
 
@@ -810,10 +829,14 @@ cdef void write_to(Job *job, Layout layout, cnp.ndarray y) noexcept:
 cdef void run(Work work, Job *job, Py_ssize_t items, int threads) noexcept nogil:
     """work(job, begin, end, thread) for neighbouring items each: the one parallel region of the library."""
     cdef int thread
+    if threads > 1 and threads > cbn_here.pool:
+        threads = cbn_threads_for_region(threads)
     if threads == 1:
         work(job, 0, items, 0)
     else:
         for thread in prange(threads, num_threads=threads, schedule="static", chunksize=1):
+            if thread == 0:
+                cbn_region_is_open()
             work(job, items * thread // threads, items * (thread + 1) // threads, thread)
 
 

@@ -32,6 +32,3 @@ int cbn_highest(void)
     return 0;
 #endif
 }
-
-int cbn_process_threads = 0;
-_Thread_local int cbn_thread_threads = 0;
