@@ -386,8 +386,8 @@ class BatchNorm(passes.Planned):
         inp = passes.Input(x, self._channel_axis, ranks=self._ranks)
         inp.meets(self._dtype)
         checks.output(out, inp.x.shape, inp.x.dtype)
-        residual = checks.residual(residual, inp.x)
         if residual is not None:
+            residual = passes.with_room(checks.residual, residual, inp.x)
             residual = inp.lies_as(residual)
         version = self._version  # before anything that a plan would stand for is read
         training, frozen, slope = self.training, self._frozen, checks.negative_slope(self._activation)
@@ -533,7 +533,7 @@ class BatchNorm(passes.Planned):
             for name, a, before in zip(("input", "residual"), (inp.x, forward.residual), forward.digests, strict=True):
                 if digest(a) != before:
                     raise RuntimeError(MODIFIED.format(name))
-        dy = checks.float_array(dy, "dy")
+        dy = passes.with_room(checks.float_array, dy, "dy")
         if dy.shape != inp.x.shape:
             raise ValueError(f"dy has shape {dy.shape}; expected {inp.x.shape}, as the input")
         checks.output(out, inp.x.shape, inp.x.dtype)
@@ -823,8 +823,8 @@ class EvalPlan(passes.Planned):
             raise ValueError(f"input has shape {inp.x.shape}; this plan is for {self.shape}")
         inp.wide = self._wide
         checks.output(out, self.shape, self.dtype)
-        residual = checks.residual(residual, inp.x)
         if residual is not None:
+            residual = passes.with_room(checks.residual, residual, inp.x)
             residual = inp.lies_as(residual)
         y = functional.normalize(inp, self._coef, out, residual, self._slope)
         self._prepare(inp)

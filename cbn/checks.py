@@ -10,7 +10,7 @@ import math
 import numbers
 import operator
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal, Protocol, SupportsIndex, TypeAlias, TypeVar
 
 import numpy as np
@@ -71,20 +71,13 @@ def quantization(x: Array, scale: Any, zero_point: Any, out_dtype: Any) -> tuple
     raise TypeError(f"out_dtype must be float32 or bfloat16 (of ml_dtypes), not {out_dtype!r}")
 
 
-def with_room(make: Callable[..., Array], *args: Any, **kwargs: Any) -> Array:
-    """`passes.with_room`; that module imports this one."""
-    from .kernels import passes
-
-    return passes.with_room(make, *args, **kwargs)
-
-
 def array(x: Any, name: str) -> Array:
     """x as an array of any dtype, itself where it is one; what holds no array is refused by the name of its type."""
     if type(x) is np.ndarray:
         return x
     unmasked(x, name)
     try:
-        a = with_room(np.asanyarray, x)
+        a = np.asanyarray(x)
     except MemoryError:
         raise
     except Exception as error:
@@ -207,7 +200,7 @@ def float_array(x: ArrayLike, name: str) -> Array:
         raise dtype_error(given, x, name, INPUTS)
     # A view of our own: what the caller does to the shape or the dtype of his does not change it
     a = given.view()
-    return a if a.flags.aligned and a.dtype.isnative else with_room(a.astype, dtype, order="K", copy=True)
+    return a if a.flags.aligned and a.dtype.isnative else a.astype(dtype, order="K", copy=True)
 
 
 def doubles(x: Any, name: str) -> Doubles:
@@ -345,7 +338,7 @@ def negative_slope(activation: Any) -> float:
     raise error(f"activation must be {expected}, not {activation!r}")
 
 
-def residual(a: ArrayLike | None, x: Array) -> Array | None:
+def residual(a: ArrayLike | None, x: Array) -> Array | Any:
     """Refuse what cannot be added to the normalized x element by element; None passes. Returns it as an array."""
     if a is None:
         return None

@@ -311,8 +311,8 @@ def _batch_norm(
         inp.x, inp.n_channels, running_mean, running_var, weight, bias, updated=bool(training)
     )
     epsilon = checks.epsilon_for(eps, training)
-    residual = checks.residual(residual, inp.x)
     if residual is not None:
+        residual = passes.with_room(checks.residual, residual, inp.x)
         residual = inp.lies_as(residual)
     statistics = () if training else (running_mean, running_var)
     inp.meets(*[a.dtype for a in (weight, bias, *statistics) if a is not None])
@@ -502,7 +502,7 @@ def native_batch_norm_backward(
     checks.output(out, inp.x.shape, inp.x.dtype)
     if out is not None and not want_dx:
         raise ValueError("out was given, but output_mask leaves out dx")
-    dy = checks.float_array(dy, "dy")
+    dy = passes.with_room(checks.float_array, dy, "dy")
     if dy.shape != inp.x.shape:
         raise ValueError(f"dy has shape {dy.shape}; expected {inp.x.shape}, as the input")
     weight = checks.per_channel(weight, "weight", inp.n_channels, x=inp.x)

@@ -58,7 +58,7 @@ def test_imports_run_one_way():
         "state": {"checks"},
         "batchnorm": {"checks", "functional", "kernels", "state", "storage"},
         "storage": {"batchnorm", "checks", "state"},
-        "fuse": {"batchnorm", "checks"},
+        "fuse": {"batchnorm", "checks", "kernels"},
         "config": {"checks", "functional", "kernels", "memory", "reference", "threads"},
     }
     for path in (ROOT / "cbn").glob("*.py"):

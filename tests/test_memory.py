@@ -255,6 +255,9 @@ STARVED_CALLS = {  # what allocates: (set up, call); `out` is where it does not 
     "copy of a list": (f"{TO_OUT}; x = list(x)", "bn(x, out=out)"),
     "residual that lies otherwise": (
         f"{TO_OUT}; z = np.asfortranarray(x)", "bn(x, out=out, residual=z)"),
+    "residual in native order": (
+        f"{TO_OUT}; z = x.astype('>f4')", "bn(x, out=out, residual=z)"),
+    "gradient in native order": (f"{TO_OUT}; bn(x); dy = x.astype('>f4')", "bn.backward(dy, out=out)"),
     "scratch of the pipeline": (
         "x = np.tile(x, (1, 1, 2, 2)); out = np.empty_like(x); "
         "passes.tune(l2_bytes=1 << 20, l3_bytes=1 << 28, stream_bytes=0)", "bn(x, out=out)"),

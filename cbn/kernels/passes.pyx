@@ -489,7 +489,7 @@ cdef class Input:
         if type(x) is cnp.ndarray and is_plain_float(x):
             a = PyArray_View(x, NULL, NULL)    # what the caller does to the shape of his does not change it
         else:
-            a = checks.float_array(x, name)
+            a = with_room(checks.float_array, x, name)
         checks.rank(a, ranks)
         self.axis = checks.axis_index(channel_axis, a.ndim)
         self.n_channels = a.shape[self.axis]
