@@ -27,8 +27,7 @@ def checked(n: int | None, name: str = "n") -> int:
         return 0
     n = checks.integer(n, name, "a number of threads or None")
     if not 1 <= n <= passes.MAX_THREADS:
-        came = str(n) if abs(n) < 1 << 64 else "one of many digits"
-        raise ValueError(f"{name} must be a number of threads from 1 to {passes.MAX_THREADS}, but got {came}")
+        raise ValueError(f"{name} must be a number of threads from 1 to {passes.MAX_THREADS}, but got {n}")
     return n
 
 

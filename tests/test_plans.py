@@ -1,6 +1,7 @@
 """Evaluation that repeats: what is prepared once must be what the layer would compute now, whatever has changed."""
 
 import copy
+import itertools
 import pickle
 import threading
 import warnings
@@ -548,6 +549,19 @@ def test_a_residual_that_lies_otherwise_makes_no_more_plans(rng):
         bn(x, residual=z)
         bn(x)
     assert bn._plans == 1
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (3, 5, 7), (3, 5, 1, 4), (1, 5, 4, 1)])
+def test_the_output_of_a_plan_lies_as_the_first(rng, shape):
+    for order in itertools.permutations(range(len(shape))):
+        for step in (1, 2):
+            x = in_memory_order(np.repeat(rng.standard_normal(shape).astype(np.float32), step, axis=0), order)[::step]
+            bn = trained(rng, 5)
+            first = bn(x)
+            for y in (bn(x), bn(x, out=np.empty_like(x)), np.empty_like(x)):
+                differing = [y.strides[i] != first.strides[i] for i, n in enumerate(shape) if n > 1]
+                assert not any(differing), (shape, order, step)
+            assert bn(x, out=np.empty_like(x)).tobytes() == first.tobytes()
 
 
 def test_plans_are_made_again_when_arrays_have_changed(rng):

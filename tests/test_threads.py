@@ -73,9 +73,13 @@ def test_who_decides():
 def test_numbers_out_of_range(n):
     before = passes.asked_threads()
     for call in (cbn.set_num_threads, cbn.num_threads):
-        with pytest.raises(ValueError, match="n must be a number of threads from 1 to 1024, but got ") as error:
+        words = (
+            f"n must be a number of threads from 1 to 1024, but got {n}$"
+            if n < 1 << 63
+            else "of 64 bits, but got one of"
+        )
+        with pytest.raises(ValueError, match=words):
             call(n)
-        assert str(error.value).endswith(f" {n}" if abs(n) < 10**10 else "one of many digits")
     assert passes.asked_threads() == before
 
 

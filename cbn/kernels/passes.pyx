@@ -257,6 +257,8 @@ def tune(**knobs):
 cdef extern from "numpy/arrayobject.h":
     cnp.ndarray PyArray_NewLikeArray(cnp.ndarray prototype, cnp.NPY_ORDER order, void *descr, int subok)
     cnp.ndarray PyArray_View(cnp.ndarray a, void *descr, void *type)
+    cnp.ndarray PyArray_NewFromDescr(object subtype, cnp.dtype descr, int nd, cnp.npy_intp *dims, cnp.npy_intp *strides,
+                                     void *data, int flags, void *obj)
 
 cdef extern from "pool.h" nogil:
     enum: CBN_POOL_LEAST
@@ -1395,6 +1397,22 @@ cdef bint usable(cnp.ndarray a, Py_ssize_t C, int type_num) noexcept:
         and cnp.PyArray_ISCARRAY_RO(a)
 
 
+cdef cnp.ndarray phantom_like(cnp.ndarray x):
+    """An array with the strides of `empty_like(x)` and no memory of its own, which nobody may read or write."""
+    cdef cnp.npy_intp strides[MAXDIMS]
+    cdef cnp.npy_intp stride = cnp.PyArray_ITEMSIZE(x)
+    cdef list axes = list(range(x.ndim))    # slowest first
+    if cnp.PyArray_IS_F_CONTIGUOUS(x) and not cnp.PyArray_IS_C_CONTIGUOUS(x):
+        axes.reverse()
+    elif not cnp.PyArray_IS_C_CONTIGUOUS(x):
+        axes.sort(key=lambda axis: -abs(x.strides[axis]))
+    for axis in reversed(axes):
+        strides[axis] = stride
+        stride *= x.shape[axis]
+    Py_INCREF(x.dtype)    # numpy keeps it
+    return PyArray_NewFromDescr(np.ndarray, x.dtype, x.ndim, cnp.PyArray_DIMS(x), strides, cnp.PyArray_DATA(x), 0, NULL)
+
+
 @cython.final
 cdef class Plan:
     """An evaluation of inputs of one type, shape and strides, with all prepared that does not depend on their values.
@@ -1439,7 +1457,7 @@ cdef class Plan:
         self.sources = tuple([source for source in sources if source is not None])
         self.n_axes, self.type_num = cnp.PyArray_NDIM(a), cnp.PyArray_TYPE(a)
         self.extent = cnp.PyArray_ITEMSIZE(a)
-        y = PyArray_NewLikeArray(a, cnp.NPY_KEEPORDER, NULL, 0)    # as empty_like, whose memory may be of the pool
+        y = phantom_like(a)
         for axis in range(self.n_axes):
             self.shape[axis], self.strides[axis], self.y_strides[axis] = a.shape[axis], a.strides[axis], y.strides[axis]
             self.extent += (a.shape[axis] - 1) * a.strides[axis]
