@@ -246,7 +246,10 @@ def output(out: Array | None, shape: tuple[int, ...], dtype: np.dtype[Any], expe
 def per_channel(
     a: ArrayLike | None, name: str, n_channels: int, *, written: bool = False, x: Array | None = None
 ) -> Array | Any:
-    """Refuse a parameter or statistic that is not a float array (C,), for x; None passes. Returns it as an array."""
+    """Refuse a parameter or statistic that is no float array (C,), for x; None passes. Returns it as an array.
+
+    Of 16 bits too where it is only read; the caller computes with float64 copies.
+    """
     if a is None:
         return None
     if type(a) is np.ndarray and a.shape == (n_channels,) and a.dtype in FLOATS and (not written or a.flags.writeable):
@@ -255,8 +258,8 @@ def per_channel(
     if written and not isinstance(a, np.ndarray):
         raise TypeError(f"{name} is updated in place and must be a numpy array, not {type(a).__name__}")
     given, a = a, array(a, name)
-    if native_float(a.dtype) is None:
-        raise dtype_error(a, given, name, "float32 or float64")
+    if (native_float if written else native_input)(a.dtype) is None:
+        raise dtype_error(a, given, name, "float32 or float64" if written else INPUTS)
     if a.size != n_channels:
         hint = "" if x is None else other_axis(x, a.size)
         raise ArgumentError(f"{name} should contain {n_channels} elements not {a.size}{hint}")

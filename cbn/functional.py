@@ -215,7 +215,7 @@ def batch_norm(
         Read if not `training`. If `training`, both None or both arrays that are updated in place, after all else has
         succeeded: ``running = (1 - momentum)*running + momentum*batch``, the variance with 1/(n - 1).
     weight, bias : (C,) array_like or None
-        None means ones and zeros.
+        None means ones and zeros. Of any dtype that x may have, as are running statistics that are only read.
     training : bool
         Whether to use the batch's statistics.
     momentum : float in [0, 1]

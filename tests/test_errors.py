@@ -316,9 +316,9 @@ def test_per_channel_arguments(training, name):
         call(f32(3, 1))
     with pytest.raises(TypeError, match=f"{name} has dtype int64"):
         call(np.ones(3, int))
-    with pytest.raises(TypeError, match=f"{name} has dtype float16"):
-        call(np.ones(3, np.float16))
     if training and name.startswith("running"):
+        with pytest.raises(TypeError, match=f"{name} has dtype float16; expected float32 or float64"):
+            call(np.ones(3, np.float16))
         read_only = f32(3)
         read_only.flags.writeable = False
         with pytest.raises(ValueError, match=f"{name} is read-only"):

@@ -213,3 +213,32 @@ def test_squares_that_vanish_in_float32(isa, dtype):
         np.testing.assert_allclose(m2, reference.moments(a, axis)[2], rtol=1e-6, atol=0)
         assert m2[0] > 0
         assert (m2[1:] == 0).all()
+
+
+@pytest.mark.parametrize("order", [slice(None), slice(None, None, -1)])
+@pytest.mark.parametrize("x_dtype", [np.float32, *HALVES])
+def test_parameters_of_16_bits(rng, dtype, x_dtype, order):
+    """They are read as the float32 that they stand for; gradients have their dtype."""
+    x, dy = rng.standard_normal((2, 6, 5, 4)).astype(x_dtype)
+    mean, var, weight, bias = (a[order] for a in np.abs(rng.standard_normal((4, 5))).astype(dtype))
+    wide = [a.astype(np.float32) for a in (mean, var, weight, bias)]
+    expected = batch_norm(x, *wide)
+    assert batch_norm(x, mean, var, weight, bias).tobytes() == expected.tobytes()
+    assert batch_norm(x, mean.astype(">f2") if dtype == np.float16 else mean, *wide[1:]).tobytes() == expected.tobytes()
+    y, save_mean, save_invstd = native_batch_norm(x, weight, bias, None, None, True, 0.1, 1e-5)
+    assert y.tobytes() == native_batch_norm(x, *wide[2:], None, None, True, 0.1, 1e-5)[0].tobytes()
+    for train in (True, False):
+        found, exact = (
+            native_batch_norm_backward(dy, x, w, m, v, save_mean, save_invstd, train, 1e-5)
+            for w, m, v in ((weight, mean, var), (wide[2], *wide[:2]))
+        )
+        assert found[0].tobytes() == exact[0].tobytes()
+        for a, b in zip(found[1:], exact[1:], strict=True):
+            assert a.dtype == dtype
+            assert error(a, b) <= ROUNDING[np.dtype(dtype)]
+    with pytest.raises(TypeError, match="running_mean has dtype .*; expected float32 or float64"):
+        batch_norm(x, mean, var, training=True)
+    layer = cbn.BatchNorm(5)
+    layer.weight = weight
+    assert layer.weight.dtype == np.float32
+    assert np.array_equal(layer.weight, wide[2])
