@@ -236,7 +236,7 @@ def test_parameters_of_16_bits(rng, dtype, x_dtype, order):
         for a, b in zip(found[1:], exact[1:], strict=True):
             assert a.dtype == dtype
             assert error(a, b) <= ROUNDING[np.dtype(dtype)]
-    with pytest.raises(TypeError, match="running_mean has dtype .*; expected float32 or float64"):
+    with pytest.raises(TypeError, match=r"running_mean has dtype .*; expected float32 or float64"):
         batch_norm(x, mean, var, training=True)
     layer = cbn.BatchNorm(5)
     layer.weight = weight
