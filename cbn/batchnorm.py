@@ -359,6 +359,9 @@ class BatchNorm(passes.Planned):
         *,
         out: Array | None = None,
         residual: ArrayLike | None = None,
+        x_scale: Number | None = None,
+        x_zero_point: SupportsIndex | None = None,
+        out_dtype: npt.DTypeLike | None = None,
     ) -> Array:
         """Normalize x in the current mode, add the residual, apply the activation.
 
@@ -368,14 +371,16 @@ class BatchNorm(passes.Planned):
             Of the class's number of dimensions, of any floating dtype. In training mode it is remembered, by reference,
             for `backward`.
         out : ndarray, optional
-            Of x's shape and dtype; receives y. ``out=x`` works in place.
+            Of x's shape and y's dtype; receives y. ``out=x`` works in place.
         residual : array_like, optional
-            Of x's shape and dtype; in training mode it is remembered as x is.
+            Of x's shape and y's dtype; in training mode it is remembered as x is.
+        x_scale, x_zero_point, out_dtype
+            For an x of uint8 or int8 in evaluation mode, as in `cbn.functional.batch_norm`.
 
         Returns
         -------
         ndarray
-            y, of x's shape and dtype, in x's order in memory.
+            y, of x's shape and dtype (or `out_dtype`), in x's order in memory.
 
         Raises
         ------
@@ -383,12 +388,14 @@ class BatchNorm(passes.Planned):
             As `cbn.functional.batch_norm`, and for another number of dimensions or channels. The layer and `out` are
             then as they were.
         """
-        inp = passes.Input(x, self._channel_axis, ranks=self._ranks)
+        quantization = None
+        if x_scale is None and x_zero_point is None and out_dtype is None:
+            inp = passes.Input(x, self._channel_axis, ranks=self._ranks)
+        else:
+            of_bytes = x_scale, x_zero_point, out_dtype
+            inp, quantization = functional.quantized(x, self.training, self._channel_axis, self._ranks, *of_bytes)
         inp.meets(self._dtype)
-        checks.output(out, inp.x.shape, inp.x.dtype)
-        if residual is not None:
-            residual = passes.with_room(checks.residual, residual, inp.x)
-            residual = inp.lies_as(residual)
+        residual = functional.check_output(inp, out, residual)
         version = self._version  # before anything that a plan would stand for is read
         training, frozen, slope = self.training, self._frozen, checks.negative_slope(self._activation)
         running_mean, running_var, weight, bias = sources = (
@@ -398,6 +405,8 @@ class BatchNorm(passes.Planned):
             self.bias,
         )
         batch_statistics = not frozen and (training or (running_mean is None and running_var is None))
+        if quantization is not None:
+            batch_statistics = False
         tracked = training and self.track_running_stats and not frozen
         if not batch_statistics:
             checks.buffers_for_eval(running_mean, running_var)
@@ -415,10 +424,10 @@ class BatchNorm(passes.Planned):
             y, mean, m2, invstd = functional.normalize_batch(inp, weight, bias, eps, out, residual, slope)
         else:
             coef = functional.coefficients(mean, var, weight, bias, eps)
-            y = functional.normalize(inp, coef, out, residual, slope)
+            y = functional.normalize(inp, coef, out, residual, slope, quantization)
         if not training:
             self._remember(AFTER_EVAL)
-            if not batch_statistics and not self._has_plan(x):
+            if not batch_statistics and quantization is None and not self._has_plan(x):
                 self._keep(passes.Plan.of(inp, x, sources, values, coef, slope), version)
             return y
         if not batch_statistics:
@@ -442,15 +451,25 @@ class BatchNorm(passes.Planned):
         """Keep what backward needs, and the plan, which an assignment would drop: evaluation does not read it."""
         self.__dict__["_saved"] = saved
 
-    def plan(self, shape: Sequence[SupportsIndex], dtype: npt.DTypeLike = np.float32) -> EvalPlan:
+    def plan(
+        self,
+        shape: Sequence[SupportsIndex],
+        dtype: npt.DTypeLike = np.float32,
+        *,
+        x_scale: Number | None = None,
+        x_zero_point: SupportsIndex | None = None,
+        out_dtype: npt.DTypeLike | None = None,
+    ) -> EvalPlan:
         """Prepare the evaluation of inputs of one shape and dtype, for the lowest latency.
 
         Parameters
         ----------
         shape : sequence of int
             Of the inputs, batch included.
-        dtype : float32, float64, float16 or bfloat16
+        dtype : float32, float64, float16 or bfloat16; with `x_scale` uint8 or int8
             Of the inputs.
+        x_scale, x_zero_point, out_dtype
+            For inputs of 8 bits, as in `cbn.functional.batch_norm`.
 
         Returns
         -------
@@ -475,7 +494,7 @@ class BatchNorm(passes.Planned):
         >>> plan
         <EvalPlan of BatchNorm1d(3) for float64 of shape (2, 3)>
         """
-        return EvalPlan(self, shape, dtype)
+        return EvalPlan(self, shape, dtype, x_scale, x_zero_point, out_dtype)
 
     def _check_channels(self, inp: passes.Input, mean: Array | None, untracked: bool) -> None:
         """Refuse an input with another number of channels, in PyTorch's words for what is compared with it first."""
@@ -758,7 +777,9 @@ class EvalPlan(passes.Planned):
     ----------
     layer : BatchNorm
     shape : sequence of int
-    dtype : float32, float64, float16 or bfloat16
+    dtype : float32, float64, float16 or bfloat16; with `x_scale` uint8 or int8
+    x_scale, x_zero_point, out_dtype
+        For inputs of 8 bits, as in `cbn.functional.batch_norm`.
 
     Attributes
     ----------
@@ -769,16 +790,32 @@ class EvalPlan(passes.Planned):
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
 
-    def __init__(self, layer: BatchNorm, shape: Sequence[SupportsIndex], dtype: npt.DTypeLike) -> None:
-        found = accepted_dtype(dtype, checks.native_input, "float32, float64, float16 or bfloat16")
-        like = passes.with_room(np.empty, checks.shape(shape), found)
-        inp = passes.Input(like, layer.channel_axis, ranks=layer._ranks)
+    def __init__(
+        self,
+        layer: BatchNorm,
+        shape: Sequence[SupportsIndex],
+        dtype: npt.DTypeLike,
+        x_scale: Number | None = None,
+        x_zero_point: SupportsIndex | None = None,
+        out_dtype: npt.DTypeLike | None = None,
+    ) -> None:
+        of_bytes = any(given is not None for given in (x_scale, x_zero_point, out_dtype))
+        native = checks.native_bytes if of_bytes else checks.native_input
+        expected = "uint8 or int8, with x_scale" if of_bytes else "float32, float64, float16 or bfloat16"
+        self.dtype = accepted_dtype(dtype, native, expected)
+        self.shape = checks.shape(shape)
+        self._quantization, self._y_dtype = None, None
+        if of_bytes:
+            one = np.empty(1, self.dtype)
+            scale, zero_point, self._y_dtype = checks.quantization(one, x_scale, x_zero_point, out_dtype)
+            self._quantization = scale, zero_point
+        self._axis, self._ranks = layer.channel_axis, layer._ranks
+        inp = self._input(passes.with_room(np.empty, self.shape, self.dtype))
         inp.meets(layer.dtype)
+        self._wide = inp.wide
         layer._check_channels(inp, layer.running_mean, False)
         self._coef, self._slope = layer._coefficients(), checks.negative_slope(layer.activation)
-        self.shape, self.dtype = inp.x.shape, found
         self._name = f"{type(layer).__name__}({layer.num_features})"
-        self._axis, self._wide = inp.axis, inp.wide
         self._prepare(inp)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -786,13 +823,21 @@ class EvalPlan(passes.Planned):
 
     def __setstate__(self, attributes: dict[str, Any]) -> None:
         self.__dict__.update(attributes)
-        self._prepare(passes.Input(np.empty(self.shape, self.dtype), self._axis))
+        self._prepare(self._input(passes.with_room(np.empty, self.shape, self.dtype)))
+
+    def _input(self, x: ArrayLike) -> passes.Input:
+        if self._y_dtype is not None:
+            x = checks.array(x, "input")
+            if x.dtype != self.dtype:
+                raise TypeError(f"input has dtype {x.dtype}; this plan is for {self.dtype}")
+        return passes.Input(x, self._axis, ranks=self._ranks, y_dtype=self._y_dtype)
 
     def _prepare(self, inp: passes.Input) -> None:
         """Plan for inputs that lie in memory as this one does."""
-        inp.wide = self._wide
-        if not self._has_plan(inp.x):
-            self._keep(passes.Plan.of(inp, inp.x, (), (), self._coef, self._slope), self._version)
+        coef = self._coef if self._quantization is None else functional.dequantizing(self._coef, self._quantization)
+        if coef is not None and not self._has_plan(inp.x):
+            inp.wide = self._wide
+            self._keep(passes.Plan.of(inp, inp.x, (), (), coef, self._slope), self._version)
 
     def forward(self, x: ArrayLike, *, out: Array | None = None, residual: ArrayLike | None = None) -> Array:
         """Normalize x; what a call does.
@@ -802,9 +847,9 @@ class EvalPlan(passes.Planned):
         x : array_like
             Of the plan's shape and dtype. Any strides; those of the last call, or C order at first, are fastest.
         out : ndarray, optional
-            Of the same shape and dtype; receives y. ``out=x`` works in place.
+            Of the same shape, and of y's dtype; receives y. ``out=x`` works in place.
         residual : array_like, optional
-            Of the same shape and dtype; added before the activation.
+            Of the same shape, and of y's dtype; added before the activation.
 
         Returns
         -------
@@ -814,19 +859,16 @@ class EvalPlan(passes.Planned):
         Raises
         ------
         TypeError, ValueError
-            For an x or an `out` of another dtype or shape.
+            For an x, an `out` or a residual of another dtype or shape.
         """
-        inp = passes.Input(x, self._axis)
+        inp = self._input(x)
         if inp.x.dtype != self.dtype:
             raise TypeError(f"input has dtype {inp.x.dtype}; this plan is for {self.dtype}")
         if inp.x.shape != self.shape:
             raise ValueError(f"input has shape {inp.x.shape}; this plan is for {self.shape}")
         inp.wide = self._wide
-        checks.output(out, self.shape, self.dtype)
-        if residual is not None:
-            residual = passes.with_room(checks.residual, residual, inp.x)
-            residual = inp.lies_as(residual)
-        y = functional.normalize(inp, self._coef, out, residual, self._slope)
+        residual = functional.check_output(inp, out, residual)
+        y = functional.normalize(inp, self._coef, out, residual, self._slope, self._quantization)
         self._prepare(inp)
         return y
 

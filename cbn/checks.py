@@ -111,7 +111,7 @@ def dtype_error(a: Array, x: Any, name: str, expected: str) -> TypeError:
         variable = "x" if name == "input" else name
         words += f", as in {variable}.astype({target})" if x is a else f", as in numpy.asarray({variable}, {target})"
         if name == "input" and a.dtype in (np.uint8, np.int8):
-            words += "; cbn.functional.batch_norm takes it in evaluation, with x_scale=1/255, for example"
+            words += "; evaluation takes it as it is, with x_scale=1/255, for example"
     elif a.dtype == object:
         strange = [v for v in a.flat if not isinstance(v, numbers.Number)]
         words += f"; it holds objects that are no numbers, such as {reprlib.repr(strange[0])}" if strange else ""
@@ -155,6 +155,11 @@ def native_input(dtype: np.dtype[Any]) -> np.dtype[Any] | None:
     if dtype.itemsize == 2 and (dtype.kind == "f" or dtype.name == "bfloat16"):
         return dtype.newbyteorder("=")
     return native_float(dtype)
+
+
+def native_bytes(dtype: np.dtype[Any]) -> np.dtype[Any] | None:
+    """The dtype if it has 8 bits and is an integer's, else None."""
+    return dtype if dtype.kind in "iu" and dtype.itemsize == 1 else None
 
 
 def parameter_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
@@ -341,13 +346,13 @@ def negative_slope(activation: Any) -> float:
     raise error(f"activation must be {expected}, not {activation!r}")
 
 
-def residual(a: ArrayLike | None, x: Array) -> Array | Any:
-    """Refuse what cannot be added to the normalized x element by element; None passes. Returns it as an array."""
+def residual(a: ArrayLike | None, x: Array, dtype: np.dtype[Any], expected: str = "as the input") -> Array | Any:
+    """Refuse what cannot be added to the normalized x, of this dtype, element by element; None passes."""
     if a is None:
         return None
     a = float_array(a, "residual")
-    if a.dtype != x.dtype:
-        raise TypeError(f"residual has dtype {a.dtype}; expected {x.dtype}, as the input")
+    if a.dtype != dtype:
+        raise TypeError(f"residual has dtype {a.dtype}; expected {dtype}, {expected}")
     if a.shape != x.shape:
         raise ValueError(f"residual has shape {a.shape}; expected {x.shape}, as the input")
     return a

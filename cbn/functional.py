@@ -65,19 +65,85 @@ def coefficients(mean: Array, var: Array, weight: Array | None, bias: Array | No
     return coef
 
 
+Quantization = tuple[float, int]  # scale, zero point
+BYTES = (np.dtype(np.uint8), np.dtype(np.int8))
+
+
+def quantized(
+    x: ArrayLike,
+    training: bool,
+    channel_axis: SupportsIndex,
+    ranks: tuple[int, ...] | None,
+    scale: Any,
+    zero_point: Any,
+    out_dtype: Any,
+) -> tuple[passes.Input, Quantization]:
+    """An 8-bit input, and what its values stand for; checked but for its channels."""
+    a = checks.array(x, "input")
+    if a.dtype not in BYTES or training:
+        given = {"x_scale": scale, "x_zero_point": zero_point, "out_dtype": out_dtype}
+        name = next(name for name, value in given.items() if value is not None)
+        words = f"{'training' if training else 'evaluation'} with input of dtype {a.dtype}"
+        raise TypeError(f"{name} is for evaluation with 8-bit input (uint8, int8), and this is {words}")
+    scale, zero_point, dtype = checks.quantization(a, scale, zero_point, out_dtype)
+    return passes.Input(a, channel_axis, ranks=ranks, y_dtype=dtype), (scale, zero_point)
+
+
+def dequantizing(coef: Doubles, quantization: Quantization) -> Doubles | None:
+    """Coefficients for 8-bit values in place of what they stand for; None where float32 cannot hold them.
+
+    (scale*(x - zero_point) - mean)*invstd = (x - (zero_point + mean/scale))*(scale*invstd)
+    """
+    scale, zero_point = quantization
+    coef = coef.copy()
+    with np.errstate(all="ignore"):
+        coef[0] = zero_point + coef[0] / scale
+        coef[1] *= scale
+    return coef if passes.fits_in_float32(coef) else None
+
+
+def check_output(inp: passes.Input, out: Array | None, residual: ArrayLike | None) -> Array | Any:
+    """Refuse an output or a residual that does not fit the input; returns the residual as the loops can read it."""
+    dtype = inp.x.dtype if inp.y_dtype is None else inp.y_dtype
+    expected = "as the input" if inp.y_dtype is None else "as out_dtype"
+    checks.output(out, inp.x.shape, dtype, expected)
+    if residual is None:
+        return None
+    return inp.lies_as(passes.with_room(checks.residual, residual, inp.x, dtype, expected))
+
+
 def normalize(
     inp: passes.Input,
     coef: Doubles,
     out: Array | None,
     residual: Array | None = None,
     negative_slope: float = 1,
+    quantization: Quantization | None = None,
 ) -> Array:
     """The array normalized with the `coefficients` given; arguments are checked."""
     if inp.layout is None:
-        return passes.empty_like(inp.x) if out is None else out
+        return inp.destination(None) if out is None else out
+    if quantization is not None:
+        folded = dequantizing(coef, quantization)
+        if folded is None:
+            return delivered(
+                passes.with_room(normalize_dequantized, inp, coef, residual, negative_slope, quantization), out
+            )
+        coef = folded
     y = inp.destination(out, inp.x, *(() if residual is None else (residual,)))
     passes.apply(inp.layout, inp.x, y, coef, inp.wide, residual, negative_slope)
     return delivered(y, out)
+
+
+def normalize_dequantized(
+    inp: passes.Input, coef: Doubles, residual: Array | None, negative_slope: float, quantization: Quantization
+) -> Array:
+    """8-bit input normalized in float64, where float32 cannot hold the coefficients."""
+    scale, zero_point = quantization
+    wide = passes.Input(scale * (inp.x.astype(np.float64) - zero_point), inp.axis)
+    z = None if residual is None else wide.lies_as(residual.astype(np.float64))
+    with np.errstate(all="ignore"):
+        return normalize(wide, coef, None, z, negative_slope).astype(inp.y_dtype)
 
 
 @dataclass(slots=True)
@@ -225,11 +291,11 @@ def batch_norm(
     channel_axis : int
         The axis with the channels: 1 for NC, NCL, NCHW, NCDHW, -1 for NLC, NHWC.
     out : ndarray, optional
-        Of x's shape and dtype; receives y. It may be x or the residual, or overlap them.
+        Of x's shape, and of y's dtype; receives y. It may be x or the residual, or overlap them.
     activation : None, "relu" or ("leaky_relu", slope)
         What y goes through, in the same pass. NaN stays NaN.
     residual : array_like, optional
-        Of x's shape and dtype; added before the activation, in the same pass.
+        Of x's shape, and of y's dtype; added before the activation, in the same pass.
     x_scale : float, optional
         For 8-bit input, which stands for ``x_scale * (x - x_zero_point)``: 1/255 for images. Evaluation alone.
     x_zero_point : int
@@ -270,23 +336,18 @@ def batch_norm(
     slope = checks.negative_slope(activation)
     arrays = (weight, bias, running_mean, running_var)
     a = checks.array(x, "input")
-    if a.dtype in (np.uint8, np.int8) and not training:
-        checks.momentum_fraction(momentum)
-        scale, zero_point, dtype = checks.quantization(a, x_scale, x_zero_point, out_dtype)
-        if residual is not None:
-            raise ValueError("residual cannot be added to 8-bit input; expected None")
-        return _batch_norm_bytes(a, *arrays, eps, channel_axis, out, slope, scale, zero_point, dtype)
-    for name, value in (("x_scale", x_scale), ("x_zero_point", x_zero_point), ("out_dtype", out_dtype)):
-        if value is not None:
-            words = f"{'training' if training else 'evaluation'} with input of dtype {a.dtype}"
-            raise TypeError(f"{name} is for evaluation with 8-bit input (uint8, int8), and this is {words}")
-    if a is not x and checks.native_input(a.dtype) is None:
+    quantization: Quantization | None = None
+    if (a.dtype in BYTES and not training) or any(given is not None for given in (x_scale, x_zero_point, out_dtype)):
+        inp, quantization = quantized(a, training, channel_axis, None, x_scale, x_zero_point, out_dtype)
+    elif a is not x and checks.native_input(a.dtype) is None:
         raise checks.dtype_error(a, x, "input", checks.INPUTS)
-    return _batch_norm(a, *arrays, training, momentum, eps, channel_axis, out, residual, slope)[0]
+    else:
+        inp = passes.Input(a, channel_axis)
+    return _batch_norm(inp, *arrays, training, momentum, eps, out, residual, slope, quantization)[0]
 
 
 def _batch_norm(
-    x: ArrayLike,
+    inp: passes.Input,
     weight: ArrayLike | None,
     bias: ArrayLike | None,
     running_mean: Array | None,
@@ -294,14 +355,13 @@ def _batch_norm(
     training: bool,
     momentum: Number,
     eps: Number,
-    channel_axis: SupportsIndex,
     out: Array | None,
     residual: ArrayLike | None = None,
     negative_slope: float = 1,
+    quantization: Quantization | None = None,
 ) -> tuple[Array, Doubles, Doubles]:
     """(y, save_mean, save_invstd): both functions that users call."""
-    inp = passes.Input(x, channel_axis)
-    checks.output(out, inp.x.shape, inp.x.dtype)
+    residual = check_output(inp, out, residual)
     fraction = checks.momentum_fraction(momentum)
     if training:
         checks.buffers_for_batch(running_mean, running_var)
@@ -311,15 +371,12 @@ def _batch_norm(
         inp.x, inp.n_channels, running_mean, running_var, weight, bias, updated=bool(training)
     )
     epsilon = checks.epsilon_for(eps, training)
-    if residual is not None:
-        residual = passes.with_room(checks.residual, residual, inp.x)
-        residual = inp.lies_as(residual)
     statistics = () if training else (running_mean, running_var)
     inp.meets(*[a.dtype for a in (weight, bias, *statistics) if a is not None])
     old_mean, old_var, weight, bias = channels.as_doubles(running_mean, running_var, weight, bias)
     if not training:
         coef = coefficients(old_mean, old_var, weight, bias, epsilon)
-        return normalize(inp, coef, out, residual, negative_slope), np.empty(0), np.empty(0)
+        return normalize(inp, coef, out, residual, negative_slope, quantization), np.empty(0), np.empty(0)
     checks.more_than_one_value(inp.x, inp.n_channels)
     y, mean, m2, invstd = normalize_batch(inp, weight, bias, epsilon, out, residual, negative_slope)
     if running_mean is not None and inp.layout is not None:
@@ -328,51 +385,6 @@ def _batch_norm(
         old = (old_mean, old_var) if written else None
         channels.move_running(running_mean, running_var, None, mean, m2, inp.count, fraction, old=old)
     return y, mean, invstd
-
-
-def _batch_norm_bytes(
-    x: Array,
-    weight: ArrayLike | None,
-    bias: ArrayLike | None,
-    running_mean: Array | None,
-    running_var: Array | None,
-    eps: Number,
-    channel_axis: SupportsIndex,
-    out: Array | None,
-    negative_slope: float,
-    scale: float,
-    zero_point: int,
-    dtype: np.dtype[Any],
-) -> Array:
-    """Evaluation of 8-bit input: the map with coefficients that hold the scale and the zero point."""
-    checks.rank(x, None)
-    axis = checks.axis_index(channel_axis, x.ndim)
-    checks.output(out, x.shape, dtype, "as out_dtype")
-    checks.buffers_for_eval(running_mean, running_var)
-    n = x.shape[axis]
-    mean, var, weight, bias = check_parameters(x, n, running_mean, running_var, weight, bias, updated=False)
-    coef = coefficients(mean, var, weight, bias, checks.epsilon_for(eps, False))
-    # (scale*(x - zero_point) - mean)*invstd = (x - (zero_point + mean/scale))*(scale*invstd)
-    folded = coef.copy()
-    with np.errstate(all="ignore"):
-        folded[0] = zero_point + coef[0] / scale
-        folded[1] *= scale
-    if not passes.fits_in_float32(folded):
-        wide = passes.Input(passes.with_room(lambda: scale * (x.astype(np.float64) - zero_point)), axis)
-        y = normalize(wide, coef, None, None, negative_slope)
-        with np.errstate(all="ignore"):
-            return delivered(passes.with_room(y.astype, dtype), out)
-    layout = passes.Layout.of(x, axis) if x.size else None
-    if x.size and layout is None:
-        x = passes.with_room(x.copy, order="K")
-        layout = passes.Layout.of(x, axis)
-    if layout and out is not None and out.flags.aligned and layout.fits(out) and not passes.overlaps(x, out):
-        y = out
-    else:
-        y = passes.empty_like(x, dtype)
-    if layout:
-        passes.apply(layout, x, y, folded, False, None, negative_slope)
-    return delivered(y, out)
 
 
 def native_batch_norm(
@@ -419,7 +431,8 @@ def native_batch_norm(
     >>> mean, invstd
     (array([2.]), array([0.49999938]))
     """
-    return _batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps, channel_axis, out)
+    inp = passes.Input(x, channel_axis)
+    return _batch_norm(inp, weight, bias, running_mean, running_var, training, momentum, eps, out)
 
 
 def native_batch_norm_backward(

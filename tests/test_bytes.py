@@ -1,5 +1,9 @@
 """8-bit input: dequantized and normalized in one pass."""
 
+import copy
+import pickle
+from unittest import mock
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -134,7 +138,16 @@ def test_nothing_outside_an_array_is_touched(isa, parallel, rng, dtype, shape, a
         ({"x_scale": 1, "out_dtype": "nonsense"}, TypeError, "out_dtype must be float32 or bfloat16"),
         ({"x_scale": 1, "out": np.zeros((4, 3))}, TypeError, "out has dtype '<f8'; expected '<f4', as out_dtype"),
         ({"x_scale": 1, "out": np.zeros((3, 4), "f4")}, ValueError, r"out has shape \(3, 4\); expected \(4, 3\)"),
-        ({"x_scale": 1, "residual": np.zeros((4, 3), "f4")}, ValueError, "residual cannot be added to 8-bit input"),
+        (
+            {"x_scale": 1, "residual": np.zeros((4, 3))},
+            TypeError,
+            "residual has dtype float64; expected float32, as out_d",
+        ),
+        (
+            {"x_scale": 1, "residual": np.zeros((3, 4), "f4")},
+            ValueError,
+            r"residual has shape \(3, 4\); expected \(4, 3",
+        ),
         ({"x_scale": 1, "channel_axis": 2}, ValueError, "channel_axis 2 is out of range"),
         ({"x_scale": 1, "momentum": 5}, ValueError, r"momentum must be in \[0, 1\]"),
         ({"x_scale": 1, "training": True}, TypeError, "x_scale is for evaluation with 8-bit input .*training with"),
@@ -155,3 +168,114 @@ def test_other_types_have_no_scale():
         batch_norm(np.ma.zeros((4, 3), np.uint8), np.zeros(3), np.ones(3), x_scale=1)
     with pytest.raises(ValueError, match="running_mean should contain 3 elements not 4"):
         batch_norm(np.zeros((4, 3), np.uint8), np.zeros(4), np.ones(4), x_scale=1)
+
+
+# ---- through a layer and a plan --------------------------------------------------------------------------------------
+
+
+def evaluating(rng, n_channels, axis=1, **kwargs):
+    bn = cbn.BatchNorm(n_channels, channel_axis=axis, **kwargs).eval()
+    bn.running_mean[...], bn.running_var[...], bn.weight[...], bn.bias[...] = parameters(rng, n_channels)
+    return bn
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", BYTES)
+@pytest.mark.parametrize("out_dtype", OUTPUTS)
+@pytest.mark.parametrize("activation", [None, "relu", ("leaky_relu", 0.1)])
+def test_layers_and_plans_give_the_bits_of_the_function(rng, layout, dtype, out_dtype, activation):
+    shape, axis, order = LAYOUTS[layout]
+    x = drawn(rng, dtype, shape, order)
+    bn = evaluating(rng, shape[axis], axis, activation=activation)
+    arrays = bn.running_mean, bn.running_var, bn.weight, bn.bias
+    of_bytes = {"x_scale": 0.05, "x_zero_point": 7, "out_dtype": out_dtype}
+    z = in_memory_order(rng.standard_normal(shape), order).astype(out_dtype)
+    plan = bn.plan(shape, dtype, **of_bytes)
+    for residual in (None, z, np.asfortranarray(z)):
+        y = batch_norm(x, *arrays, channel_axis=axis, activation=activation, residual=residual, **of_bytes)
+        assert y.dtype == out_dtype
+        out = np.empty_like(y)
+        for call in range(3):
+            case = (residual is None, call)
+            assert bn(x, residual=residual, **of_bytes).tobytes() == y.tobytes(), case
+            assert plan(x, residual=residual).tobytes() == y.tobytes(), case
+            assert plan(x, residual=residual).strides == y.strides, case
+            assert bn(x, residual=residual, out=out, **of_bytes) is out
+            assert out.tobytes() == y.tobytes(), case
+            out[...] = 0
+            assert plan(x, residual=residual, out=out) is out
+            assert out.tobytes() == y.tobytes(), case
+    expected = exact(x, arrays, 0.05, 7, axis % x.ndim) + np.asarray(z, np.float64)
+    slope = {None: 1, "relu": 0}.get(activation, 0.1)
+    assert error(y, reference.activate(expected, None, slope)) <= LIMIT[y.dtype]
+    assert plan._plans <= 2
+    assert bn._plans == 0
+    for other in (copy.copy(plan), pickle.loads(pickle.dumps(plan))):
+        assert other(x, residual=z).tobytes() == y.tobytes()
+
+
+def test_a_plan_of_8_bits_is_used(rng):
+    x = drawn(rng, np.uint8, (4, 5, 6))
+    plan = evaluating(rng, 5).plan(x.shape, np.uint8, x_scale=1 / 255)
+    y = plan(x)
+    with mock.patch.object(passes, "Input", side_effect=AssertionError("the plan was not used")):
+        assert plan(x).tobytes() == y.tobytes()
+        assert plan(x, out=np.empty_like(y), residual=np.zeros_like(y)).tobytes() == y.tobytes()
+    # Over its own input
+    memory = np.empty(y.nbytes, np.uint8)
+    inside = memory[: x.size].reshape(x.shape)
+    inside[...] = x
+    assert plan(inside, out=memory.view(np.float32).reshape(x.shape)).tobytes() == y.tobytes()
+
+
+@pytest.mark.parametrize("dtype", BYTES)
+def test_a_plan_whose_coefficients_float32_cannot_hold(rng, dtype):
+    x = drawn(rng, dtype, (20, 4))
+    bn = evaluating(rng, 4, dtype=np.float64)
+    bn.running_mean[...], bn.running_var[...] = 1e20, 1
+    plan = bn.plan(x.shape, dtype, x_scale=1e-300)
+    expected = batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, x_scale=1e-300)
+    for _ in range(2):
+        assert plan(x).tobytes() == bn(x, x_scale=1e-300).tobytes() == expected.tobytes()
+
+
+def test_what_layers_and_plans_refuse(rng):
+    bn = evaluating(rng, 3)
+    x, wide = np.zeros((4, 3), np.uint8), np.zeros((4, 3), np.float32)
+    with pytest.raises(
+        TypeError, match=r"input has dtype uint8; expected .*evaluation takes it as it is, with x_scale="
+    ):
+        bn(x)
+    with pytest.raises(
+        TypeError, match=r"x_scale is for evaluation with 8-bit input .*evaluation with input of dtype f"
+    ):
+        bn(wide, x_scale=1)
+    with pytest.raises(TypeError, match="out_dtype is for evaluation with 8-bit input"):
+        bn(wide, out_dtype=np.float32)
+    with pytest.raises(TypeError, match="input has dtype uint8, whose values need a scale"):
+        bn(x, x_zero_point=1)
+    with pytest.raises(ValueError, match="running_mean should contain 2 elements not 3"):
+        bn(x[:, :2], x_scale=1)
+    with pytest.raises(ValueError, match=r"expected 4D input \(got 2D input\)"):
+        cbn.BatchNorm2d(3).eval()(x, x_scale=1)
+    with pytest.raises(ValueError, match="running_mean must be defined in evaluation mode"):
+        cbn.BatchNorm1d(3, track_running_stats=False).eval()(x, x_scale=1)
+    for layer in (bn.train(), bn.freeze()):
+        before = layer.state_dict()
+        with pytest.raises(TypeError, match=r"x_scale is for evaluation .*training with input of dtype uint8"):
+            layer(x, x_scale=1)
+        assert all(np.array_equal(before[name], a) for name, a in layer.state_dict().items())
+    bn.unfreeze().eval()
+    with pytest.raises(TypeError, match="dtype must be uint8 or int8, with x_scale, not float32"):
+        bn.plan((4, 3), x_scale=1)
+    with pytest.raises(TypeError, match="dtype must be float32, float64, float16 or bfloat16, not uint8"):
+        bn.plan((4, 3), np.uint8)
+    with pytest.raises(ValueError, match=r"x_scale must be finite and positive, but got 0.0"):
+        bn.plan((4, 3), np.uint8, x_scale=0)
+    plan = bn.plan((4, 3), np.uint8, x_scale=1)
+    with pytest.raises(TypeError, match="input has dtype float32; this plan is for uint8"):
+        plan(wide)
+    with pytest.raises(ValueError, match=r"input has shape \(2, 3\); this plan is for \(4, 3\)"):
+        plan(x[:2])
+    with pytest.raises(TypeError, match=r"out has dtype '.u1'; expected '<f4', as out_dtype"):
+        plan(x, out=x.copy())

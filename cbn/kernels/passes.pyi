@@ -34,8 +34,15 @@ class Layout:
 class Input:
     wide: bool
     def __init__(
-        self, x: ArrayLike, channel_axis: SupportsIndex, name: str = "input", ranks: tuple[int, ...] | None = None
+        self,
+        x: ArrayLike,
+        channel_axis: SupportsIndex,
+        name: str = "input",
+        ranks: tuple[int, ...] | None = None,
+        y_dtype: np.dtype[Any] | None = None,
     ) -> None: ...
+    @property
+    def y_dtype(self) -> np.dtype[Any] | None: ...
     @property
     def x(self) -> _Array: ...
     @property

@@ -7,7 +7,7 @@ Every function here trusts its arguments: arrays aligned, native and of a `Layou
 cimport cython
 cimport numpy as cnp
 from cpython.dict cimport PyDict_Size
-from cpython.object cimport PyObject_GenericSetAttr
+from cpython.object cimport PyObject_GenericSetAttr, PyTypeObject
 from cpython.pycapsule cimport PyCapsule_New
 from cpython.ref cimport Py_INCREF
 from cython.parallel cimport prange
@@ -257,8 +257,8 @@ def tune(**knobs):
 cdef extern from "numpy/arrayobject.h":
     cnp.ndarray PyArray_NewLikeArray(cnp.ndarray prototype, cnp.NPY_ORDER order, void *descr, int subok)
     cnp.ndarray PyArray_View(cnp.ndarray a, void *descr, void *type)
-    cnp.ndarray PyArray_NewFromDescr(object subtype, cnp.dtype descr, int nd, cnp.npy_intp *dims, cnp.npy_intp *strides,
-                                     void *data, int flags, void *obj)
+    cnp.ndarray PyArray_NewFromDescr(PyTypeObject *subtype, cnp.dtype descr, int nd, cnp.npy_intp *dims,
+                                     cnp.npy_intp *strides, void *data, int flags, void *obj)
 
 cdef extern from "pool.h" nogil:
     enum: CBN_POOL_LEAST
@@ -470,11 +470,15 @@ cdef class Input:
     name : str
         What an error calls it.
     ranks : tuple of int, optional
+    y_dtype : dtype, optional
+        Of the output, for an x of 8 bits.
 
     Attributes
     ----------
     x : ndarray
         A view of x, or a copy that keeps its order in memory if no loop reads it as it lies.
+    y_dtype : dtype or None
+        None for x's own.
     layout : Layout or None
         None for an empty array.
     wide : bool
@@ -484,11 +488,13 @@ cdef class Input:
     cdef readonly Layout layout
     cdef readonly int axis
     cdef readonly Py_ssize_t n_channels
+    cdef readonly object y_dtype
     cdef public bint wide
 
-    def __init__(self, x, channel_axis, name="input", ranks=None):
+    def __init__(self, x, channel_axis, name="input", ranks=None, y_dtype=None):
         cdef cnp.ndarray a
-        if type(x) is cnp.ndarray and is_plain_float(x):
+        self.y_dtype = y_dtype
+        if type(x) is cnp.ndarray and (is_plain_float(x) or y_dtype is not None):
             a = PyArray_View(x, NULL, NULL)    # what the caller does to the shape of his does not change it
         else:
             a = with_room(checks.float_array, x, name)
@@ -532,10 +538,10 @@ cdef class Input:
     def destination(self, cnp.ndarray out, *read):
         """Where a pass may write: `out`, if it lies as x does and no array that is read overlaps it in part."""
         if out is None or self.layout is None or not (cnp.PyArray_ISALIGNED(out) and self.layout.fits(out)):
-            return empty_like(self.x)
+            return empty_like(self.x, self.y_dtype)
         for a in read:
             if overlaps(a, out) and not is_same_memory(a, out):
-                return empty_like(self.x)
+                return empty_like(self.x, self.y_dtype)
         return out
 
 
@@ -1397,10 +1403,10 @@ cdef bint usable(cnp.ndarray a, Py_ssize_t C, int type_num) noexcept:
         and cnp.PyArray_ISCARRAY_RO(a)
 
 
-cdef cnp.ndarray phantom_like(cnp.ndarray x):
-    """An array with the strides of `empty_like(x)` and no memory of its own, which nobody may read or write."""
+cdef cnp.ndarray phantom_like(cnp.ndarray x, dtype):
+    """An array with the strides of `empty_like(x, dtype)` and no memory of its own: nobody may read or write it."""
     cdef cnp.npy_intp strides[MAXDIMS]
-    cdef cnp.npy_intp stride = cnp.PyArray_ITEMSIZE(x)
+    cdef cnp.npy_intp stride = dtype.itemsize
     cdef list axes = list(range(x.ndim))    # slowest first
     if cnp.PyArray_IS_F_CONTIGUOUS(x) and not cnp.PyArray_IS_C_CONTIGUOUS(x):
         axes.reverse()
@@ -1409,8 +1415,9 @@ cdef cnp.ndarray phantom_like(cnp.ndarray x):
     for axis in reversed(axes):
         strides[axis] = stride
         stride *= x.shape[axis]
-    Py_INCREF(x.dtype)    # numpy keeps it
-    return PyArray_NewFromDescr(np.ndarray, x.dtype, x.ndim, cnp.PyArray_DIMS(x), strides, cnp.PyArray_DATA(x), 0, NULL)
+    Py_INCREF(dtype)    # numpy keeps it
+    return PyArray_NewFromDescr(
+        <PyTypeObject *>np.ndarray, dtype, x.ndim, cnp.PyArray_DIMS(x), strides, cnp.PyArray_DATA(x), 0, NULL)
 
 
 @cython.final
@@ -1425,9 +1432,11 @@ cdef class Plan:
     cdef int n_axes, type_num
     cdef Py_ssize_t shape[MAXDIMS]
     cdef Py_ssize_t strides[MAXDIMS]
+    cdef int y_type_num
+    cdef object y_dtype            # None for x's own
     cdef Py_ssize_t y_strides[MAXDIMS]    # of the output that a call makes itself, for which `job` is
-    cdef bint gaps                 # whether these differ from x's
-    cdef Py_ssize_t extent         # bytes from the first to the end of the last
+    cdef bint alike                # whether type and strides are x's
+    cdef Py_ssize_t extent         # bytes from the first to the end of the last, of the longer one
     cdef const cbn_isa *isa
     cdef tuple sources              # running mean and variance, weight, bias, as far as there are
     cdef int source_types[4]
@@ -1455,13 +1464,16 @@ cdef class Plan:
         self = Plan()
         self.layout, self.coef = layout, coef
         self.sources = tuple([source for source in sources if source is not None])
+        y = phantom_like(a, a.dtype if inp.y_dtype is None else inp.y_dtype)
         self.n_axes, self.type_num = cnp.PyArray_NDIM(a), cnp.PyArray_TYPE(a)
+        self.y_dtype, self.y_type_num = inp.y_dtype, cnp.PyArray_TYPE(y)
         self.extent = cnp.PyArray_ITEMSIZE(a)
-        y = phantom_like(a)
+        self.alike = self.type_num == self.y_type_num
         for axis in range(self.n_axes):
             self.shape[axis], self.strides[axis], self.y_strides[axis] = a.shape[axis], a.strides[axis], y.strides[axis]
             self.extent += (a.shape[axis] - 1) * a.strides[axis]
-            self.gaps |= y.strides[axis] != a.strides[axis]
+            self.alike &= y.strides[axis] == a.strides[axis]
+        self.extent = max(self.extent, cnp.PyArray_NBYTES(y))
         self.job = make_job(layout, a, inp.wide)
         self.job.coef_c = <double *>cnp.PyArray_DATA(coef)
         activate(&self.job, layout, None, negative_slope)
@@ -1509,9 +1521,9 @@ cdef class Plan:
             seen += C * cnp.PyArray_ITEMSIZE(a)
         return True
 
-    cdef bint fits(self, cnp.ndarray a, Py_ssize_t *strides) noexcept:
+    cdef bint fits(self, cnp.ndarray a, int type_num, Py_ssize_t *strides) noexcept:
         cdef int axis
-        if cnp.PyArray_NDIM(a) != self.n_axes or cnp.PyArray_TYPE(a) != self.type_num \
+        if cnp.PyArray_NDIM(a) != self.n_axes or cnp.PyArray_TYPE(a) != type_num \
                 or not cnp.PyArray_ISALIGNED(a) or not cnp.PyArray_ISNOTSWAPPED(a):
             return False
         for axis in range(self.n_axes):
@@ -1525,24 +1537,28 @@ cdef class Plan:
         cdef cnp.ndarray y
         cdef int threads
         cdef bint like_x
-        if self.isa != active or type(x) is not cnp.ndarray or not self.fits(x, self.strides) or not self.is_current():
+        if self.isa != active or type(x) is not cnp.ndarray or not self.fits(x, self.type_num, self.strides) \
+                or not self.is_current():
             return None
-        if residual is not None and (type(residual) is not cnp.ndarray or not self.fits(residual, self.strides)):
+        if residual is not None and (type(residual) is not cnp.ndarray
+                                     or not self.fits(residual, self.y_type_num, self.y_strides)):
             return None
         job = self.job
         if out is None:
-            y = empty_like(x)
+            y = empty_like(x, self.y_dtype)
         else:
             if type(out) is not cnp.ndarray:
                 return None
             y = out
-            like_x = self.fits(y, self.strides)
-            if not cnp.PyArray_ISWRITEABLE(y) or not (like_x or self.fits(y, self.y_strides)) \
+            like_x = self.fits(y, self.type_num, self.strides)
+            if not cnp.PyArray_ISWRITEABLE(y) or not (like_x or self.fits(y, self.y_type_num, self.y_strides)) \
                     or self.overlaps_partly(x, y, like_x) \
-                    or (residual is not None and self.overlaps_partly(residual, y, like_x)):
+                    or (residual is not None and self.overlaps_partly(residual, y, self.alike or not like_x)):
                 return None
-            if like_x and self.gaps:
-                write_to(&job, self.layout, y)
+            if like_x and not self.alike:
+                if self.y_dtype is not None:
+                    return None    # refused by forward
+                write_to(&job, self.layout, y)    # in place, with the gaps of x
         job.x.data = job.g.data = cnp.PyArray_BYTES(x)
         job.y.data = cnp.PyArray_BYTES(y)
         if residual is not None:
@@ -1647,7 +1663,7 @@ cdef class Planned:
         """Whether the plan is for inputs like x, and still holds."""
         cdef Plan plan = self.plan
         return plan is not None and type(x) is np.ndarray and self.is_as_kept() and plan.isa == active \
-            and plan.fits(x, plan.strides) and plan.is_current()
+            and plan.fits(x, plan.type_num, plan.strides) and plan.is_current()
 
     def _keep(self, Plan plan, Py_ssize_t version):
         """Use this plan, if there is one, for calls like the last one, where the invariant allows it.
