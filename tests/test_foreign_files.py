@@ -257,7 +257,7 @@ ARGUMENTS = [
     ("num_features", "3", "num_features must be a number of channels, not '3'"),
     ("num_features", True, "num_features must be a number of channels, not True"),
     ("num_features", 3.0, "num_features must be a number of channels"),
-    ("num_features", 10**30, "has shape .* expected"),
+    ("num_features", 10**30, "num_features must be a number of channels of 64 bits"),
     ("eps", "1e-5", "eps must be a number, not '1e-5'"),
     ("eps", None, "eps must be a number, not None"),
     ("eps", float("nan"), "eps must be finite"),
