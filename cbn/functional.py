@@ -169,12 +169,28 @@ class Forward:
         return [self.inp.x] if self.residual is None or self.negative_slope == 1 else [self.inp.x, self.residual]
 
 
+def before_activation(forward: Forward) -> Array:
+    """What the activation of a forward pass was given, in its own arithmetic, rounded to its dtype."""
+    with np.errstate(all="ignore"):
+        scale = forward.invstd if forward.weight is None else forward.invstd * forward.weight
+    bias = np.zeros_like(scale) if forward.bias is None else forward.bias
+    coef = np.stack([forward.mean, scale, bias])
+    residual = None if forward.residual is None else forward.inp.lies_as(forward.residual)
+    return normalize(forward.inp, coef, None, residual)
+
+
 def gradients(
-    dy: Array, forward: Forward, want_dx: bool, want_sums: bool, out: Array | None
+    dy: Array,
+    forward: Forward,
+    want_dx: bool,
+    want_sums: bool,
+    out: Array | None,
+    y_dtype: np.dtype[Any] | None = None,
 ) -> tuple[Array | Any, Array | Any, Doubles | Any, Doubles | Any]:
     """(dx or None, dresidual or None, S(h), S(h*(x - mean))*invstd) per channel, h = dy*act'; all is checked.
 
-    The sums are None unless wanted. Where dy's dtype differs from x's, both are taken as float64.
+    The sums are None unless wanted. Where dy's dtype differs from x's, both are taken as float64. act' is decided as
+    the forward pass decided, in its arithmetic; `y_dtype` is its dtype where `forward` has wider copies of its arrays.
     """
     inp, residual = forward.inp, forward.residual
     n_channels = inp.n_channels
@@ -189,10 +205,16 @@ def gradients(
     if work != dtype:
         wider = passes.Input(passes.with_room(inp.x.astype, work, order="K"), inp.axis)
         wider.wide = inp.wide
-        wider_residual = None if residual is None else passes.with_room(residual.astype, work)
-        forward = replace(forward, inp=wider, residual=wider_residual)
-        wider_dy = passes.with_room(dy.astype, work)
-        dx, dresidual, sums, products = gradients(wider_dy, forward, want_dx, want_sums, None)
+        dh, slope, z = passes.with_room(dy.astype, work), forward.negative_slope, residual
+        if dy.dtype != dtype and slope != 1:
+            # Not the kernels' affair: they would decide in float64
+            with np.errstate(all="ignore"):
+                below = before_activation(forward) <= 0
+                dh[below] = dh[below] * slope if slope else 0
+            slope = 1
+        wider_residual = None if z is None else passes.with_room(z.astype, work)
+        forward = replace(forward, inp=wider, negative_slope=slope, residual=wider_residual)
+        dx, dresidual, sums, products = gradients(dh, forward, want_dx, want_sums, None, dtype)
         with np.errstate(all="ignore"):
             if want_dx:
                 dx = delivered(passes.with_room(dx.astype, dtype, order="K"), out)
@@ -217,7 +239,9 @@ def gradients(
     sums = products = None
     if want_sums or h is not None or (forward.batch_statistics and want_dx):
         through = dx if forward.batch_statistics else None
-        activation = (bias, residual, forward.negative_slope, h, dresidual is not None) if h is not None else ()
+        activation: tuple[Any, ...] = ()
+        if h is not None:
+            activation = (bias, residual, forward.negative_slope, h, dresidual is not None, y_dtype)
         sums, products = passes.grad_moments(
             inp.layout, dy, inp.x, mean, invstd, through, weight, inp.wide, *activation
         )

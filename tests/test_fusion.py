@@ -399,3 +399,77 @@ def test_folding_refuses_an_activation():
     ):
         with pytest.raises(ValueError, match="the layer has an activation, 'relu', which no weight can hold"):
             call()
+
+
+def decision_case(rng, dtype, layout, slope, parameters):
+    """A layer and its input, channels of which have tiny values, values around 0, and float64 arithmetic."""
+    shape, axis, order = LAYOUTS[layout]
+    x = in_memory_order((3 + 2 * rng.standard_normal(shape)).astype(dtype), order)
+    bn = layer(rng, parameters, shape[axis], activation=("leaky_relu", slope), channel_axis=axis)
+    smallest = {2: 2**-24 if dtype is np.float16 else 2**-133, 4: 2**-149, 8: 5e-324}[np.dtype(dtype).itemsize]
+    bn.weight[::4] = max(smallest, float(np.finfo(bn.dtype).smallest_subnormal)) * 3
+    bn.weight[1::4] *= 1e-3
+    bn.bias[::4] = 0
+    bn.bias[1::4] = 0
+    return bn, x
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", INPUT_DTYPES)
+@pytest.mark.parametrize(("slope", "wide"), [(0, False), (0.25, False), (0, True), (-2, True)])
+def test_the_gradient_passes_where_y_is_positive(isa, parallel, rng, dtype, layout, slope, wide):
+    """And nowhere else, as far as the forward pass itself can tell: by its own plain result."""
+    parameters = np.float64 if wide else PARAMETERS[dtype]
+    bn, x = decision_case(rng, dtype, layout, slope, parameters)
+    plain = cbn.BatchNorm(bn.num_features, channel_axis=bn.channel_axis, dtype=parameters)
+    plain.weight[...], plain.bias[...] = bn.weight, bn.bias
+    norm, ones = plain(x), np.ones_like(x)
+    for frozen in (False, True):
+        if frozen:
+            bn.freeze()
+            bn.running_mean[...], bn.running_var[...] = plain.running_mean, plain.running_var
+        for residual in (-norm, rng.standard_normal(x.shape).astype(dtype)):
+            plain.train(not frozen)
+            positive = plain(x, residual=residual) > 0
+            y = bn(x, residual=residual)
+            if slope >= 0:
+                assert ((y > 0) == positive).all()
+            for dy in (ones, ones.astype(np.float64)):
+                h = bn.backward(dy)[1]
+                wrong = np.argwhere(h != np.where(positive, 1, slope).astype(dtype))
+                assert not len(wrong), (frozen, dy.dtype, len(wrong), wrong[:3])
+
+
+@pytest.mark.parametrize("dtype", INPUT_DTYPES)
+@pytest.mark.parametrize("shape", [(4, 3, 70), (70, 3)])
+def test_a_residual_that_cancels_everything_stops_all_gradients(isa, rng, dtype, shape):
+    """As in PyTorch, whose gradient of ReLU is 0 where y is."""
+    x = rng.standard_normal(shape).astype(dtype)
+    bn, plain = cbn.BatchNorm(3, activation="relu"), cbn.BatchNorm(3)
+    norm = plain(x)
+    a = plain(x, residual=-norm)
+    y = bn(x, residual=-norm)
+    dx, dz = bn.backward(np.ones_like(x))
+    assert ((dz == 1) == (a > 0)).all()
+    assert ((y > 0) == (a > 0)).all()
+    if dtype in (np.float32, np.float64):
+        assert not y.any()
+        assert not dx.any()
+        assert not bn.weight_grad.any()
+
+
+@pytest.mark.parametrize("slope", [0, 0.25])
+def test_the_sums_are_those_of_the_masked_gradient(isa, rng, slope):
+    """Without a residual too, where nobody sees the mask: by S(h) and S(h*(x - mean))."""
+    for dtype in INPUT_DTYPES:
+        for layout in ("NCHW", "NHWC", "NC"):
+            bn, x = decision_case(rng, dtype, layout, slope, PARAMETERS[dtype])
+            plain = cbn.BatchNorm(bn.num_features, channel_axis=bn.channel_axis, dtype=bn.dtype)
+            plain.weight[...], plain.bias[...] = bn.weight, bn.bias
+            dy = (1 + rng.integers(0, 8, x.shape)).astype(dtype)  # so that sums are exact
+            h = np.where(plain(x) > 0, dy.astype(np.float64), slope * dy.astype(np.float64))
+            bn(x)
+            bn.backward(dy)
+            axis = bn.channel_axis % x.ndim
+            exact = reference.per_channel(h, axis).sum(axis=1)
+            assert (bn.bias_grad == exact.astype(bn.bias_grad.dtype)).all(), (dtype, layout)

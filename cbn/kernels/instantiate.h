@@ -25,6 +25,12 @@
 #define PASTE_(a, b, c) a##_##b##_##c
 #define PASTE(a, b, c) PASTE_(a, b, c)
 #define LOOP(pass) PASTE(pass, TYPE, ISA)
+/* Before a loop of a few vectors, which wait in registers: a call that it may make, rarely, does not keep it rolled up. */
+#if defined(__clang__)
+#define UNROLLED _Pragma("clang loop unroll(full)")
+#else
+#define UNROLLED _Pragma("GCC unroll 16")
+#endif
 #define INLINE TARGET static inline __attribute__((always_inline))
 
 #if VEC_BYTES == 32
@@ -56,7 +62,9 @@ static const uint16_t odd_words[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 2
 
 /* The factors of a channel in the formulas of loops.h; forward has the first three. */
 enum { HIGH, SCALE, TERM, SLOPE, GHIGH, ALL_FACTORS };
-enum { OFFSET = 4 }; /* row of the coefficients, in backward */
+/* What becomes of a normalized value; see `activation` in loops.h. */
+enum { PLAIN, ACTIVATED, CHECKED };
+enum { WIDE = 3 }; /* row of `forward_c`, see kernels.h */
 #define FACTORS(backward) ((backward) ? ALL_FACTORS : SLOPE)
 
 #ifndef BASE

@@ -4,7 +4,7 @@
  *
  *   direction  forward   reduction: per channel S(d), S(d*d), d = x - shift
  *                        map:       y = act((x - mean)*scale + offset + z)
- *              backward  reduction: per channel S(h), S(h*d), d = x - mean, h = g*act'(d*scale + offset + z)
+ *              backward  reduction: per channel S(h), S(h*d), d = x - mean, h = g*act'((x - mean)*scale + offset + z)
  *                        map:       dx = (h - gmean - (x - mean)*slope)*scale
  *   layout     first     runs of contiguous elements, each of one channel: coefficients are scalars
  *              last      rows of contiguous elements, of all channels of the tile: coefficients are vectors
@@ -36,10 +36,13 @@ typedef struct {
 /* What a map goes through, or a reduction; where a loop does both, the two agree in n_runs, length and copies. */
 typedef struct {
     cbn_view x, g; /* input; backward: gradient of the output, g for a reduction and h for a map */
-    cbn_view z;    /* residual; data NULL: none */
+    cbn_view z;    /* residual, of y's type; data NULL: none */
     cbn_view y;    /* map: y, or dx */
     int activated; /* forward map, backward reduction: there is a z, or an act */
+    int checked;   /* map that is activated, of float64 elements also backward: what is infinite or NaN before the act is
+                      computed again, with a larger range */
     double negative_slope;
+    double vanishing; /* backward reduction: the largest number that the type of y takes for zero; there act' is the slope */
     ptrdiff_t n_runs, n_channels;
     /* first: elements of a run.
      * last: a row is `copies` times its channels, each `length` times in a row: element j is of channel
@@ -47,7 +50,9 @@ typedef struct {
     ptrdiff_t length, copies;
     ptrdiff_t skip, drop;      /* last, map: columns of the first and of the last channel that are not of this tile */
     const double *coef_c;      /* [0, pitch, 2*pitch, ...]: forward map: mean, scale, offset; backward: mean, scale, gmean,
-                                  slope, offset, of which a reduction that is activated needs scale and offset */
+                                  slope */
+    const double *forward_c;   /* the same, backward reduction that is activated: mean, scale, offset of the forward map, and
+                                  whether that was a wide one */
     ptrdiff_t pitch;
     int stream;                /* map: store past the caches */
     int prefetch;              /* reduction: fetch what comes next */

@@ -39,6 +39,7 @@
 #endif
 #define AT(v, i, j) ((elem *)(v).data + (i) * (v).n + (j) * (v).c)
 #define Y_AT(v, i, j) ((elem_out *)(v).data + (i) * (v).n + (j) * (v).c)
+#define UNLIKELY(condition) __builtin_expect((condition) != 0, 0)
 #define NEXT(v) (c + 1 < last ? AT(v, n, c + 1) : AT(v, n + 1, first)) /* the run after that of n and c */
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
@@ -57,6 +58,10 @@
  *                                                                       term = low*slope*scale - glow*scale
  *
  * These factors of a channel are numbered by an enum in instantiate.h.
+ *
+ * Nothing of this overflows where its result is finite: passes.pyx gives channels whose coefficients are too large for that
+ * to the wide loops. A residual that is added, or a slope that shrinks, can bring a result back that has overflowed on its
+ * way. Such values are seen by what is infinite or NaN, and computed again, in a larger range (`checked`).
  */
 /* mean - high; zero in float64, and where the mean is not finite and the difference would be NaN. */
 INLINE double LOOP(low_part)(double mean)
@@ -93,28 +98,89 @@ INLINE vec LOOP(mapped)(vec x, vec g, const vec *f, const int backward)
 
 /* What follows the normalization: act(a + z). */
 typedef struct {
-    int on;
+    int kind; /* PLAIN: nothing does; ACTIVATED; CHECKED: and what is infinite or NaN may have become so on its way */
     real negative_slope;
-    double slope_d; /* the same, for float64 */
+    real vanishing; /* the largest number that y's type takes for zero */
+    double slope_d; /* negative_slope, for float64 */
 } LOOP(activation);
 
 INLINE LOOP(activation) LOOP(activation_of)(const cbn_tile *t)
 {
-    return (LOOP(activation)){t->activated, (real)t->negative_slope, t->negative_slope};
+    const int kind = !t->activated ? PLAIN : t->checked ? CHECKED : ACTIVATED;
+    return (LOOP(activation)){kind, (real)t->negative_slope, (real)t->vanishing, t->negative_slope};
 }
 
-/* Lanes begin to end of y or dx from the i-th element on; z may be NULL. */
-INLINE vec LOOP(value)(const elem *x, const elem *g, const elem *z, ptrdiff_t i, ptrdiff_t begin, ptrdiff_t end,
-                       const vec *f, LOOP(activation) act, const int backward)
+/* Lanes begin to end of y or dx from the i-th element on, before the activation; z may be NULL. Where `kind` is CHECKED
+ * `seen` becomes NaN if a lane is infinite or NaN. */
+INLINE vec LOOP(before)(const elem *x, const elem *g, const elem_out *z, ptrdiff_t i, ptrdiff_t begin, ptrdiff_t end,
+                        const vec *f, const int kind, const int backward, vec *seen)
 {
     const int all = begin == 0 && end == LANES;
     const vec h = backward ? all ? load(g + i) : load_part(g + i, begin, end) : f[0];
     vec a = LOOP(mapped)(all ? load(x + i) : load_part(x + i, begin, end), h, f, backward);
-    if (backward || !act.on)
+    if (kind == PLAIN || (backward && !ELEM_IS_DOUBLE))
         return a;
-    if (z)
-        a += all ? load(z + i) : load_part(z + i, begin, end);
+    if (!backward && z)
+        a += all ? load_out(z + i) : load_out_part(z + i, begin, end);
+    if (kind == CHECKED)
+        *seen += a * 0;
+    return a;
+}
+
+/* The same after it. */
+INLINE vec LOOP(unchecked)(const elem *x, const elem *g, const elem_out *z, ptrdiff_t i, ptrdiff_t begin, ptrdiff_t end,
+                           const vec *f, LOOP(activation) act, const int kind, const int backward, vec *seen)
+{
+    const vec a = LOOP(before)(x, g, z, i, begin, end, f, kind, backward, seen);
+    if (kind == PLAIN || backward)
+        return a;
     return select(a <= 0, act.negative_slope != 0 ? a * act.negative_slope : (vec){0}, a);
+}
+
+/* A larger range; where long double is double, float64 has none. */
+typedef __typeof__(__builtin_choose_expr(sizeof(REAL) == 8, (long double)0, (double)0)) LOOP(larger);
+
+/* The same, where a lane is infinite or NaN: in the larger range. Rare, so not inlined. */
+TARGET static __attribute__((noinline, cold)) vec LOOP(checked)(const elem *x, const elem *g, const elem_out *z,
+                                                                ptrdiff_t i, ptrdiff_t begin, ptrdiff_t end,
+                                                                const vec *f, const LOOP(activation) *act,
+                                                                const int backward)
+{
+    const vec x_ = load_part(x + i, begin, end), g_ = backward ? load_part(g + i, begin, end) : x_;
+    const vec z_ = !backward && z ? load_out_part(z + i, begin, end) : (vec){0};
+    const vec a = LOOP(mapped)(x_, g_, f, backward) + z_;
+    vec seen = {0}, y = LOOP(unchecked)(x, g, z, i, begin, end, f, *act, CHECKED, backward, &seen);
+    for (ptrdiff_t k = 0; k < LANES; k++) {
+        const LOOP(larger) d = (LOOP(larger))x_[k] - f[HIGH][k], scale = f[SCALE][k], term = f[TERM][k];
+        const LOOP(larger) b = backward ? ((LOOP(larger))g_[k] - f[GHIGH][k]) * scale + (d * f[SLOPE][k] + term)
+                                        : d * scale + term + z_[k];
+        if (a[k] - a[k] == 0)
+            continue;
+        y[k] = (real)(backward || !(b <= 0) ? b : act->slope_d != 0 ? b * act->slope_d : 0);
+    }
+    return y;
+}
+
+/* v, or what `checked` makes of it where `seen` says so. Copies, since what another function sees is in memory. */
+INLINE vec LOOP(check)(vec v, vec seen, const elem *x, const elem *g, const elem_out *z, ptrdiff_t i, ptrdiff_t begin,
+                       ptrdiff_t end, const vec *f, LOOP(activation) act, const int kind, const int backward)
+{
+    if (kind != CHECKED || (backward && !ELEM_IS_DOUBLE) || __builtin_expect(!any_nan(seen), 1))
+        return v;
+    vec factors[ALL_FACTORS] = {{0}};
+    const LOOP(activation) copy = act;
+    for (int k = 0; k < FACTORS(backward); k++)
+        factors[k] = f[k];
+    return LOOP(checked)(x, g, z, i, begin, end, factors, &copy, backward);
+}
+
+/* Lanes begin to end. */
+INLINE vec LOOP(value)(const elem *x, const elem *g, const elem_out *z, ptrdiff_t i, ptrdiff_t begin, ptrdiff_t end,
+                       const vec *f, LOOP(activation) act, const int kind, const int backward)
+{
+    vec seen = {0};
+    const vec v = LOOP(unchecked)(x, g, z, i, begin, end, f, act, kind, backward, &seen);
+    return LOOP(check)(v, seen, x, g, z, i, begin, end, f, act, kind, backward);
 }
 
 /* Whether no y = fma(d, scale, term) is subnormal, so that the processor may convert it to bfloat16. Where d*scale is less
@@ -122,7 +188,7 @@ INLINE vec LOOP(value)(const elem *x, const elem *g, const elem *z, ptrdiff_t i,
  * least, so 2^-48*1e-20/2 > 2^-116, or zero. */
 INLINE int LOOP(stays_normal)(const cbn_tile *m, real term, LOOP(activation) act, const int backward)
 {
-    const int selects = !act.on || act.negative_slope == 0;
+    const int selects = act.kind == PLAIN || act.negative_slope == 0;
 #ifdef HAS_BF16
     return !backward && !m->z.data && selects && (term >= 1e-20f || term <= -1e-20f);
 #else
@@ -142,44 +208,80 @@ INLINE void LOOP(add)(dvec *sum, dvec *square, dvec d, dvec h, const int backwar
     *square += backward ? h * d : d * d;
 }
 
-/* h = g*act'(d*scale + offset + z) of n elements from the i-th on, also put into h; z may be NULL. The activation's input
- * is computed again, in float64, instead of being kept since the forward pass. */
-INLINE dvec LOOP(masked)(dvec d, const elem *g, const elem *z, elem *h, ptrdiff_t i, ptrdiff_t n, dvec scale, dvec offset,
-                         LOOP(activation) act)
+/* What a reduction reads, and where it puts that: runs, or rows. */
+typedef struct {
+    const elem *x, *g, *z;
+    elem *x_copy, *h;
+} LOOP(source);
+
+/* The input of the activation, lanes 0 to end from the i-th element on. It is computed again instead of being kept since
+ * the forward pass, by the very code of the forward map, so that y was positive where this is larger than `vanishing`. */
+INLINE vec LOOP(input)(const elem *x, const elem_out *z, ptrdiff_t i, ptrdiff_t end, const vec *f, const int kind)
 {
+    const LOOP(activation) none = {.kind = CHECKED, .negative_slope = 1, .slope_d = 1};
+    vec seen = {0};
+    const vec a = LOOP(before)(x, NULL, z, i, 0, end, f, kind, 0, &seen);
+    return LOOP(check)(a, seen, x, NULL, z, i, 0, end, f, none, kind, 0);
+}
+
+/* The same of a channel that took the wide loops, n <= DLANES lanes. */
+INLINE rvec LOOP(input_wide)(LOOP(source) p, ptrdiff_t i, ptrdiff_t n, dvec mean, dvec scale, dvec offset)
+{
+    const dvec z = !p.z ? (dvec){0} : n == DLANES ? load_d(p.z + i) : load_first_d(p.z + i, n);
+    const dvec d = (n == DLANES ? load_d(p.x + i) : load_first_d(p.x + i, n)) - mean;
     dvec a = d * scale + offset;
-    const dvec g_ = n == DLANES ? load_d(g + i) : load_first_d(g + i, n);
-    if (z)
-        a += n == DLANES ? load_d(z + i) : load_first_d(z + i, n);
-    const dvec h_ = select_d(a <= 0, act.slope_d != 0 ? g_ * act.slope_d : (dvec){0}, g_);
-    store_d(h + i, h_, n);
-    return h_;
+    if (p.z)
+        a += z;
+    for (ptrdiff_t k = 0; p.z && k < DLANES; k++)
+        if (a[k] != a[k])
+            a[k] = (double)((long double)d[k] * scale[k] + offset[k] + z[k]);
+    return narrowed(a);
+}
+
+/* h = g*act'(a) of n elements, also put into h. */
+INLINE dvec LOOP(masked)(LOOP(source) p, ptrdiff_t i, ptrdiff_t n, const real *input, LOOP(activation) act)
+{
+    const rvec g = n == DLANES ? load_r(p.g + i) : load_first_r(p.g + i, n);
+    rvec a;
+    memcpy(&a, input, sizeof a);
+    if (act.slope_d == 0) {
+        const rvec h = select_r(a <= act.vanishing, (rvec){0}, g);
+        store_r(p.h + i, h, n);
+        return widened(h);
+    }
+    const dvec g_d = widened(g), h = select_d(widened_bits(a <= act.vanishing), g_d * act.slope_d, g_d);
+    store_d(p.h + i, h, n);
+    return h;
 }
 #endif
 
 /* ---- first: runs of one channel ---------------------------------------------------------------------- */
 
 /* Elements begin to end of a run; with `past` these are whole lines. */
-INLINE void LOOP(map_piece)(const elem *x, const elem *g, const elem *z, elem_out *y, ptrdiff_t begin, ptrdiff_t end,
-                            const vec *f, LOOP(activation) act, const int backward, const int past, const int normal)
+INLINE void LOOP(map_piece)(const elem *x, const elem *g, const elem_out *z, elem_out *y, ptrdiff_t begin, ptrdiff_t end,
+                            const vec *f, LOOP(activation) act, const int kind, const int backward, const int past,
+                            const int normal)
 {
     ptrdiff_t i = begin;
     for (; i + UNROLL * LANES <= end; i += UNROLL * LANES) {
-        vec v[UNROLL];
-        for (int u = 0; u < UNROLL; u++)
-            v[u] = LOOP(value)(x, g, z, i + u * LANES, 0, LANES, f, act, backward);
+        vec v[UNROLL], seen = {0};
+        UNROLLED for (int u = 0; u < UNROLL; u++)
+            v[u] = LOOP(unchecked)(x, g, z, i + u * LANES, 0, LANES, f, act, kind, backward, &seen);
+        if (kind == CHECKED && UNLIKELY(any_nan(seen)))
+            for (int u = 0; u < UNROLL; u++)
+                v[u] = LOOP(check)(v[u], seen, x, g, z, i + u * LANES, 0, LANES, f, act, kind, backward);
         for (int u = 0; u < UNROLL; u += 2)
             store_two(y + i + u * LANES, v + u, past, normal);
     }
     for (; i + LANES <= end; i += LANES) {
-        const vec v = LOOP(value)(x, g, z, i, 0, LANES, f, act, backward);
+        const vec v = LOOP(value)(x, g, z, i, 0, LANES, f, act, kind, backward);
         if (past)
             store_past(y + i, v);
         else
             store(y + i, v);
     }
     if (i < end)
-        store_part(y + i, LOOP(value)(x, g, z, i, 0, end - i, f, act, backward), 0, end - i);
+        store_part(y + i, LOOP(value)(x, g, z, i, 0, end - i, f, act, kind, backward), 0, end - i);
 }
 
 /* A line that two runs share waits here for the second one: a store of a part would read it from memory first. It waits
@@ -193,7 +295,9 @@ typedef struct {
 
 INLINE void LOOP(deliver)(LOOP(shared) *s)
 {
-    for (int v = 0; s->line && v < LINE_ELEMS / LANES; v++) {
+    UNROLLED for (int v = 0; v < LINE_ELEMS / LANES; v++) {
+        if (!s->line)
+            return;
         const ptrdiff_t begin = MAX(s->begin - v * LANES, 0), end = MIN(s->end - v * LANES, LANES);
         if (s->begin == 0 && s->end == LINE_ELEMS)
             store_past(s->line + v * LANES, s->value[v]);
@@ -204,8 +308,8 @@ INLINE void LOOP(deliver)(LOOP(shared) *s)
 }
 
 /* Less than a line of a run, elements begin to end. */
-INLINE void LOOP(map_shared)(const elem *x, const elem *g, const elem *z, elem_out *y, ptrdiff_t begin, ptrdiff_t end,
-                             const vec *f, LOOP(activation) act, LOOP(shared) *s, const int backward)
+INLINE void LOOP(map_shared)(const elem *x, const elem *g, const elem_out *z, elem_out *y, ptrdiff_t begin, ptrdiff_t end,
+                             const vec *f, LOOP(activation) act, LOOP(shared) *s, const int kind, const int backward)
 {
     const ptrdiff_t at = (ptrdiff_t)((uintptr_t)(y + begin) % LINE / sizeof(elem_out));
     if (begin == end)
@@ -216,11 +320,11 @@ INLINE void LOOP(map_shared)(const elem *x, const elem *g, const elem *z, elem_o
         s->begin = at;
     }
     s->end = at + end - begin;
-    for (int v = 0; v < LINE_ELEMS / LANES; v++) {
+    UNROLLED for (int v = 0; v < LINE_ELEMS / LANES; v++) {
         const ptrdiff_t from = MAX(at - v * LANES, 0), to = MIN(s->end - v * LANES, LANES);
         if (from < to)
-            s->value[v] = blend(LOOP(value)(x, g, z, begin - at + v * LANES, from, to, f, act, backward), s->value[v],
-                                from, to);
+            s->value[v] = blend(LOOP(value)(x, g, z, begin - at + v * LANES, from, to, f, act, kind, backward),
+                                s->value[v], from, to);
     }
     if (s->end == LINE_ELEMS)
         LOOP(deliver)(s);
@@ -231,21 +335,16 @@ typedef struct {
     dvec sum[UNROLL], square[UNROLL];
 } LOOP(sums);
 
-/* What a reduction reads, and where it puts that: runs, or rows. */
-typedef struct {
-    const elem *x, *g, *z;
-    elem *x_copy, *h;
-} LOOP(source);
-
 /* n elements from the i-th on. */
-INLINE void LOOP(reduce_some)(LOOP(source) p, ptrdiff_t i, ptrdiff_t n, dvec shift, dvec scale, dvec offset,
-                              LOOP(activation) act, dvec *sum, dvec *square, const int backward, const int copying)
+INLINE void LOOP(reduce_some)(LOOP(source) p, ptrdiff_t i, ptrdiff_t n, dvec shift, const real *input,
+                              LOOP(activation) act, dvec *sum, dvec *square, const int activated, const int backward,
+                              const int copying)
 {
     dvec d = (n == DLANES ? load_d(p.x + i) : load_first_d(p.x + i, n)) - shift, h = d;
     if (copying)
         copy(p.x_copy + i, p.x + i, n);
-    if (backward && act.on)
-        h = LOOP(masked)(d, p.g, p.z, p.h, i, n, scale, offset, act);
+    if (backward && activated)
+        h = LOOP(masked)(p, i, n, input, act);
     else if (backward) {
         h = n == DLANES ? load_d(p.g + i) : load_first_d(p.g + i, n);
         if (copying)
@@ -285,10 +384,44 @@ INLINE void LOOP(reduce_short)(LOOP(source) p, ptrdiff_t begin, ptrdiff_t end, v
 }
 #endif
 
-INLINE void LOOP(reduce_piece)(LOOP(source) p, ptrdiff_t begin, ptrdiff_t end, dvec shift, dvec scale, dvec offset,
-                               LOOP(activation) act, LOOP(sums) *s, const int backward, const int copying,
-                               const int exact)
+/* What the forward pass did to a channel: its factors, or where that was a wide one its coefficients. */
+typedef struct {
+    vec factors[SLOPE];
+    int wide;
+    dvec scale, offset;
+} LOOP(forward);
+
+/* The inputs of the activation of elements begin to end. */
+INLINE void LOOP(inputs)(LOOP(source) p, ptrdiff_t begin, ptrdiff_t end, dvec mean, const LOOP(forward) *f, real *input)
 {
+    if (!ELEM_IS_DOUBLE && UNLIKELY(f->wide)) {
+        for (ptrdiff_t i = begin; i < end; i += DLANES) {
+            const rvec a = LOOP(input_wide)(p, i, MIN(end - i, DLANES), mean, f->scale, f->offset);
+            memcpy(input + i - begin, &a, sizeof a);
+        }
+        return;
+    }
+    /* What has overflowed has the right sign, but for a sum with a residual, and for an x - mean of float64 elements */
+    for (ptrdiff_t i = begin; i < end; i += LANES) {
+        const ptrdiff_t n = MIN(end - i, LANES);
+        vec a;
+        if (n == LANES && (ELEM_IS_DOUBLE || p.z))
+            a = LOOP(input)(p.x, p.z, i, LANES, f->factors, CHECKED);
+        else if (n == LANES)
+            a = LOOP(input)(p.x, NULL, i, LANES, f->factors, ACTIVATED);
+        else
+            a = LOOP(input)(p.x, p.z, i, n, f->factors, CHECKED);
+        memcpy(input + i - begin, &a, sizeof a);
+    }
+}
+
+INLINE void LOOP(reduce_piece)(LOOP(source) p, ptrdiff_t begin, ptrdiff_t end, dvec shift,
+                               const LOOP(forward) *f, LOOP(activation) act, LOOP(sums) *s, const int activated,
+                               const int backward, const int copying, const int exact)
+{
+    real input[PIECE + LANES];
+    if (backward && activated)
+        LOOP(inputs)(p, begin, end, shift, f, input);
     ptrdiff_t i = begin;
 #if ELEM_HALF
     if (!backward && !exact) {
@@ -303,13 +436,15 @@ INLINE void LOOP(reduce_piece)(LOOP(source) p, ptrdiff_t begin, ptrdiff_t end, d
     (void)exact;
 #endif
     for (; i + UNROLL * DLANES <= end; i += UNROLL * DLANES)
-        for (int u = 0; u < UNROLL; u++)
-            LOOP(reduce_some)(p, i + u * DLANES, DLANES, shift, scale, offset, act, &s->sum[u], &s->square[u], backward,
-                              copying);
+        UNROLLED for (int u = 0; u < UNROLL; u++)
+            LOOP(reduce_some)(p, i + u * DLANES, DLANES, shift, input + i - begin + u * DLANES, act, &s->sum[u],
+                              &s->square[u], activated, backward, copying);
     for (; i + DLANES <= end; i += DLANES)
-        LOOP(reduce_some)(p, i, DLANES, shift, scale, offset, act, &s->sum[0], &s->square[0], backward, copying);
+        LOOP(reduce_some)(p, i, DLANES, shift, input + i - begin, act, &s->sum[0], &s->square[0], activated, backward,
+                          copying);
     if (i < end)
-        LOOP(reduce_some)(p, i, end - i, shift, scale, offset, act, &s->sum[1], &s->square[1], backward, copying);
+        LOOP(reduce_some)(p, i, end - i, shift, input + i - begin, act, &s->sum[1], &s->square[1], activated, backward,
+                          copying);
 }
 #endif
 
@@ -339,23 +474,28 @@ INLINE void LOOP(first)(const cbn_tile *m, const cbn_tile *r, const int backward
     /* Twice as far where nothing is stored; half as far for two arrays */
     const ptrdiff_t ahead = !reducing || !r->prefetch ? 0 : AHEAD * (mapping ? 1 : 2) / (backward ? 2 : 1);
     LOOP(sums) sums[GROUP];
+    real of_forward[SLOPE][GROUP]; /* factors of the forward pass */
 #endif
     for (ptrdiff_t first = 0; first < n_channels; first += group) {
         const ptrdiff_t last = MIN(first + group, n_channels);
         if (mapping)
             LOOP(factors)(m->coef_c + first, m->pitch, MIN(last, m_channels) - first, factors[0], GROUP, backward);
+#ifdef SUMS
+        if (reducing && backward && act_r.kind != PLAIN)
+            LOOP(factors)(r->forward_c + first, r->pitch, MIN(last, r_channels) - first, of_forward[0], GROUP, 0);
+#endif
         for (ptrdiff_t n = 0; n < n_runs; n++)
             for (ptrdiff_t c = first; c < last; c++) {
                 const int maps = mapping && c < m_channels;
-                const elem *mx = NULL, *mg = NULL, *mz = NULL, *mz_next = NULL;
+                const elem *mx = NULL, *mg = NULL;
+                const elem_out *mz = NULL;
                 elem_out *y = NULL;
                 vec f[ALL_FACTORS] = {{0}};
                 ptrdiff_t head = 0, whole = length; /* whole lines lie between these */
                 int normal = 0;
                 if (maps) {
                     mx = AT(m->x, n, c), mg = AT(m->g, n, c), y = Y_AT(m->y, n, c);
-                    mz = m->z.data ? AT(m->z, n, c) : NULL;
-                    mz_next = mz ? NEXT(m->z) : NULL;
+                    mz = m->z.data ? Y_AT(m->z, n, c) : NULL;
                     for (int i = 0; i < FACTORS(backward); i++)
                         f[i] = splat(factors[i][c - first]);
                     normal = LOOP(stays_normal)(m, factors[TERM][c - first], act, backward);
@@ -363,29 +503,37 @@ INLINE void LOOP(first)(const cbn_tile *m, const cbn_tile *r, const int backward
                         head = MIN(TO_LINE(y), length);
                     if (past) {
                         whole = head + (length - head) / LINE_ELEMS * LINE_ELEMS;
-                        LOOP(map_shared)(mx, mg, mz, y, 0, head, f, act, &shared, backward);
+                        if (act.kind == PLAIN)
+                            LOOP(map_shared)(mx, mg, mz, y, 0, head, f, act, &shared, PLAIN, backward);
+                        else
+                            LOOP(map_shared)(mx, mg, mz, y, 0, head, f, act, &shared, act.kind, backward);
                     } else
-                        LOOP(map_piece)(mx, mg, mz, y, 0, head, f, act, backward, 0, normal);
+                        LOOP(map_piece)(mx, mg, mz, y, 0, head, f, act, act.kind, backward, 0, normal);
                 }
 #ifdef SUMS
                 const int reduces = reducing && c < r_channels;
                 const elem *x_next = NULL, *g_next = NULL, *z_next = NULL;
                 LOOP(source) p = {NULL, NULL, NULL, NULL, NULL};
                 LOOP(sums) s;
-                dvec shift = {0}, scale = {0}, offset = {0};
+                dvec shift = {0};
+                LOOP(forward) f_r = {.wide = 0};
+                const elem *mz_next = mz ? NEXT(m->z) : NULL;
                 if (reduces) {
                     p.x = AT(r->x, n, c), p.g = AT(r->g, n, c);
                     x_next = NEXT(r->x);
                     g_next = NEXT(r->g);
                     if (copying)
                         p.x_copy = AT(r->x_copy, n, c);
-                    if (backward && (copying || act_r.on))
+                    if (backward && (copying || act_r.kind != PLAIN))
                         p.h = AT(r->h, n, c);
-                    if (backward && act_r.on) {
+                    if (backward && act_r.kind != PLAIN) {
                         p.z = r->z.data ? AT(r->z, n, c) : NULL;
                         z_next = p.z ? NEXT(r->z) : NULL;
-                        scale = splat_d(r->coef_c[r->pitch + c]);
-                        offset = splat_d(r->coef_c[OFFSET * r->pitch + c]);
+                        for (int i = 0; i < SLOPE; i++)
+                            f_r.factors[i] = splat(of_forward[i][c - first]);
+                        f_r.wide = r->forward_c[WIDE * r->pitch + c] != 0;
+                        f_r.scale = splat_d(r->forward_c[r->pitch + c]);
+                        f_r.offset = splat_d(r->forward_c[2 * r->pitch + c]);
                     }
                     for (int u = 0; u < UNROLL; u++) {
                         s.sum[u] = n ? sums[c - first].sum[u] : (dvec){0};
@@ -395,14 +543,27 @@ INLINE void LOOP(first)(const cbn_tile *m, const cbn_tile *r, const int backward
                 }
 #endif
                 for (ptrdiff_t i = 0; i < length; i += piece) {
+#ifdef SUMS
                     if (reducing && !backward && mz)
                         LOOP(fetch)(mz, mz_next, i, AHEAD, length);
-                    if (maps)
+#endif
+                    /* A body each: that of plain maps has no branches */
+                    if (maps && (act.kind == PLAIN || (backward && !ELEM_IS_DOUBLE)))
                         LOOP(map_piece)(mx, mg, mz, y, MIN(head + i, whole), MIN(head + i + piece, whole), f, act,
-                                        backward, past, normal);
+                                        PLAIN, backward, past, normal);
+                    else if (maps && act.kind == ACTIVATED)
+                        LOOP(map_piece)(mx, mg, mz, y, MIN(head + i, whole), MIN(head + i + piece, whole), f, act,
+                                        ACTIVATED, backward, past, normal);
+                    else if (maps)
+                        LOOP(map_piece)(mx, mg, mz, y, MIN(head + i, whole), MIN(head + i + piece, whole), f, act,
+                                        CHECKED, backward, past, normal);
                     /* What is left, once, before the copy of what is reduced takes its place. */
-                    if (maps && past && head + i + piece >= whole && (i == 0 || head + i < whole))
-                        LOOP(map_shared)(mx, mg, mz, y, whole, length, f, act, &shared, backward);
+                    if (maps && past && head + i + piece >= whole && (i == 0 || head + i < whole)) {
+                        if (act.kind == PLAIN)
+                            LOOP(map_shared)(mx, mg, mz, y, whole, length, f, act, &shared, PLAIN, backward);
+                        else
+                            LOOP(map_shared)(mx, mg, mz, y, whole, length, f, act, &shared, act.kind, backward);
+                    }
 #ifdef SUMS
                     if (reduces) {
                         if (ahead)
@@ -411,8 +572,12 @@ INLINE void LOOP(first)(const cbn_tile *m, const cbn_tile *r, const int backward
                             LOOP(fetch)(p.g, g_next, i, ahead, length);
                         if (ahead && backward && p.z)
                             LOOP(fetch)(p.z, z_next, i, ahead, length);
-                        LOOP(reduce_piece)(p, i, MIN(i + piece, length), shift, scale, offset, act_r, &s, backward,
-                                           copying, r->exact);
+                        if (backward && act_r.kind != PLAIN)
+                            LOOP(reduce_piece)(p, i, MIN(i + piece, length), shift, &f_r, act_r, &s, 1, backward,
+                                               copying, r->exact);
+                        else
+                            LOOP(reduce_piece)(p, i, MIN(i + piece, length), shift, &f_r, act_r, &s, 0, backward,
+                                               copying, r->exact);
                     }
 #else
                     (void)copying;
@@ -477,8 +642,8 @@ INLINE void LOOP(fold)(const cbn_tile *t, const double *column, double *sum_c)
 #endif
 
 /* Columns begin to end of some rows, less than a line. */
-INLINE void LOOP(map_part)(const cbn_tile *m, ptrdiff_t n, ptrdiff_t height, ptrdiff_t begin, ptrdiff_t end,
-                           real (*factors)[ROOM], LOOP(activation) act, const int backward)
+INLINE void LOOP(map_some)(const cbn_tile *m, ptrdiff_t n, ptrdiff_t height, ptrdiff_t begin, ptrdiff_t end,
+                           real (*factors)[ROOM], LOOP(activation) act, const int kind, const int backward)
 {
     for (ptrdiff_t j = begin; j < end; j += LANES) {
         const ptrdiff_t lanes = MIN(end - j, LANES);
@@ -486,27 +651,38 @@ INLINE void LOOP(map_part)(const cbn_tile *m, ptrdiff_t n, ptrdiff_t height, ptr
         for (int i = 0; i < FACTORS(backward); i++)
             f[i] = load_real(factors[i] + j);
         for (ptrdiff_t row = n; row < n + height; row++) {
-            const elem *x = AT(m->x, row, 0), *g = AT(m->g, row, 0), *z = m->z.data ? AT(m->z, row, 0) : NULL;
+            const elem *x = AT(m->x, row, 0), *g = AT(m->g, row, 0);
+            const elem_out *z = m->z.data ? Y_AT(m->z, row, 0) : NULL;
             elem_out *y = Y_AT(m->y, row, 0);
             if (lanes == LANES)
-                store(y + j, LOOP(value)(x, g, z, j, 0, LANES, f, act, backward));
+                store(y + j, LOOP(value)(x, g, z, j, 0, LANES, f, act, kind, backward));
             else
-                store_part(y + j, LOOP(value)(x, g, z, j, 0, lanes, f, act, backward), 0, lanes);
+                store_part(y + j, LOOP(value)(x, g, z, j, 0, lanes, f, act, kind, backward), 0, lanes);
         }
     }
+}
+
+INLINE void LOOP(map_part)(const cbn_tile *m, ptrdiff_t n, ptrdiff_t height, ptrdiff_t begin, ptrdiff_t end,
+                           real (*factors)[ROOM], LOOP(activation) act, const int backward)
+{
+    if (act.kind == PLAIN)
+        LOOP(map_some)(m, n, height, begin, end, factors, act, PLAIN, backward);
+    else
+        LOOP(map_some)(m, n, height, begin, end, factors, act, act.kind, backward);
 }
 
 /* Where a row of a tile begins, and how far away the next one. Copied out of the tile: of what is behind its pointer the
  * compiler believes that every store may have changed it. */
 typedef struct {
-    const elem *x, *g, *z;
+    const elem *x, *g;
+    const elem_out *z;
     elem_out *y;
     ptrdiff_t x_n, g_n, z_n, y_n;
 } LOOP(row_of);
 
 INLINE LOOP(row_of) LOOP(row_at)(const cbn_tile *m, ptrdiff_t n)
 {
-    return (LOOP(row_of)){AT(m->x, n, 0), AT(m->g, n, 0), m->z.data ? AT(m->z, n, 0) : NULL, Y_AT(m->y, n, 0),
+    return (LOOP(row_of)){AT(m->x, n, 0), AT(m->g, n, 0), m->z.data ? Y_AT(m->z, n, 0) : NULL, Y_AT(m->y, n, 0),
                           m->x.n, m->g.n, m->z.n, m->y.n};
 }
 
@@ -525,18 +701,18 @@ INLINE void LOOP(store_lines)(elem_out *y, ptrdiff_t step, ptrdiff_t height, vec
 
 /* One line of columns of some rows. */
 INLINE void LOOP(map_line)(LOOP(row_of) at, ptrdiff_t height, ptrdiff_t j, real (*factors)[ROOM],
-                           LOOP(activation) act, const int backward, const int past, const int fetching,
-                           const int normal)
+                           LOOP(activation) act, const int kind, const int backward, const int past,
+                           const int fetching, const int normal)
 {
     vec f[LINE_ELEMS / LANES][ALL_FACTORS] = {{{0}}};
     for (int v = 0; v < LINE_ELEMS / LANES; v++)
         for (int i = 0; i < FACTORS(backward); i++)
             f[v][i] = load_real(factors[i] + j + v * LANES);
     /* All rows are loaded, then stored: on rows 4 KB apart a load would wait for a store to another row before it. */
-    vec out[ROWS][LINE_ELEMS / LANES];
+    vec out[ROWS][LINE_ELEMS / LANES], seen = {0};
     for (ptrdiff_t row = 0; row < height; row++) {
         const elem *x = at.x + row * at.x_n + j, *g = at.g + row * at.g_n + j;
-        const elem *z = at.z ? at.z + row * at.z_n + j : NULL;
+        const elem_out *z = at.z ? at.z + row * at.z_n + j : NULL;
         if (fetching) {
             __builtin_prefetch(x + ROWS * at.x_n, 0, 2);
             if (backward)
@@ -546,9 +722,15 @@ INLINE void LOOP(map_line)(LOOP(row_of) at, ptrdiff_t height, ptrdiff_t j, real 
             if (!past)
                 __builtin_prefetch(at.y + (row + ROWS) * at.y_n + j, 1, 2);
         }
-        for (int v = 0; v < LINE_ELEMS / LANES; v++)
-            out[row][v] = LOOP(value)(x, g, z, v * LANES, 0, LANES, f[v], act, backward);
+        UNROLLED for (int v = 0; v < LINE_ELEMS / LANES; v++)
+            out[row][v] = LOOP(unchecked)(x, g, z, v * LANES, 0, LANES, f[v], act, kind, backward, &seen);
     }
+    if (kind == CHECKED && UNLIKELY(any_nan(seen)))
+        for (ptrdiff_t row = 0; row < height; row++)
+            for (int v = 0; v < LINE_ELEMS / LANES; v++)
+                out[row][v] = LOOP(check)(out[row][v], seen, at.x + row * at.x_n + j, at.g + row * at.g_n + j,
+                                          at.z ? at.z + row * at.z_n + j : NULL, v * LANES, 0, LANES, f[v], act,
+                                          kind, backward);
     /* Constants, so that each body has one kind of store. */
     if (past && normal)
         LOOP(store_lines)(at.y + j, at.y_n, height, out, 1, 1);
@@ -559,21 +741,90 @@ INLINE void LOOP(map_line)(LOOP(row_of) at, ptrdiff_t height, ptrdiff_t j, real 
 }
 
 #ifdef SUMS
-/* What a value of each channel becomes for each column. */
-typedef struct {
-    double shift[ROOM], scale[ROOM], offset[ROOM], sum[ROOM], square[ROOM];
-    real short_shift[ROOM]; /* float16, forward */
-} LOOP(columns);
-
 /* Elements from row to row. */
 typedef struct {
     ptrdiff_t x, g, z, h;
 } LOOP(steps);
 
+/* What a value of each channel becomes for each column. */
+typedef struct {
+    double shift[ROOM], sum[ROOM], square[ROOM];
+    real short_shift[ROOM]; /* float16, forward */
+    /* Backward: the factors of the forward pass, and the coefficients of those channels that took the wide loops */
+    real of_forward[SLOPE][ROOM];
+    int some_wide;
+#if !ELEM_IS_DOUBLE
+    lane_int wide[ROOM];
+    double wide_scale[ROOM], wide_offset[ROOM];
+#endif
+} LOOP(columns);
+
+/* The inputs of the activation, n <= LANES columns from the j-th on. */
+INLINE void LOOP(inputs_of_columns)(LOOP(source) p, ptrdiff_t j, ptrdiff_t n, const LOOP(columns) *k, const vec *f,
+                                    const int kind, real *input)
+{
+    const vec a = LOOP(input)(p.x, p.z, j, n, f, kind);
+    memcpy(input, &a, sizeof a);
+#if !ELEM_IS_DOUBLE
+    for (ptrdiff_t i = 0; UNLIKELY(k->some_wide) && i < n; i += DLANES) {
+        rvec narrow;
+        rvec_bits wide;
+        memcpy(&narrow, input + i, sizeof narrow);
+        memcpy(&wide, k->wide + j + i, sizeof wide);
+        const dvec mean = load_double(k->shift + j + i), scale = load_double(k->wide_scale + j + i);
+        const dvec offset = load_double(k->wide_offset + j + i);
+        narrow = select_r(wide, LOOP(input_wide)(p, j + i, MIN(n - i, DLANES), mean, scale, offset), narrow);
+        memcpy(input + i, &narrow, sizeof narrow);
+    }
+#else
+    (void)k;
+#endif
+}
+
+/* The same of a line of some rows. */
+INLINE void LOOP(inputs_of_line)(LOOP(source) p, LOOP(steps) step, ptrdiff_t height, ptrdiff_t j, const LOOP(columns) *k,
+                                 const int kind, real (*input)[LINE_ELEMS])
+{
+    UNROLLED for (int v = 0; v < LINE_ELEMS / LANES; v++) {
+        const ptrdiff_t at = j + v * LANES;
+        const vec f[SLOPE] = {load_real(k->of_forward[HIGH] + at), load_real(k->of_forward[SCALE] + at),
+                              load_real(k->of_forward[TERM] + at)};
+        LOOP(source) of_row = p;
+        for (ptrdiff_t row = 0; row < height; row++) {
+            LOOP(inputs_of_columns)(of_row, at, LANES, k, f, kind, input[row] + v * LANES);
+            of_row.x += step.x;
+            of_row.z = p.z ? of_row.z + step.z : NULL;
+        }
+    }
+}
+
+/* What a reduction that is activated needs of the forward pass. */
+INLINE void LOOP(spread_forward)(const cbn_tile *r, LOOP(columns) *k)
+{
+    const ptrdiff_t columns = r->copies * r->n_channels * r->length;
+    LOOP(factors)(r->forward_c, r->pitch, r->n_channels, k->of_forward[0], ROOM, 0);
+    for (int i = 0; i < SLOPE; i++) {
+        SPREAD(r, k->of_forward[i]);
+        memset(k->of_forward[i] + columns, 0, LINE_ELEMS * sizeof(real));
+    }
+    k->some_wide = 0;
+#if !ELEM_IS_DOUBLE
+    for (ptrdiff_t c = 0; c < r->n_channels; c++) {
+        k->wide[c] = -(r->forward_c[WIDE * r->pitch + c] != 0);
+        k->some_wide |= k->wide[c];
+    }
+    if (k->some_wide) {
+        SPREAD(r, k->wide);
+        LOOP(spread)(r, r->forward_c + r->pitch, k->wide_scale);
+        LOOP(spread)(r, r->forward_c + 2 * r->pitch, k->wide_offset);
+    }
+#endif
+}
+
 INLINE LOOP(source) LOOP(row_source)(const cbn_tile *r, ptrdiff_t row, LOOP(activation) act, const int backward)
 {
     LOOP(source) p = {AT(r->x, row, 0), AT(r->g, row, 0), NULL, NULL, NULL};
-    if (backward && act.on) {
+    if (backward && act.kind != PLAIN) {
         p.h = AT(r->h, row, 0);
         p.z = r->z.data ? AT(r->z, row, 0) : NULL;
     }
@@ -581,10 +832,15 @@ INLINE LOOP(source) LOOP(row_source)(const cbn_tile *r, ptrdiff_t row, LOOP(acti
 }
 
 INLINE void LOOP(reduce_line)(LOOP(source) p, LOOP(steps) step, ptrdiff_t height, ptrdiff_t j, ptrdiff_t ahead_x,
-                              ptrdiff_t ahead_g, LOOP(columns) *k, LOOP(activation) act, const int backward,
-                              const int exact)
+                              ptrdiff_t ahead_g, LOOP(columns) *k, LOOP(activation) act, const int activated,
+                              const int backward, const int exact)
 {
     dvec shift[LINE_ELEMS / DLANES], sum[LINE_ELEMS / DLANES], square[LINE_ELEMS / DLANES];
+    real input[ROWS][LINE_ELEMS]; /* backward goes through so many at most */
+    if (backward && activated && (ELEM_IS_DOUBLE || p.z))
+        LOOP(inputs_of_line)(p, step, height, j, k, CHECKED, input);
+    else if (backward && activated)
+        LOOP(inputs_of_line)(p, step, height, j, k, ACTIVATED, input);
     for (int v = 0; v < LINE_ELEMS / DLANES; v++) {
         shift[v] = load_double(k->shift + j + v * DLANES);
         sum[v] = load_double(k->sum + j + v * DLANES);
@@ -634,11 +890,11 @@ INLINE void LOOP(reduce_line)(LOOP(source) p, LOOP(steps) step, ptrdiff_t height
         if (backward)
             __builtin_prefetch(p.g + j + ahead_g, 0, 2);
         for (int v = 0; v < LINE_ELEMS / DLANES; v++)
-            LOOP(reduce_some)(p, j + v * DLANES, DLANES, shift[v], load_double(k->scale + j + v * DLANES),
-                              load_double(k->offset + j + v * DLANES), act, &sum[v], &square[v], backward, 0);
+            LOOP(reduce_some)(p, j + v * DLANES, DLANES, shift[v], input[row] + v * DLANES, act, &sum[v], &square[v],
+                              activated, backward, 0);
         p.x += step.x;
         p.g += step.g;
-        if (backward && act.on) {
+        if (backward && activated) {
             p.h += step.h;
             p.z = p.z ? p.z + step.z : NULL;
         }
@@ -655,15 +911,20 @@ INLINE void LOOP(reduce_part)(const cbn_tile *r, ptrdiff_t n, ptrdiff_t height, 
 {
     for (ptrdiff_t j = begin; j < end; j += DLANES) {
         const ptrdiff_t lanes = MIN(end - j, DLANES);
-        const dvec shift = load_double(k->shift + j), scale = load_double(k->scale + j);
-        const dvec offset = load_double(k->offset + j);
+        const dvec shift = load_double(k->shift + j);
+        real input[LANES] = {0};
+        vec f[SLOPE] = {{0}};
+        for (int i = 0; backward && act.kind != PLAIN && i < SLOPE; i++)
+            f[i] = load_real(k->of_forward[i] + j);
         dvec sum = load_double(k->sum + j), square = load_double(k->square + j);
         for (ptrdiff_t row = n; row < n + height; row++) {
             const LOOP(source) p = LOOP(row_source)(r, row, act, backward);
+            if (backward && act.kind != PLAIN)
+                LOOP(inputs_of_columns)(p, j, lanes, k, f, CHECKED, input);
             if (lanes == DLANES)
-                LOOP(reduce_some)(p, j, DLANES, shift, scale, offset, act, &sum, &square, backward, 0);
+                LOOP(reduce_some)(p, j, DLANES, shift, input, act, &sum, &square, act.kind != PLAIN, backward, 0);
             else
-                LOOP(reduce_some)(p, j, lanes, shift, scale, offset, act, &sum, &square, backward, 0);
+                LOOP(reduce_some)(p, j, lanes, shift, input, act, &sum, &square, act.kind != PLAIN, backward, 0);
         }
         store_double(k->sum + j, sum);
         store_double(k->square + j, square);
@@ -728,10 +989,8 @@ INLINE void LOOP(last)(const cbn_tile *m, const cbn_tile *r, const int backward,
         LOOP(spread)(r, r->shift_c, of_column.shift);
         for (ptrdiff_t j = 0; ELEM_HALF == F16 && !backward && j < r_columns; j++)
             of_column.short_shift[j] = (real)of_column.shift[j];
-        if (backward && act_r.on) {
-            LOOP(spread)(r, r->coef_c + r->pitch, of_column.scale);
-            LOOP(spread)(r, r->coef_c + OFFSET * r->pitch, of_column.offset);
-        }
+        if (backward && act_r.kind != PLAIN)
+            LOOP(spread_forward)(r, &of_column);
         memset(of_column.sum, 0, (size_t)(r_columns + DLANES - 1) / DLANES * DLANES * sizeof(double));
         memset(of_column.square, 0, (size_t)(r_columns + DLANES - 1) / DLANES * DLANES * sizeof(double));
     }
@@ -768,24 +1027,37 @@ INLINE void LOOP(last)(const cbn_tile *m, const cbn_tile *r, const int backward,
         for (ptrdiff_t k = 0; k < columns; k += LINE_ELEMS) {
             const ptrdiff_t j = down ? (columns - 1) / LINE_ELEMS * LINE_ELEMS - k : k;
             if (mapping && !RARE && head + j + LINE_ELEMS <= end) {
-                if (height == rows && ELEM_HALF != 0 && (backward || !act.on)) /* a body without branches: a quarter of the time */
-                    LOOP(map_line)(bare, rows, head + j, factors, (LOOP(activation)){0}, backward, past, !reducing, normal);
+                /* A body each: that of plain maps has no branches */
+                if (height == rows && (act.kind == PLAIN || (backward && !ELEM_IS_DOUBLE)))
+                    LOOP(map_line)(bare, rows, head + j, factors, act, PLAIN, backward, past, !reducing, normal);
+                else if (height == rows && act.kind == ACTIVATED)
+                    LOOP(map_line)(at, rows, head + j, factors, act, ACTIVATED, backward, past, !reducing, normal);
                 else if (height == rows)
-                    LOOP(map_line)(at, rows, head + j, factors, act, backward, past, !reducing, normal);
-                else
+                    LOOP(map_line)(at, rows, head + j, factors, act, CHECKED, backward, past, !reducing, normal);
+                else if (act.kind == PLAIN) {
+                    LOOP(row_of) one = bare;
+                    for (ptrdiff_t row = n; row < n + height; row++) {
+                        LOOP(map_line)(one, 1, head + j, factors, act, PLAIN, backward, past, 0, normal);
+                        one.x += one.x_n;
+                        one.g += one.g_n;
+                        one.y += one.y_n;
+                    }
+                } else
                     for (ptrdiff_t row = n; row < n + height; row++)
-                        LOOP(map_line)(LOOP(row_at)(m, row), 1, head + j, factors, act, backward, past, 0,
+                        LOOP(map_line)(LOOP(row_at)(m, row), 1, head + j, factors, act, act.kind, backward, past, 0,
                                        normal);
             }
             else if (mapping && head + j < end)
                 LOOP(map_part)(m, n, height, head + j, end, factors, act, backward);
 #ifdef SUMS
             if (reducing && j + LINE_ELEMS <= r_columns) {
-                if (height == rows)
-                    LOOP(reduce_line)(source, step, rows, j, ahead_x, ahead_g, &of_column, act_r, backward, exact);
+                if (height == rows && backward && act_r.kind != PLAIN)
+                    LOOP(reduce_line)(source, step, rows, j, ahead_x, ahead_g, &of_column, act_r, 1, backward, exact);
+                else if (height == rows)
+                    LOOP(reduce_line)(source, step, rows, j, ahead_x, ahead_g, &of_column, act_r, 0, backward, exact);
                 else
-                    LOOP(reduce_line)(source, step, height, j, ahead_x, ahead_g, &of_column, act_r, backward,
-                                      exact);
+                    LOOP(reduce_line)(source, step, height, j, ahead_x, ahead_g, &of_column, act_r,
+                                      act_r.kind != PLAIN, backward, exact);
             }
             else if (reducing && j < r_columns)
                 LOOP(reduce_part)(r, n, height, j, r_columns, &of_column, act_r, backward);
@@ -883,6 +1155,7 @@ const cbn_loops LOOP(loops) = {
 #undef AT
 #undef Y_AT
 #undef NEXT
+#undef UNLIKELY
 #undef RARE
 #undef MIN
 #undef MAX
@@ -899,6 +1172,9 @@ const cbn_loops LOOP(loops) = {
 #undef some_lanes
 #undef blend
 #undef load_part
+#undef load_out
+#undef load_out_part
+#undef any_nan
 #undef MASK
 #undef some_words
 #undef store
@@ -919,6 +1195,15 @@ const cbn_loops LOOP(loops) = {
 #undef dvec
 #undef load_d
 #undef load_first_d
+#undef rvec
+#undef rvec_bits
+#undef load_r
+#undef load_first_r
+#undef store_r
+#undef select_r
+#undef widened
+#undef narrowed
+#undef widened_bits
 #undef load_double
 #undef store_double
 #undef splat_d

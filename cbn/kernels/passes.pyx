@@ -31,10 +31,11 @@ cdef extern from "kernels.h" nogil:
         Py_ssize_t n, c
     ctypedef struct cbn_tile:
         cbn_view x, g, z, y
-        bint activated
-        double negative_slope
+        bint activated, checked
+        double negative_slope, vanishing
         Py_ssize_t n_runs, n_channels, length, copies, skip, drop
         const double *coef_c
+        const double *forward_c
         Py_ssize_t pitch
         bint stream, prefetch, exact
         const double *shift_c
@@ -94,12 +95,15 @@ cdef extern from *:
     #else
     #define CBN_COMPILER "gcc " __VERSION__
     #endif
+    /* A quarter of a unit in the last place of the largest values: added to one of them, less does not overflow */
+    #define CBN_SMALL_FLOAT 0x1p102
+    #define CBN_SMALL_DOUBLE 0x1p969
     """
     int CBN_OPENMP
     const char *CBN_COMPILER
     int omp_get_max_threads() nogil
     int omp_get_num_procs() nogil
-    const double FLT_MIN, FLT_MAX
+    const double FLT_MIN, FLT_MAX, FLT_EPSILON, CBN_SMALL_FLOAT, CBN_SMALL_DOUBLE
 
 
 # ---- instruction sets ------------------------------------------------------------------------------------------
@@ -520,12 +524,7 @@ cdef class Input:
 
     def has_beside(self, cnp.ndarray a):
         """Whether a reduction can go through a, of the same shape, beside x: what joins in x joins in a."""
-        cdef cbn_view in_x, in_a
-        if not cnp.PyArray_ISALIGNED(a) or not self.layout.fits(a):
-            return False
-        in_x, in_a = self.layout.view(self.x), self.layout.view(a)
-        return run_follows_run(self.layout, in_a) >= run_follows_run(self.layout, in_x) \
-            and row_follows_row(self.layout, in_a) >= row_follows_row(self.layout, in_x)
+        return lies_beside(self.layout, self.x, a)
 
     def lies_as(self, cnp.ndarray a):
         """a itself if the loops can go through it beside x, else a copy that lies as x does."""
@@ -543,6 +542,16 @@ cdef class Input:
             if overlaps(a, out) and not is_same_memory(a, out):
                 return empty_like(self.x, self.y_dtype)
         return out
+
+
+def lies_beside(Layout layout, cnp.ndarray x, cnp.ndarray a):
+    """Whether the loops can go through a beside x, which has this layout: what joins in x joins in a."""
+    cdef cbn_view in_x, in_a
+    if not cnp.PyArray_ISALIGNED(a) or not layout.fits(a):
+        return False
+    in_x, in_a = layout.view(x), layout.view(a)
+    return run_follows_run(layout, in_a) >= run_follows_run(layout, in_x) \
+        and row_follows_row(layout, in_a) >= row_follows_row(layout, in_x)
 
 
 cdef bint is_plain_float(cnp.ndarray a) noexcept:
@@ -566,7 +575,7 @@ cdef void extent(cnp.ndarray a, Py_ssize_t *begin, Py_ssize_t *end) noexcept:
             begin[0] += reach
 
 
-cdef bint is_same_memory(cnp.ndarray a, cnp.ndarray b):
+def is_same_memory(cnp.ndarray a, cnp.ndarray b):
     """Whether element by element two arrays of one shape are the same memory."""
     return cnp.PyArray_DATA(a) == cnp.PyArray_DATA(b) and a.ndim == b.ndim \
         and all([a.shape[axis] == b.shape[axis] and a.strides[axis] == b.strides[axis] for axis in range(a.ndim)])
@@ -730,6 +739,7 @@ cdef struct Job:
     bint keeps_h                # whether somebody asks for h
     bint activated              # what is normalized goes through act(. + z)
     double negative_slope
+    double vanishing            # the largest number that the type of y takes for zero
     int threads                 # of the pipeline,
     char *copy                  # a copy of a tile for each of them,
     Py_ssize_t copy_bytes       # of this size
@@ -743,7 +753,9 @@ cdef struct Job:
     double *sum_c
     double *square_c            # S(d*d), or S(g*d)
     double *invstd_c            # forward: made, with coef_c; backward: given
-    double *coef_c              # (3 or 5, C): see kernels.h
+    double *coef_c              # (3 or 4, C): see kernels.h
+    bint fits                   # whether all coefficients are known to fit, see `all_fit`
+    double *forward_c           # (4, C): see there; backward, activated
 
 
 ctypedef void (*Work)(Job *job, Py_ssize_t begin, Py_ssize_t end, int thread) noexcept nogil
@@ -759,6 +771,13 @@ cdef bint run_follows_run(Layout layout, cbn_view v) noexcept nogil:
     return layout.last or layout.C == 1 or v.c == layout.S
 
 
+cdef double vanishing(Py_ssize_t itemsize, int type_num) noexcept nogil:
+    """The largest float32, or float64 for that, that becomes zero as an element of a type: half of its smallest one."""
+    if itemsize > 2:
+        return 0
+    return 2.0 ** -25 if type_num == NPY_HALF else 2.0 ** -134
+
+
 cdef Job make_job(Layout layout, cnp.ndarray x, bint wide):
     cdef Job job
     cdef bint rows
@@ -769,13 +788,14 @@ cdef Job make_job(Layout layout, cnp.ndarray x, bint wide):
     job.backward = job.batch_statistics = job.stream = job.fused = False
     job.copy = NULL
     job.x = job.y = job.g = layout.view(x)
-    job.activated = job.keeps_h = job.exact = False
+    job.activated = job.keeps_h = job.exact = job.fits = False
     job.negative_slope = 1
     job.z.data = job.h.data = NULL
     job.weight_c = job.bias_c = job.shift_c = job.partial = job.sum_c = NULL
-    job.square_c = job.invstd_c = job.coef_c = job.exact_c = NULL
+    job.square_c = job.invstd_c = job.coef_c = job.forward_c = job.exact_c = NULL
     job.eps = 0
     job.type_num = cnp.PyArray_TYPE(x)
+    job.vanishing = vanishing(job.itemsize, job.type_num)
     if job.itemsize == 8:
         job.narrow = job.wide = active.f64
     elif job.itemsize == 4:
@@ -862,12 +882,15 @@ cdef inline cbn_tile tile_of(Job *job, Rectangle *r) noexcept nogil:
     t.n_runs, t.n_channels, t.length, t.copies = r.n_runs // r.copies, r.n_channels, r.length, r.copies
     t.pitch = job.reduction.C
     t.skip = t.drop = 0
-    t.x, t.z = moved(job.x, job.itemsize, r), moved(job.z, job.itemsize, r)
+    t.x, t.z = moved(job.x, job.itemsize, r), moved(job.z, job.y_itemsize, r)
     t.g = t.y = t.x    # where they have no meaning, a place that there is
-    t.activated, t.negative_slope = job.activated, job.negative_slope
+    t.activated, t.negative_slope, t.vanishing = job.activated, job.negative_slope, job.vanishing
+    t.checked = False
     t.x_copy.data = t.h.data = NULL
     if job.coef_c != NULL:
         t.coef_c = job.coef_c + r.c
+    if job.forward_c != NULL:
+        t.forward_c = job.forward_c + r.c
     return t
 
 
@@ -895,7 +918,12 @@ cdef cbn_tile tile_to_map(Job *job, Rectangle *r) noexcept nogil:
     t.y = moved(job.y, job.y_itemsize, r)
     t.stream = job.stream
     if job.backward:
-        t.z.data = NULL    # is in h
+        t.z.data, t.activated = NULL, False    # are in h
+    # A residual or a slope can bring back what has overflowed
+    if t.activated and (t.z.data != NULL or (t.negative_slope != 0 and t.negative_slope != 1)):
+        t.checked = may_overflow(job, r.c, r.c + r.n_channels)
+    if job.itemsize == 8 and not (job.fits or all_fit(job, r.c, r.c + r.n_channels)):
+        t.activated = t.checked = True    # without a residual, and with a slope of 1, nothing else
     return t
 
 
@@ -914,12 +942,12 @@ cdef void to_whole_lines(Job *job, cbn_tile *t, bint first, bint last) noexcept 
     t.skip = channels * t.length - lead
     t.n_channels += channels
     t.coef_c -= channels
-    before = channels * t.length * job.itemsize
-    t.x.data -= before
-    t.g.data -= before
-    t.y.data -= channels * t.length * job.y_itemsize
+    before = channels * t.length
+    t.x.data -= before * job.itemsize
+    t.g.data -= before * job.itemsize
+    t.y.data -= before * job.y_itemsize
     if t.z.data != NULL:
-        t.z.data -= before
+        t.z.data -= before * job.y_itemsize
 
 
 cdef void reduce_items(Job *job, Py_ssize_t begin, Py_ssize_t end, int thread) noexcept nogil:
@@ -951,7 +979,7 @@ cdef void map_tile(Job *job, cbn_tile *t, bint last) noexcept nogil:
     cdef Py_ssize_t width = t.n_channels * t.length
     cdef bint wide
     cdef cbn_tile part
-    if job.all_wide or all_fit_float32(job, first, end):
+    if job.all_wide or job.fits or all_fit(job, first, end):
         loop_of(job, job.wide if job.all_wide else job.narrow, last)(t, NULL)
         return
     while c < end:
@@ -971,7 +999,7 @@ cdef void map_tile(Job *job, cbn_tile *t, bint last) noexcept nogil:
         if last:
             part.x.c = part.g.c = part.y.c = part.z.c = t.length
         if part.z.data != NULL:
-            part.z.data += (c - first) * part.z.c * job.itemsize
+            part.z.data += (c - first) * part.z.c * job.y_itemsize
         part.x.data += (c - first) * part.x.c * job.itemsize
         part.g.data += (c - first) * part.g.c * job.itemsize
         part.y.data += (c - first) * part.y.c * job.y_itemsize
@@ -993,7 +1021,7 @@ cdef void pipeline(Job *job, Py_ssize_t begin, Py_ssize_t end, int thread) noexc
     cdef cbn_view x_copy, g_copy
     cdef int todo
     cdef Job again
-    cdef bint together, narrow = True, narrow_before = True    # whether the last tiles' channels all fit float32
+    cdef bint together, narrow = True, narrow_before = True    # whether the last tiles' channels all fit
     cdef cbn_loop loop = loop_of(job, job.narrow, job.reduction.last)
     x_copy.n, x_copy.c = job.copy_n, job.copy_c
     x_copy.data = job.copy + thread * job.copy_bytes
@@ -1039,7 +1067,7 @@ cdef void pipeline(Job *job, Py_ssize_t begin, Py_ssize_t end, int thread) noexc
                     reduction.x = copied(job, x_copy, &r)
                 loop(NULL, &reduction)
             todo = next_to_do(&again, todo, r.c, r.c + r.n_channels)
-        narrow = job.itemsize == 8 or (not job.all_wide and all_fit_float32(job, r.c, r.c + r.n_channels))
+        narrow = job.itemsize == 8 or (not job.all_wide and all_fit(job, r.c, r.c + r.n_channels))
 
 
 cdef int next_to_do(Job *job, int todo, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
@@ -1159,34 +1187,104 @@ cdef int digits_are_lost(Job *job, Py_ssize_t first, Py_ssize_t end) noexcept no
     return lost
 
 
-cdef inline bint fits_float32(double mean, double scale, double term, double slope) noexcept nogil:
-    """Whether float32 holds the coefficients of a channel, so that nothing that can be represented is lost.
+cdef inline bint fits_float32(double mean, double scale, double third, double slope, double added) noexcept nogil:
+    """Whether float32 arithmetic does for a channel: it holds the coefficients, and nothing overflows on the way to an
+    element of y or dx that does not.
 
-    A mean below 2^102 is less than half a unit in the last place of float32's largest value, so x - mean cannot
-    overflow for any finite x. A factor that is not zero must be a normal number, or it has lost digits; a term that
-    is added must not overflow. Bitwise, for a loop without branches.
+    A factor that is not zero must be a normal number, or it has lost digits. What x and the gradient are subtracted
+    from, `mean` and `third` (gmean; forward the offset), must be small beside the largest values, and so must be what a
+    product is added to: the offset, and what `added` bounds. Bitwise, for a loop without branches.
     """
-    return (fabs(mean) < 5e30) & (fabs(term) <= FLT_MAX) \
+    return (fabs(mean) < CBN_SMALL_FLOAT) & (fabs(third) + added < CBN_SMALL_FLOAT) \
         & ((scale == 0) | ((fabs(scale) >= FLT_MIN) & (fabs(scale) <= FLT_MAX))) \
         & ((slope == 0) | ((fabs(slope) >= FLT_MIN) & (fabs(slope) <= FLT_MAX)))
 
 
+cdef inline double lower_part(double mean, double scale) noexcept nogil:
+    """A bound of what the lower one of the two floats that are a mean contributes (loops.h)."""
+    return fabs(mean * scale) * (FLT_EPSILON / 2)
+
+
+cdef inline double finite(double a) noexcept nogil:
+    return a if isfinite(a) else 0
+
+
+cdef bint takes_float64(double mean, double scale, double third, double slope, double added) noexcept nogil:
+    """Whether a channel does, whose elements are smaller. Coefficients that are not finite are so in every type."""
+    return not fits_float32(finite(mean), finite(scale), finite(third), finite(slope), finite(added))
+
+
+cdef bint forward_takes_float64(double mean, double scale, double offset) noexcept nogil:
+    return takes_float64(mean, scale, offset, 0, lower_part(mean, scale))
+
+
+cdef inline double slope_of(Job *job, Py_ssize_t c) noexcept nogil:
+    """Backward: what x - mean is multiplied by."""
+    return job.coef_c[3 * job.reduction.C + c] * job.coef_c[job.reduction.C + c]
+
+
+cdef inline double added_of(Job *job, Py_ssize_t c) noexcept nogil:
+    """A bound of (x - mean)*slope and of lower parts; |x - mean| <= sqrt(n)/invstd, slope = S(h*d)*invstd^2/n*scale."""
+    cdef double scale = job.coef_c[job.reduction.C + c], root = sqrt(<double>(job.reduction.N * job.reduction.S))
+    return fabs(job.square_c[c] * job.invstd_c[c] * scale) / root \
+        + lower_part(job.coef_c[c], slope_of(job, c)) + lower_part(job.coef_c[2 * job.reduction.C + c], scale)
+
+
 cdef bint needs_wide(Job *job, Py_ssize_t c) noexcept nogil:
-    """Whether the channel takes float64 arithmetic. Coefficients that are not finite are so in every type."""
-    cdef Py_ssize_t C = job.map.C
-    cdef double mean = job.coef_c[c], scale = job.coef_c[C + c], term = job.coef_c[2 * C + c]
-    cdef double slope = job.coef_c[3 * C + c] * scale if job.backward else 0
-    return not fits_float32(mean if isfinite(mean) else 0, scale if isfinite(scale) else 0,
-                            term if isfinite(term) else 0, slope if isfinite(slope) else 0)
+    cdef Py_ssize_t C = job.reduction.C
+    cdef double mean = job.coef_c[c], scale = job.coef_c[C + c], third = job.coef_c[2 * C + c]
+    if job.backward:
+        return takes_float64(mean, scale, third, slope_of(job, c), added_of(job, c))
+    return forward_takes_float64(mean, scale, third)
 
 
-cdef bint all_fit_float32(Job *job, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
+cdef bint all_fit(Job *job, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
+    """Whether the narrow loops may do some channels, those of float64 elements without a check of what comes out."""
     cdef Py_ssize_t c, C = job.reduction.C
+    cdef double *mean = job.coef_c
+    cdef double *scale = mean + C
+    cdef double *third = scale + C
     cdef bint fit = True
-    for c in range(first, end):
-        fit &= fits_float32(job.coef_c[c], job.coef_c[C + c], job.coef_c[2 * C + c],
-                            job.coef_c[3 * C + c] * job.coef_c[C + c] if job.backward else 0)
+    if job.backward and job.itemsize == 8:
+        for c in range(first, end):
+            fit &= (fabs(mean[c]) < CBN_SMALL_DOUBLE) & (fabs(third[c]) + added_of(job, c) < CBN_SMALL_DOUBLE)
+    elif job.itemsize == 8:
+        for c in range(first, end):
+            fit &= (fabs(mean[c]) < CBN_SMALL_DOUBLE) & (fabs(third[c]) < CBN_SMALL_DOUBLE)
+    elif job.backward:
+        for c in range(first, end):
+            fit &= fits_float32(mean[c], scale[c], third[c], slope_of(job, c), added_of(job, c))
+    else:
+        for c in range(first, end):
+            fit &= fits_float32(mean[c], scale[c], third[c], 0, lower_part(mean[c], scale[c]))
     return fit
+
+
+cdef void map_with(Job *job, cnp.ndarray coef) noexcept:
+    """Let the map have these coefficients, contiguous float64 (3, C), which stay as they are."""
+    job.coef_c = <double *>cnp.PyArray_DATA(coef)
+    job.fits = all_fit(job, 0, job.reduction.C)
+
+
+cdef bint may_overflow(Job *job, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
+    """Whether a normalized value of some channels may be too large for the forward map's arithmetic.
+
+    By the batch's own statistics it is not larger than sqrt(n)*weight + bias; by others anything, unless x is small.
+    """
+    cdef Py_ssize_t c, C = job.reduction.C
+    cdef double *scale = job.coef_c + C
+    cdef double limit = CBN_SMALL_DOUBLE if job.itemsize == 8 else CBN_SMALL_FLOAT
+    cdef double root = sqrt(<double>(job.reduction.N * job.reduction.S))
+    cdef bint may = False
+    if job.invstd_c != NULL:
+        for c in range(first, end):
+            may |= not fabs(scale[c]) * root < limit * job.invstd_c[c]
+    elif job.itemsize == 2 and job.type_num == NPY_HALF:
+        for c in range(first, end):
+            may |= not (65504 + fabs(job.coef_c[c])) * fabs(scale[c]) < limit
+    else:
+        may = True
+    return may
 
 
 # ---- order of the work: no result depends on it ----------------------------------------------------------------
@@ -1312,20 +1410,20 @@ def moments(Layout layout, cnp.ndarray x, cnp.ndarray y=None, cnp.ndarray weight
 def fits_in_float32(cnp.ndarray coef):
     """Whether float32 holds mean, scale and offset of every channel; coef (3, C) contiguous float64."""
     cdef Job job
-    job.backward = False
+    job.backward, job.itemsize = False, 1
     job.reduction.C = cnp.PyArray_DIM(coef, 1)
     job.coef_c = doubles(coef, 3 * job.reduction.C)
-    return all_fit_float32(&job, 0, job.reduction.C)
+    return all_fit(&job, 0, job.reduction.C)
 
 
 def apply(Layout layout, cnp.ndarray x, cnp.ndarray y, cnp.ndarray coef, bint wide=False, cnp.ndarray residual=None,
           double negative_slope=1):
     """y = act((x - mean)*scale + offset + residual), coef (3, C) contiguous float64: mean, scale, offset.
 
-    x may be of uint8 or int8: then y is float32 or bfloat16, there is no residual, and coef `fits_in_float32`.
+    x may be of uint8 or int8: then y and the residual are float32 or bfloat16, and coef `fits_in_float32`.
     """
     cdef Job job = make_job(layout, x, wide)
-    job.coef_c = doubles(coef, 3 * layout.C)
+    map_with(&job, coef)
     activate(&job, layout, residual, negative_slope)
     write_to(&job, layout, y)
     with nogil:
@@ -1334,30 +1432,38 @@ def apply(Layout layout, cnp.ndarray x, cnp.ndarray y, cnp.ndarray coef, bint wi
 
 def grad_moments(Layout layout, cnp.ndarray g, cnp.ndarray x, cnp.ndarray mean, cnp.ndarray invstd,
                  cnp.ndarray dx=None, cnp.ndarray weight=None, bint wide=False, cnp.ndarray bias=None,
-                 cnp.ndarray residual=None, double negative_slope=1, cnp.ndarray h=None, bint keeps_h=False):
+                 cnp.ndarray residual=None, double negative_slope=1, cnp.ndarray h=None, bint keeps_h=False,
+                 y_dtype=None):
     """(S(g), S(g*(x - mean))*invstd) of every channel; with dx, also the gradient through the batch statistics.
 
     mean, invstd, weight and bias are contiguous float64 (C,); weight and bias may be None. No array may be empty.
     With h, what was normalized went through act(. + residual), and h = g times the slope of act takes the place of g.
-    It may be dx, or g; it need not be written where dx is wanted, unless `keeps_h`.
+    It may be dx, or g; it need not be written where dx is wanted, unless `keeps_h`. `y_dtype` is that of the forward
+    pass, where x is a wider copy of its input.
     """
     cdef Job job = make_job(layout, x, wide)
     cdef Py_ssize_t c, C = layout.C
     sums, products = new_doubles(C), new_doubles(C)
-    room = new_doubles(C * (5 + 2 * job.reduction.blocks * job.reduction.pieces))
+    room = new_doubles(C * (8 + 2 * job.reduction.blocks * job.reduction.pieces))
     job.backward, job.batch_statistics = True, dx is not None
     job.shift_c, job.weight_c, job.invstd_c = doubles(mean, C), doubles(weight, C), doubles(invstd, C)
     job.sum_c, job.square_c = doubles(sums, C), doubles(products, C)
     job.coef_c = doubles(room, room.size)
-    job.partial = job.coef_c + 5 * C
+    job.partial = job.coef_c + 8 * C
     job.g = layout.view(g)
     if h is not None:
         activate(&job, layout, residual, negative_slope)
         job.h, job.keeps_h = layout.view(h), keeps_h or dx is None
         job.bias_c = doubles(bias, C)
+        if y_dtype is not None:
+            job.vanishing = vanishing(y_dtype.itemsize, y_dtype.num)
+        job.forward_c = job.coef_c + 4 * C
         for c in range(C):
-            job.coef_c[C + c] = job.invstd_c[c] * (1 if weight is None else job.weight_c[c])
-            job.coef_c[4 * C + c] = 0 if bias is None else job.bias_c[c]
+            job.forward_c[c] = job.shift_c[c]
+            job.forward_c[C + c] = job.invstd_c[c] * (1 if weight is None else job.weight_c[c])
+            job.forward_c[2 * C + c] = 0 if bias is None else job.bias_c[c]
+            job.forward_c[3 * C + c] = job.all_wide or forward_takes_float64(
+                job.forward_c[c], job.forward_c[C + c], job.forward_c[2 * C + c])
     if dx is not None:
         write_to(&job, layout, dx)
         choose_tiles(&job)
@@ -1475,7 +1581,7 @@ cdef class Plan:
             self.alike &= y.strides[axis] == a.strides[axis]
         self.extent = max(self.extent, cnp.PyArray_NBYTES(y))
         self.job = make_job(layout, a, inp.wide)
-        self.job.coef_c = <double *>cnp.PyArray_DATA(coef)
+        map_with(&self.job, coef)
         activate(&self.job, layout, None, negative_slope)
         write_to(&self.job, layout, y)
         self.isa = active

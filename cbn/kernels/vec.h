@@ -5,10 +5,11 @@
  * there for a load or a store that converts (gcc 12 makes four instructions of the eight-lane
  * __builtin_convertvector where the processor has one), for a part of a vector and for a store past the caches.
  *
- * Defines for loops.h: elem, elem_out, real, vec, LANES, load, load_part, store, store_part, store_past, store_two, blend,
- * select, load_real, splat, quiet;
+ * Defines for loops.h: elem, elem_out, real, vec, LANES, load, load_part, load_out, load_out_part, store, store_part,
+ * store_past, store_two, blend, select, load_real, splat, quiet, any_nan;
  * with SUMS also dvec, DLANES, load_d, load_first_d, store_d, load_double, store_double, first_lanes, select_d, splat_d,
- * copy, total; of 16-bit elements lower_d, upper_d, folded_d, add_four and, with HAS_BF16, add_rows, in_order.
+ * copy, total; rvec, load_r, load_first_r, store_r, select_r, widened, narrowed, widened_bits; of
+ * 16-bit elements lower_d, upper_d, folded_d, add_four and, with HAS_BF16, add_rows, in_order.
  */
 #define elem LOOP(elem)
 #define elem_out LOOP(elem_out)
@@ -28,6 +29,9 @@
 #define some_words LOOP(some_words)
 #define blend LOOP(blend)
 #define load_part LOOP(load_part)
+#define load_out LOOP(load_out)
+#define load_out_part LOOP(load_out_part)
+#define any_nan LOOP(any_nan)
 #define store LOOP(store)
 #define store_part LOOP(store_part)
 #define MASK(begin, end) ((1u << (end)) - (1u << (begin)))
@@ -115,6 +119,21 @@ INLINE vec unpack(packed e)
     return __builtin_convertvector(e, vec);
 #endif
 }
+
+#if ELEM_BYTE
+INLINE vec LOOP(unpack_out)(packed_out e)
+{
+#if ELEM_HALF && VEC_BYTES == 64
+    return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)e), 16);
+#elif ELEM_HALF && VEC_BYTES == 32
+    return (vec)LOOP(floats_256)((__m128i)e);
+#elif ELEM_HALF
+    return (vec)(__builtin_convertvector(e, LOOP(bits)) << 16);
+#else
+    return e;
+#endif
+}
+#endif
 
 #if ELEM_HALF == BF16 && !defined(WIDENS)
 /* The upper half of each lane is the bfloat16 nearest to it, ties to even. A NaN stays one: those that arithmetic gives are
@@ -231,6 +250,30 @@ INLINE vec load_part(const elem *p, ptrdiff_t begin, ptrdiff_t end)
 #endif
 }
 
+/* The same of elements of y's type, as those of a residual are. */
+INLINE vec load_out(const elem_out *p)
+{
+#if ELEM_BYTE
+    packed_out e;
+    memcpy(&e, p, sizeof e);
+    return LOOP(unpack_out)(e);
+#else
+    return load(p);
+#endif
+}
+
+INLINE vec load_out_part(const elem_out *p, ptrdiff_t begin, ptrdiff_t end)
+{
+#if ELEM_BYTE
+    packed_out e = {0};
+    for (ptrdiff_t i = begin; i < end; i++)
+        e[i] = p[i];
+    return LOOP(unpack_out)(e);
+#else
+    return load_part(p, begin, end);
+#endif
+}
+
 INLINE void store_part(elem_out *p, vec v, ptrdiff_t begin, ptrdiff_t end)
 {
 #if VEC_BYTES == 64 && ELEM_HALF && !defined(WIDENS)
@@ -322,10 +365,39 @@ INLINE vec splat(real a)
     return a - (vec){0}; /* a - 0 keeps a, also the sign of a zero */
 }
 
+/* Whether a lane is NaN. */
+INLINE int any_nan(vec v)
+{
+#if VEC_BYTES == 64 && (defined(WIDENS) || ELEM_IS_DOUBLE)
+    return _mm512_cmp_pd_mask((__m512d)v, (__m512d)v, _CMP_UNORD_Q) != 0;
+#elif VEC_BYTES == 64
+    return _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q) != 0;
+#elif VEC_BYTES == 32 && (defined(WIDENS) || ELEM_IS_DOUBLE)
+    return _mm256_movemask_pd((__m256d)(v != v)) != 0;
+#elif VEC_BYTES == 32
+    return _mm256_movemask_ps((__m256)(v != v)) != 0;
+#elif defined(__x86_64__)
+    return _mm_movemask_ps((__m128)(v != v)) != 0;
+#else
+    typedef uint64_t words __attribute__((vector_size(VEC_BYTES)));
+    const words some = (words)(v != v);
+    return (some[0] | some[1]) != 0;
+#endif
+}
+
 #ifdef SUMS
 #define dvec LOOP(dvec)
 #define load_d LOOP(load_d)
 #define load_first_d LOOP(load_first_d)
+#define rvec LOOP(rvec)
+#define rvec_bits LOOP(rvec_bits)
+#define load_r LOOP(load_r)
+#define load_first_r LOOP(load_first_r)
+#define store_r LOOP(store_r)
+#define select_r LOOP(select_r)
+#define widened LOOP(widened)
+#define narrowed LOOP(narrowed)
+#define widened_bits LOOP(widened_bits)
 #define load_double LOOP(load_double)
 #define store_double LOOP(store_double)
 #define splat_d LOOP(splat_d)
@@ -345,25 +417,97 @@ INLINE vec splat(real a)
 
 typedef double dvec __attribute__((vector_size(VEC_BYTES)));
 
+/* As many elements in the arithmetic of the maps, and what holds in each. */
+typedef real rvec __attribute__((vector_size(DLANES * sizeof(real))));
+typedef lane_int rvec_bits __attribute__((vector_size(DLANES * sizeof(real))));
+typedef int64_t LOOP(dvec_bits) __attribute__((vector_size(VEC_BYTES)));
+
+INLINE rvec load_r(const elem *p)
+{
+#if ELEM_IS_DOUBLE
+    return load(p);
+#elif ELEM_HALF && VEC_BYTES == 64
+    return (rvec)LOOP(floats_256)(_mm_loadu_si128((const __m128i *)p));
+#elif ELEM_HALF && VEC_BYTES == 32
+    return (rvec)LOOP(floats_128)(_mm_loadl_epi64((const __m128i *)p));
+#elif ELEM_HALF
+    return (rvec){ELEM_HALF == F16 ? cbn_from_f16(p[0]) : cbn_from_bf16(p[0]),
+                  ELEM_HALF == F16 ? cbn_from_f16(p[1]) : cbn_from_bf16(p[1])};
+#else
+    rvec v;
+    memcpy(&v, p, sizeof v);
+    return v;
+#endif
+}
+
+/* The first n < DLANES elements, and zeros. */
+INLINE rvec load_first_r(const elem *p, ptrdiff_t n)
+{
+#if ELEM_IS_DOUBLE
+    return load_part(p, 0, n);
+#elif ELEM_HALF && VEC_BYTES == 64
+    return (rvec)LOOP(floats_256)(_mm_maskz_loadu_epi16((__mmask8)((1u << n) - 1), p));
+#elif ELEM_HALF && VEC_BYTES == 32
+    return (rvec)LOOP(floats_128)(_mm_cvtsi64_si128(some_words(p, 0, n)));
+#elif ELEM_HALF
+    return (rvec){n == 0 ? 0 : ELEM_HALF == F16 ? cbn_from_f16(p[0]) : cbn_from_bf16(p[0]), 0};
+#elif VEC_BYTES == 64
+    return (rvec)_mm256_maskz_loadu_ps((__mmask8)((1u << n) - 1), p);
+#elif VEC_BYTES == 32
+    return (rvec)_mm_maskload_ps(p, four_lanes(0, n));
+#else
+    return (rvec){n > 0 ? p[0] : 0, 0};
+#endif
+}
+
+INLINE dvec widened(rvec v)
+{
+#if ELEM_IS_DOUBLE
+    return v;
+#elif VEC_BYTES == 64
+    return (dvec)_mm512_cvtps_pd((__m256)v);
+#elif VEC_BYTES == 32
+    return (dvec)_mm256_cvtps_pd((__m128)v);
+#else
+    return (dvec){v[0], v[1]};
+#endif
+}
+
+INLINE rvec narrowed(dvec v)
+{
+#if ELEM_IS_DOUBLE
+    return v;
+#elif VEC_BYTES == 64
+    return (rvec)_mm512_cvtpd_ps((__m512d)v);
+#elif VEC_BYTES == 32
+    return (rvec)_mm256_cvtpd_ps((__m256d)v);
+#else
+    return (rvec){(real)v[0], (real)v[1]};
+#endif
+}
+
+INLINE LOOP(dvec_bits) widened_bits(rvec_bits b)
+{
+#if ELEM_IS_DOUBLE
+    return (LOOP(dvec_bits))b;
+#elif VEC_BYTES == 64
+    return (LOOP(dvec_bits))_mm512_cvtepi32_epi64((__m256i)b);
+#elif VEC_BYTES == 32
+    return (LOOP(dvec_bits))_mm256_cvtepi32_epi64((__m128i)b);
+#else
+    return (LOOP(dvec_bits)){b[0], b[1]};
+#endif
+}
+
+INLINE rvec select_r(rvec_bits condition, rvec a, rvec b)
+{
+    return (rvec)(((rvec_bits)a & condition) | ((rvec_bits)b & ~condition));
+}
+
 /* Elements as float64. */
 INLINE dvec load_d(const elem *p)
 {
-#if ELEM_HALF && VEC_BYTES == 64
-    return (dvec)_mm512_cvtps_pd(LOOP(floats_256)(_mm_loadu_si128((const __m128i *)p)));
-#elif ELEM_HALF && VEC_BYTES == 32
-    return (dvec)_mm256_cvtps_pd(LOOP(floats_128)(_mm_loadl_epi64((const __m128i *)p)));
-#elif ELEM_HALF
-    return (dvec){ELEM_HALF == F16 ? cbn_from_f16(p[0]) : cbn_from_bf16(p[0]),
-                  ELEM_HALF == F16 ? cbn_from_f16(p[1]) : cbn_from_bf16(p[1])};
-#elif ELEM_IS_DOUBLE
-    return load(p);
-#elif VEC_BYTES == 64
-    return (dvec)_mm512_cvtps_pd(_mm256_loadu_ps(p));
-#elif VEC_BYTES == 32
-    return (dvec)_mm256_cvtps_pd(_mm_loadu_ps(p));
-#else
-    return (dvec){p[0], p[1]};
-#endif
+    return widened(load_r(p));
 }
 
 #if ELEM_HALF
@@ -500,27 +644,16 @@ INLINE dvec first_lanes(dvec v, ptrdiff_t n)
 /* The first n < DLANES elements as float64, and zeros. */
 INLINE dvec load_first_d(const elem *p, ptrdiff_t n)
 {
-#if ELEM_HALF && VEC_BYTES == 64
-    return (dvec)_mm512_cvtps_pd(LOOP(floats_256)(_mm_maskz_loadu_epi16((__mmask8)((1u << n) - 1), p)));
-#elif ELEM_HALF && VEC_BYTES == 32
-    return (dvec)_mm256_cvtps_pd(LOOP(floats_128)(_mm_cvtsi64_si128(some_words(p, 0, n))));
-#elif ELEM_HALF
-    return (dvec){n == 0 ? 0 : ELEM_HALF == F16 ? cbn_from_f16(p[0]) : cbn_from_bf16(p[0]), 0};
-#elif ELEM_IS_DOUBLE
-    return load_part(p, 0, n);
-#elif VEC_BYTES == 64
-    return (dvec)_mm512_cvtps_pd(_mm256_maskz_loadu_ps((__mmask8)((1u << n) - 1), p));
-#elif VEC_BYTES == 32
-    return (dvec)_mm256_cvtps_pd(_mm_maskload_ps(p, four_lanes(0, n)));
-#else
-    return (dvec){n > 0 ? p[0] : 0, 0};
-#endif
+    return widened(load_first_r(p, n));
 }
 
-INLINE dvec select_d(__typeof__((dvec){0} <= (dvec){0}) condition, dvec a, dvec b)
+INLINE dvec select_d(LOOP(dvec_bits) condition, dvec a, dvec b)
 {
-    typedef __typeof__(condition) bits;
-    return (dvec)(((bits)a & condition) | ((bits)b & ~condition));
+#if VEC_BYTES == 32
+    return (dvec)_mm256_blendv_pd((__m256d)b, (__m256d)a, (__m256d)condition);
+#else
+    return (dvec)(((LOOP(dvec_bits))a & condition) | ((LOOP(dvec_bits))b & ~condition));
+#endif
 }
 
 /* The first n lanes as elements. */
@@ -548,6 +681,33 @@ INLINE void store_d(elem *p, dvec v, ptrdiff_t n)
     const some e = __builtin_convertvector(rounded >> 16, some);
 #else
     const some e = __builtin_convertvector(v, some);
+#endif
+    if (n == DLANES)
+        memcpy(p, &e, sizeof e);
+    else
+        for (ptrdiff_t i = 0; i < n; i++)
+            p[i] = e[i];
+}
+
+/* The same of lanes that elements hold exactly. */
+INLINE void store_r(elem *p, rvec v, ptrdiff_t n)
+{
+    typedef elem some __attribute__((vector_size(DLANES * sizeof(elem))));
+    some e;
+#if ELEM_HALF == F16 && VEC_BYTES == 64
+    const __m128i bits = _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+    memcpy(&e, &bits, sizeof e);
+#elif ELEM_HALF == F16 && VEC_BYTES == 32
+    const __m128i bits = _mm_cvtps_ph((__m128)v, _MM_FROUND_TO_NEAREST_INT);
+    memcpy(&e, &bits, sizeof e);
+#elif ELEM_HALF == F16
+    for (ptrdiff_t i = 0; i < DLANES; i++)
+        e[i] = cbn_to_f16(v[i]);
+#elif ELEM_HALF
+    typedef uint32_t words __attribute__((vector_size(DLANES * sizeof(float))));
+    e = __builtin_convertvector((words)v >> 16, some);
+#else
+    e = v;
 #endif
     if (n == DLANES)
         memcpy(p, &e, sizeof e);
