@@ -109,6 +109,38 @@ def test_activation_and_strides(rng):
     assert batch_norm(x[:0], *arrays, x_scale=1.0).shape == (0, 6, 10)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", BYTES)
+@pytest.mark.parametrize("out_dtype", OUTPUTS)
+@pytest.mark.parametrize("slope", [0, 0.25, 1])
+def test_residual(isa, parallel, rng, dtype, out_dtype, layout, slope):
+    """y = act(norm(x) + residual), of y's dtype; in any memory, over itself, and where float32 holds no coefficient."""
+    shape, axis, order = LAYOUTS[layout]
+    x, arrays = in_memory_order(drawn(rng, dtype, shape), order), parameters(rng, shape[axis])
+    z = in_memory_order(rng.standard_normal(shape).astype(out_dtype), order)
+    kwargs = {"channel_axis": axis, "x_scale": 0.02, "x_zero_point": 5, "activation": ("leaky_relu", slope)}
+    expected = reference.activate(exact(x, arrays, 0.02, 5, axis % x.ndim), z, slope)
+    for past in (0, 1 << 40):
+        passes.tune(stream_bytes=past)
+        for n_threads in (1, 3):
+            with cbn.num_threads(n_threads):
+                y = batch_norm(x, *arrays, residual=z, out_dtype=out_dtype, **kwargs)
+            assert error(y, expected) <= LIMIT[y.dtype]
+            for other in (np.asfortranarray(z), np.repeat(z, 2, -1)[..., ::2]):
+                assert (batch_norm(x, *arrays, residual=other, out_dtype=out_dtype, **kwargs) == y).all()
+            there = z.copy(order="K")
+            assert batch_norm(x, *arrays, residual=there, out=there, out_dtype=out_dtype, **kwargs) is there
+            assert (there == y).all()
+            memory = np.empty(x.size + 5, out_dtype)
+            moved, out = memory[5:].reshape(shape), memory[:-5].reshape(shape)
+            moved[...] = z
+            assert (batch_norm(x, *arrays, residual=moved, out=out, out_dtype=out_dtype, **kwargs) == y).all()
+    arrays = *arrays[:2], arrays[2] * np.float32(1e-39), *arrays[3:]
+    expected = reference.activate(exact(x, arrays, 0.02, 5, axis % x.ndim), z, slope)
+    y = batch_norm(x, *arrays, residual=z, out_dtype=out_dtype, **kwargs)
+    assert error(y, expected) <= LIMIT[y.dtype]
+
+
 @pytest.mark.parametrize("at_end", [False, True])
 @pytest.mark.parametrize("dtype", BYTES)
 @pytest.mark.parametrize("shape", [(2, 3, 17), (9, 5, 49), (33, 7), (3, 130), (70, 1030), (64, 9, 129)])
@@ -138,16 +170,9 @@ def test_nothing_outside_an_array_is_touched(isa, parallel, rng, dtype, shape, a
         ({"x_scale": 1, "out_dtype": "nonsense"}, TypeError, "out_dtype must be float32 or bfloat16"),
         ({"x_scale": 1, "out": np.zeros((4, 3))}, TypeError, "out has dtype '<f8'; expected '<f4', as out_dtype"),
         ({"x_scale": 1, "out": np.zeros((3, 4), "f4")}, ValueError, r"out has shape \(3, 4\); expected \(4, 3\)"),
-        (
-            {"x_scale": 1, "residual": np.zeros((4, 3))},
-            TypeError,
-            "residual has dtype float64; expected float32, as out_d",
-        ),
-        (
-            {"x_scale": 1, "residual": np.zeros((3, 4), "f4")},
-            ValueError,
-            r"residual has shape \(3, 4\); expected \(4, 3",
-        ),
+        ({"x_scale": 1, "residual": np.zeros((4, 3))}, TypeError, "residual has dtype float64; expected float32, as"),
+        ({"x_scale": 1, "residual": np.zeros((4, 3), "u1")}, TypeError, "residual has dtype uint8; expected float32"),
+        ({"x_scale": 1, "residual": np.zeros((4, 2), "f4")}, ValueError, r"residual has shape \(4, 2\); expected"),
         ({"x_scale": 1, "channel_axis": 2}, ValueError, "channel_axis 2 is out of range"),
         ({"x_scale": 1, "momentum": 5}, ValueError, r"momentum must be in \[0, 1\]"),
         ({"x_scale": 1, "training": True}, TypeError, "x_scale is for evaluation with 8-bit input .*training with"),
