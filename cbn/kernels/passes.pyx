@@ -524,7 +524,12 @@ cdef class Input:
 
     def has_beside(self, cnp.ndarray a):
         """Whether a reduction can go through a, of the same shape, beside x: what joins in x joins in a."""
-        return lies_beside(self.layout, self.x, a)
+        cdef cbn_view in_x, in_a
+        if not cnp.PyArray_ISALIGNED(a) or not self.layout.fits(a):
+            return False
+        in_x, in_a = self.layout.view(self.x), self.layout.view(a)
+        return run_follows_run(self.layout, in_a) >= run_follows_run(self.layout, in_x) \
+            and row_follows_row(self.layout, in_a) >= row_follows_row(self.layout, in_x)
 
     def lies_as(self, cnp.ndarray a):
         """a itself if the loops can go through it beside x, else a copy that lies as x does."""
@@ -542,16 +547,6 @@ cdef class Input:
             if overlaps(a, out) and not is_same_memory(a, out):
                 return empty_like(self.x, self.y_dtype)
         return out
-
-
-def lies_beside(Layout layout, cnp.ndarray x, cnp.ndarray a):
-    """Whether the loops can go through a beside x, which has this layout: what joins in x joins in a."""
-    cdef cbn_view in_x, in_a
-    if not cnp.PyArray_ISALIGNED(a) or not layout.fits(a):
-        return False
-    in_x, in_a = layout.view(x), layout.view(a)
-    return run_follows_run(layout, in_a) >= run_follows_run(layout, in_x) \
-        and row_follows_row(layout, in_a) >= row_follows_row(layout, in_x)
 
 
 cdef bint is_plain_float(cnp.ndarray a) noexcept:
@@ -575,7 +570,7 @@ cdef void extent(cnp.ndarray a, Py_ssize_t *begin, Py_ssize_t *end) noexcept:
             begin[0] += reach
 
 
-def is_same_memory(cnp.ndarray a, cnp.ndarray b):
+cdef bint is_same_memory(cnp.ndarray a, cnp.ndarray b):
     """Whether element by element two arrays of one shape are the same memory."""
     return cnp.PyArray_DATA(a) == cnp.PyArray_DATA(b) and a.ndim == b.ndim \
         and all([a.shape[axis] == b.shape[axis] and a.strides[axis] == b.strides[axis] for axis in range(a.ndim)])
