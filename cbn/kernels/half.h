@@ -49,6 +49,20 @@ static inline float cbn_from_f16(uint16_t e)
     return cbn_float_of(cbn_bits_of(a) | sign);
 }
 
+/* The same of finite numbers, without branches: 0 of all others. */
+static inline float cbn_finite_f16(uint16_t e)
+{
+    const uint32_t above = e & 0x7fff, keep = -(uint32_t)(above < 0x7c00);
+    return cbn_float_of(((uint32_t)(e & 0x8000) << 16 | above << 13) & keep) * 0x1p112f;
+}
+
+/* The nearest number with the digits of a float16, whatever its exponent. */
+static inline float cbn_with_digits_of_f16(float a)
+{
+    const uint32_t bits = cbn_bits_of(a);
+    return cbn_float_of((bits + 0xfff + (bits >> 13 & 1)) & ~0x1fffu);
+}
+
 static inline uint16_t cbn_to_f16(float a)
 {
     const uint32_t bits = cbn_bits_of(a), sign = bits >> 16 & 0x8000, above = bits & 0x7fffffff;

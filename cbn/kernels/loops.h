@@ -40,6 +40,7 @@
 #define AT(v, i, j) ((elem *)(v).data + (i) * (v).n + (j) * (v).c)
 #define Y_AT(v, i, j) ((elem_out *)(v).data + (i) * (v).n + (j) * (v).c)
 #define UNLIKELY(condition) __builtin_expect((condition) != 0, 0)
+#define OFTEN(condition) __builtin_expect_with_probability((condition) != 0, 1, 0.99)
 #define NEXT(v) (c + 1 < last ? AT(v, n, c + 1) : AT(v, n + 1, first)) /* the run after that of n and c */
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
@@ -335,6 +336,44 @@ typedef struct {
     dvec sum[UNROLL], square[UNROLL];
 } LOOP(sums);
 
+/* Forward, a sum that is added to often has rounding errors that add up: equal numbers are all rounded to the same side.
+ * So float64 sums have a few additions each, and are then added to others. Those of rows to ones of which a tile has a few;
+ * those of runs to parts, and some of these exactly, but for the lower half of what is lost. */
+typedef struct {
+    dvec part_sum, part_square, sum, sum_low, square, square_low;
+} LOOP(totals);
+
+/* Elements of a run: so many additions. Of smaller elements more, which their own rounding hides; it takes time. */
+#define FLUSH ((ELEM_IS_DOUBLE ? 32 : 256) * UNROLL * DLANES)
+#define PARTS 8 /* so often, and exactly */
+#define FLUSH_ROWS 32
+
+INLINE void LOOP(add_exactly)(dvec *sum, dvec *low, dvec a)
+{
+    const dvec before = *sum, after = before + a, added = after - before;
+    *low += (before - (after - added)) + (a - added);
+    *sum = after;
+}
+
+/* Both parts as one; an infinite sum has a lower part that is NaN. */
+INLINE dvec LOOP(in_one)(dvec sum, dvec low)
+{
+    return select_d(low == low, sum + low, sum);
+}
+
+INLINE void LOOP(flush)(LOOP(sums) *s, LOOP(totals) *t, const int exactly)
+{
+    t->part_sum += (s->sum[0] + s->sum[1]) + (s->sum[2] + s->sum[3]);
+    t->part_square += (s->square[0] + s->square[1]) + (s->square[2] + s->square[3]);
+    for (int u = 0; u < UNROLL; u++)
+        s->sum[u] = s->square[u] = (dvec){0};
+    if (!exactly)
+        return;
+    LOOP(add_exactly)(&t->sum, &t->sum_low, t->part_sum);
+    LOOP(add_exactly)(&t->square, &t->square_low, t->part_square);
+    t->part_sum = t->part_square = (dvec){0};
+}
+
 /* n elements from the i-th on. */
 INLINE void LOOP(reduce_some)(LOOP(source) p, ptrdiff_t i, ptrdiff_t n, dvec shift, const real *input,
                               LOOP(activation) act, dvec *sum, dvec *square, const int activated, const int backward,
@@ -364,7 +403,10 @@ INLINE void LOOP(reduce_some)(LOOP(source) p, ptrdiff_t i, ptrdiff_t n, dvec shi
  * to 64*mean^2 is exact, and a larger one takes a spread that costs nothing. A value further off, that ends this, adds
  * mean^2/4 or more to m2, beside which a rounding of such a sum is less than 2^-16. */
 
-/* Elements begin to end, sixteen vectors at most. */
+/* Vectors whose sums are of float32: as many as `loops.h` allows bfloat16, of float16 fewer for its digits. */
+#define SHORT (ELEM_HALF == F16 ? 8 : 16)
+
+/* Elements begin to end, SHORT vectors at most. */
 INLINE void LOOP(reduce_short)(LOOP(source) p, ptrdiff_t begin, ptrdiff_t end, vec shift, LOOP(sums) *s,
                                const int copying)
 {
@@ -426,8 +468,8 @@ INLINE void LOOP(reduce_piece)(LOOP(source) p, ptrdiff_t begin, ptrdiff_t end, d
 #if ELEM_HALF
     if (!backward && !exact) {
         const vec shift_ = splat((real)shift[0]);
-        for (; i + 16 * LANES <= end; i += 16 * LANES)
-            LOOP(reduce_short)(p, i, i + 16 * LANES, shift_, s, copying);
+        for (; i + SHORT * LANES <= end; i += SHORT * LANES)
+            LOOP(reduce_short)(p, i, i + SHORT * LANES, shift_, s, copying);
         if (i < end)
             LOOP(reduce_short)(p, i, end, shift_, s, copying);
         return;
@@ -435,7 +477,8 @@ INLINE void LOOP(reduce_piece)(LOOP(source) p, ptrdiff_t begin, ptrdiff_t end, d
 #else
     (void)exact;
 #endif
-    for (; i + UNROLL * DLANES <= end; i += UNROLL * DLANES)
+    /* Often, so that the compiler gives its registers to these sums */
+    for (; OFTEN(i + UNROLL * DLANES <= end); i += UNROLL * DLANES)
         UNROLLED for (int u = 0; u < UNROLL; u++)
             LOOP(reduce_some)(p, i + u * DLANES, DLANES, shift, input + i - begin + u * DLANES, act, &s->sum[u],
                               &s->square[u], activated, backward, copying);
@@ -456,7 +499,7 @@ INLINE void LOOP(fetch)(const elem *run, const elem *next, ptrdiff_t i, ptrdiff_
         __builtin_prefetch(p + l, 0, 2);
 }
 
-INLINE void LOOP(first)(const cbn_tile *m, const cbn_tile *r, const int backward, const int mapping,
+INLINE void LOOP(first)(const cbn_tile *m, const cbn_tile *r, const int plain, const int backward, const int mapping,
                         const int reducing)
 {
     const int past = mapping && m->stream, copying = reducing && r->x_copy.data;
@@ -466,14 +509,16 @@ INLINE void LOOP(first)(const cbn_tile *m, const cbn_tile *r, const int backward
     const ptrdiff_t piece = reducing ? PIECE : length;
     real factors[ALL_FACTORS][GROUP];
     LOOP(shared) shared = {.line = NULL};
-    const LOOP(activation) act = LOOP(activation_of)(mapping ? m : r);
+    /* Of a map backward only that of float64 elements may be CHECKED */
+    const int bare = plain || (backward && !ELEM_IS_DOUBLE);
+    const LOOP(activation) act = bare ? (LOOP(activation)){PLAIN} : LOOP(activation_of)(mapping ? m : r);
 #ifdef SUMS
-    const LOOP(activation) act_r = LOOP(activation_of)(reducing ? r : m);
-#endif
-#ifdef SUMS
+    const LOOP(activation) act_r = plain ? (LOOP(activation)){PLAIN} : LOOP(activation_of)(reducing ? r : m);
     /* Twice as far where nothing is stored; half as far for two arrays */
     const ptrdiff_t ahead = !reducing || !r->prefetch ? 0 : AHEAD * (mapping ? 1 : 2) / (backward ? 2 : 1);
     LOOP(sums) sums[GROUP];
+    LOOP(totals) totals[GROUP];
+    const int flushing = reducing && !backward && (!ELEM_HALF || r->exact) && n_runs * length > FLUSH;
     real of_forward[SLOPE][GROUP]; /* factors of the forward pass */
 #endif
     for (ptrdiff_t first = 0; first < n_channels; first += group) {
@@ -492,6 +537,7 @@ INLINE void LOOP(first)(const cbn_tile *m, const cbn_tile *r, const int backward
                 elem_out *y = NULL;
                 vec f[ALL_FACTORS] = {{0}};
                 ptrdiff_t head = 0, whole = length; /* whole lines lie between these */
+                ptrdiff_t next_flush = PTRDIFF_MAX; /* elements of the run until then */
                 int normal = 0;
                 if (maps) {
                     mx = AT(m->x, n, c), mg = AT(m->g, n, c), y = Y_AT(m->y, n, c);
@@ -503,10 +549,7 @@ INLINE void LOOP(first)(const cbn_tile *m, const cbn_tile *r, const int backward
                         head = MIN(TO_LINE(y), length);
                     if (past) {
                         whole = head + (length - head) / LINE_ELEMS * LINE_ELEMS;
-                        if (act.kind == PLAIN)
-                            LOOP(map_shared)(mx, mg, mz, y, 0, head, f, act, &shared, PLAIN, backward);
-                        else
-                            LOOP(map_shared)(mx, mg, mz, y, 0, head, f, act, &shared, act.kind, backward);
+                        LOOP(map_shared)(mx, mg, mz, y, 0, head, f, act, &shared, act.kind, backward);
                     } else
                         LOOP(map_piece)(mx, mg, mz, y, 0, head, f, act, act.kind, backward, 0, normal);
                 }
@@ -540,30 +583,31 @@ INLINE void LOOP(first)(const cbn_tile *m, const cbn_tile *r, const int backward
                         s.square[u] = n ? sums[c - first].square[u] : (dvec){0};
                     }
                     shift = splat_d(r->shift_c[c]);
+                    next_flush = flushing ? FLUSH - n * length % FLUSH : PTRDIFF_MAX;
+                    if (flushing && n == 0)
+                        totals[c - first] = (LOOP(totals)){{0}, {0}, {0}, {0}, {0}, {0}};
                 }
 #endif
-                for (ptrdiff_t i = 0; i < length; i += piece) {
+                for (ptrdiff_t i = 0; i < length;) {
+                    /* A loop of its own, else the compiler keeps the sums in memory */
+                    for (const ptrdiff_t stop = MIN(length, next_flush); i < stop; i += piece) {
 #ifdef SUMS
                     if (reducing && !backward && mz)
                         LOOP(fetch)(mz, mz_next, i, AHEAD, length);
 #endif
                     /* A body each: that of plain maps has no branches */
-                    if (maps && (act.kind == PLAIN || (backward && !ELEM_IS_DOUBLE)))
+                    if (maps && bare)
                         LOOP(map_piece)(mx, mg, mz, y, MIN(head + i, whole), MIN(head + i + piece, whole), f, act,
                                         PLAIN, backward, past, normal);
-                    else if (maps && act.kind == ACTIVATED)
+                    else if (maps && !backward && act.kind == ACTIVATED)
                         LOOP(map_piece)(mx, mg, mz, y, MIN(head + i, whole), MIN(head + i + piece, whole), f, act,
                                         ACTIVATED, backward, past, normal);
                     else if (maps)
                         LOOP(map_piece)(mx, mg, mz, y, MIN(head + i, whole), MIN(head + i + piece, whole), f, act,
                                         CHECKED, backward, past, normal);
                     /* What is left, once, before the copy of what is reduced takes its place. */
-                    if (maps && past && head + i + piece >= whole && (i == 0 || head + i < whole)) {
-                        if (act.kind == PLAIN)
-                            LOOP(map_shared)(mx, mg, mz, y, whole, length, f, act, &shared, PLAIN, backward);
-                        else
-                            LOOP(map_shared)(mx, mg, mz, y, whole, length, f, act, &shared, act.kind, backward);
-                    }
+                    if (maps && past && head + i + piece >= whole && (i == 0 || head + i < whole))
+                        LOOP(map_shared)(mx, mg, mz, y, whole, length, f, act, &shared, act.kind, backward);
 #ifdef SUMS
                     if (reduces) {
                         if (ahead)
@@ -572,7 +616,7 @@ INLINE void LOOP(first)(const cbn_tile *m, const cbn_tile *r, const int backward
                             LOOP(fetch)(p.g, g_next, i, ahead, length);
                         if (ahead && backward && p.z)
                             LOOP(fetch)(p.z, z_next, i, ahead, length);
-                        if (backward && act_r.kind != PLAIN)
+                        if (backward && !plain && (!ELEM_IS_DOUBLE || act_r.kind != PLAIN))
                             LOOP(reduce_piece)(p, i, MIN(i + piece, length), shift, &f_r, act_r, &s, 1, backward,
                                                copying, r->exact);
                         else
@@ -582,11 +626,23 @@ INLINE void LOOP(first)(const cbn_tile *m, const cbn_tile *r, const int backward
 #else
                     (void)copying;
 #endif
+                    }
+#ifdef SUMS
+                    if (reduces && MIN(i, length) >= next_flush) {
+                        LOOP(flush)(&s, &totals[c - first], (n * length + next_flush) % (PARTS * FLUSH) == 0);
+                        next_flush += FLUSH;
+                    }
+#endif
                 }
 #ifdef SUMS
                 if (reduces && n < n_runs - 1)
                     sums[c - first] = s;
-                else if (reduces) {
+                else if (reduces && flushing) {
+                    LOOP(totals) *t = &totals[c - first];
+                    LOOP(flush)(&s, t, 1);
+                    r->sum_c[c] = total(LOOP(in_one)(t->sum, t->sum_low));
+                    r->square_c[c] = total(LOOP(in_one)(t->square, t->square_low));
+                } else if (reduces) {
                     r->sum_c[c] = total((s.sum[0] + s.sum[1]) + (s.sum[2] + s.sum[3]));
                     r->square_c[c] = total((s.square[0] + s.square[1]) + (s.square[2] + s.square[3]));
                 }
@@ -621,29 +677,37 @@ INLINE void LOOP(spread)(const cbn_tile *t, const double *of_channel, double *of
     memset(of_column + columns, 0, (size_t)(-columns & (DLANES - 1)) * sizeof *of_column);
 }
 
-/* The sum of each column as that of each channel. */
-INLINE void LOOP(fold)(const cbn_tile *t, const double *column, double *sum_c)
+/* The sum of each column as that of each channel; the columns are used up. Of copies one half is added to the other, as often
+ * as it takes: few additions for each. */
+INLINE void LOOP(fold)(const cbn_tile *t, double *column, double *sum_c)
 {
-    memset(sum_c, 0, (size_t)t->n_channels * sizeof *sum_c);
-    for (ptrdiff_t k = 0; k < t->copies && t->length == 1; k++, column += t->n_channels)
-        for (ptrdiff_t c = 0; c < t->n_channels; c++)
-            sum_c[c] += column[c];
-    for (ptrdiff_t k = 0; k < t->copies && t->length > 1; k++)
-        for (ptrdiff_t c = 0; c < t->n_channels; c++, column += t->length) {
-            dvec sum = {0};
-            ptrdiff_t i = 0;
-            for (; i + DLANES <= t->length; i += DLANES)
-                sum += load_double(column + i);
-            if (i < t->length)
-                sum += first_lanes(load_double(column + i), t->length - i);
-            sum_c[c] += total(sum);
-        }
+    const ptrdiff_t width = t->n_channels * t->length;
+    for (ptrdiff_t copies = t->copies, half; copies > 1; copies = half) {
+        half = (copies + 1) / 2;
+        const ptrdiff_t columns = (copies - half) * width;
+        ptrdiff_t i = 0;
+        for (; i + DLANES <= columns; i += DLANES)
+            store_double(column + i, load_double(column + i) + load_double(column + half * width + i));
+        for (; i < columns; i++)
+            column[i] += column[half * width + i];
+    }
+    for (ptrdiff_t c = 0; c < t->n_channels && t->length == 1; c++)
+        sum_c[c] = column[c];
+    for (ptrdiff_t c = 0; c < t->n_channels && t->length > 1; c++, column += t->length) {
+        dvec sum = {0};
+        ptrdiff_t i = 0;
+        for (; i + DLANES <= t->length; i += DLANES)
+            sum += load_double(column + i);
+        if (i < t->length)
+            sum += first_lanes(load_double(column + i), t->length - i);
+        sum_c[c] = total(sum);
+    }
 }
 #endif
 
 /* Columns begin to end of some rows, less than a line. */
-INLINE void LOOP(map_some)(const cbn_tile *m, ptrdiff_t n, ptrdiff_t height, ptrdiff_t begin, ptrdiff_t end,
-                           real (*factors)[ROOM], LOOP(activation) act, const int kind, const int backward)
+INLINE void LOOP(map_part)(const cbn_tile *m, ptrdiff_t n, ptrdiff_t height, ptrdiff_t begin, ptrdiff_t end,
+                           real (*factors)[ROOM], LOOP(activation) act, const int backward)
 {
     for (ptrdiff_t j = begin; j < end; j += LANES) {
         const ptrdiff_t lanes = MIN(end - j, LANES);
@@ -655,20 +719,11 @@ INLINE void LOOP(map_some)(const cbn_tile *m, ptrdiff_t n, ptrdiff_t height, ptr
             const elem_out *z = m->z.data ? Y_AT(m->z, row, 0) : NULL;
             elem_out *y = Y_AT(m->y, row, 0);
             if (lanes == LANES)
-                store(y + j, LOOP(value)(x, g, z, j, 0, LANES, f, act, kind, backward));
+                store(y + j, LOOP(value)(x, g, z, j, 0, LANES, f, act, act.kind, backward));
             else
-                store_part(y + j, LOOP(value)(x, g, z, j, 0, lanes, f, act, kind, backward), 0, lanes);
+                store_part(y + j, LOOP(value)(x, g, z, j, 0, lanes, f, act, act.kind, backward), 0, lanes);
         }
     }
-}
-
-INLINE void LOOP(map_part)(const cbn_tile *m, ptrdiff_t n, ptrdiff_t height, ptrdiff_t begin, ptrdiff_t end,
-                           real (*factors)[ROOM], LOOP(activation) act, const int backward)
-{
-    if (act.kind == PLAIN)
-        LOOP(map_some)(m, n, height, begin, end, factors, act, PLAIN, backward);
-    else
-        LOOP(map_some)(m, n, height, begin, end, factors, act, act.kind, backward);
 }
 
 /* Where a row of a tile begins, and how far away the next one. Copied out of the tile: of what is behind its pointer the
@@ -749,15 +804,50 @@ typedef struct {
 /* What a value of each channel becomes for each column. */
 typedef struct {
     double shift[ROOM], sum[ROOM], square[ROOM];
-    real short_shift[ROOM]; /* float16, forward */
-    /* Backward: the factors of the forward pass, and the coefficients of those channels that took the wide loops */
-    real of_forward[SLOPE][ROOM];
-    int some_wide;
+    union {
+        struct { /* forward: what `sum` and `square` are added to after some rows, or what float16 subtracts */
+            double total_sum[ROOM], total_square[ROOM];
+        };
+        real short_shift[ROOM];
+        struct { /* backward: factors of the forward pass, and coefficients of the channels that took the wide loops */
+            real of_forward[SLOPE][ROOM];
+            int some_wide;
 #if !ELEM_IS_DOUBLE
-    lane_int wide[ROOM];
-    double wide_scale[ROOM], wide_offset[ROOM];
+            lane_int wide[ROOM];
+            double wide_scale[ROOM], wide_offset[ROOM];
 #endif
+        };
+    };
 } LOOP(columns);
+
+/* Of some rows, whether the sums begin with them; and whether they end, and go to the totals, which may hold others. */
+typedef struct {
+    int begin, end, more;
+} LOOP(turn);
+
+INLINE LOOP(turn) LOOP(turn_of)(ptrdiff_t n, ptrdiff_t height, ptrdiff_t n_runs, const int flushing)
+{
+    if (!flushing)
+        return (LOOP(turn)){n == 0, 0, 0};
+    return (LOOP(turn)){n % FLUSH_ROWS == 0, (n + height) % FLUSH_ROWS == 0 || n + height == n_runs, n >= FLUSH_ROWS};
+}
+
+INLINE void LOOP(load_sums)(const LOOP(columns) *k, ptrdiff_t j, LOOP(turn) turn, dvec *sum, dvec *square)
+{
+    *sum = turn.begin ? (dvec){0} : load_double(k->sum + j);
+    *square = turn.begin ? (dvec){0} : load_double(k->square + j);
+}
+
+INLINE void LOOP(store_sums)(LOOP(columns) *k, ptrdiff_t j, LOOP(turn) turn, dvec sum, dvec square)
+{
+    if (turn.end) {
+        store_double(k->total_sum + j, turn.more ? load_double(k->total_sum + j) + sum : sum);
+        store_double(k->total_square + j, turn.more ? load_double(k->total_square + j) + square : square);
+    } else {
+        store_double(k->sum + j, sum);
+        store_double(k->square + j, square);
+    }
+}
 
 /* The inputs of the activation, n <= LANES columns from the j-th on. */
 INLINE void LOOP(inputs_of_columns)(LOOP(source) p, ptrdiff_t j, ptrdiff_t n, const LOOP(columns) *k, const vec *f,
@@ -833,7 +923,7 @@ INLINE LOOP(source) LOOP(row_source)(const cbn_tile *r, ptrdiff_t row, LOOP(acti
 
 INLINE void LOOP(reduce_line)(LOOP(source) p, LOOP(steps) step, ptrdiff_t height, ptrdiff_t j, ptrdiff_t ahead_x,
                               ptrdiff_t ahead_g, LOOP(columns) *k, LOOP(activation) act, const int activated,
-                              const int backward, const int exact)
+                              LOOP(turn) turn, const int backward, const int exact)
 {
     dvec shift[LINE_ELEMS / DLANES], sum[LINE_ELEMS / DLANES], square[LINE_ELEMS / DLANES];
     real input[ROWS][LINE_ELEMS]; /* backward goes through so many at most */
@@ -843,8 +933,7 @@ INLINE void LOOP(reduce_line)(LOOP(source) p, LOOP(steps) step, ptrdiff_t height
         LOOP(inputs_of_line)(p, step, height, j, k, ACTIVATED, input);
     for (int v = 0; v < LINE_ELEMS / DLANES; v++) {
         shift[v] = load_double(k->shift + j + v * DLANES);
-        sum[v] = load_double(k->sum + j + v * DLANES);
-        square[v] = load_double(k->square + j + v * DLANES);
+        LOOP(load_sums)(k, j + v * DLANES, turn, &sum[v], &square[v]);
     }
 #if ELEM_HALF && defined(HAS_BF16)
     if (!exact) {
@@ -890,8 +979,8 @@ INLINE void LOOP(reduce_line)(LOOP(source) p, LOOP(steps) step, ptrdiff_t height
         if (backward)
             __builtin_prefetch(p.g + j + ahead_g, 0, 2);
         for (int v = 0; v < LINE_ELEMS / DLANES; v++)
-            LOOP(reduce_some)(p, j + v * DLANES, DLANES, shift[v], input[row] + v * DLANES, act, &sum[v], &square[v],
-                              activated, backward, 0);
+            LOOP(reduce_some)(p, j + v * DLANES, DLANES, shift[v], input[backward ? row : 0] + v * DLANES, act, &sum[v],
+                              &square[v], activated, backward, 0);
         p.x += step.x;
         p.g += step.g;
         if (backward && activated) {
@@ -899,15 +988,13 @@ INLINE void LOOP(reduce_line)(LOOP(source) p, LOOP(steps) step, ptrdiff_t height
             p.z = p.z ? p.z + step.z : NULL;
         }
     }
-    for (int v = 0; v < LINE_ELEMS / DLANES; v++) {
-        store_double(k->sum + j + v * DLANES, sum[v]);
-        store_double(k->square + j + v * DLANES, square[v]);
-    }
+    for (int v = 0; v < LINE_ELEMS / DLANES; v++)
+        LOOP(store_sums)(k, j + v * DLANES, turn, sum[v], square[v]);
 }
 
 /* Columns begin to end, less than a line; what lies beyond the end is room. */
 INLINE void LOOP(reduce_part)(const cbn_tile *r, ptrdiff_t n, ptrdiff_t height, ptrdiff_t begin, ptrdiff_t end,
-                              LOOP(columns) *k, LOOP(activation) act, const int backward)
+                              LOOP(columns) *k, LOOP(activation) act, LOOP(turn) turn, const int backward)
 {
     for (ptrdiff_t j = begin; j < end; j += DLANES) {
         const ptrdiff_t lanes = MIN(end - j, DLANES);
@@ -916,7 +1003,8 @@ INLINE void LOOP(reduce_part)(const cbn_tile *r, ptrdiff_t n, ptrdiff_t height, 
         vec f[SLOPE] = {{0}};
         for (int i = 0; backward && act.kind != PLAIN && i < SLOPE; i++)
             f[i] = load_real(k->of_forward[i] + j);
-        dvec sum = load_double(k->sum + j), square = load_double(k->square + j);
+        dvec sum, square;
+        LOOP(load_sums)(k, j, turn, &sum, &square);
         for (ptrdiff_t row = n; row < n + height; row++) {
             const LOOP(source) p = LOOP(row_source)(r, row, act, backward);
             if (backward && act.kind != PLAIN)
@@ -926,8 +1014,7 @@ INLINE void LOOP(reduce_part)(const cbn_tile *r, ptrdiff_t n, ptrdiff_t height, 
             else
                 LOOP(reduce_some)(p, j, lanes, shift, input, act, &sum, &square, act.kind != PLAIN, backward, 0);
         }
-        store_double(k->sum + j, sum);
-        store_double(k->square + j, square);
+        LOOP(store_sums)(k, j, turn, sum, square);
     }
 }
 #endif
@@ -952,11 +1039,13 @@ INLINE int LOOP(downwards)(const cbn_tile *m, const cbn_tile *r, const int backw
     return up < down;
 }
 
-INLINE void LOOP(last)(const cbn_tile *m, const cbn_tile *r, const int backward, const int mapping,
+INLINE void LOOP(last)(const cbn_tile *m, const cbn_tile *r, const int plain, const int backward, const int mapping,
                        const int reducing, const ptrdiff_t rows)
 {
     const int past = mapping && m->stream;
-    const LOOP(activation) act = LOOP(activation_of)(mapping ? m : r);
+    /* Of a map backward only that of float64 elements may be CHECKED */
+    const int bare = plain || (backward && !ELEM_IS_DOUBLE);
+    const LOOP(activation) act = bare ? (LOOP(activation)){PLAIN} : LOOP(activation_of)(mapping ? m : r);
     real room[ALL_FACTORS][ROOM] __attribute__((aligned(LINE)));
     const ptrdiff_t n_runs = mapping ? m->n_runs : r->n_runs;
     const ptrdiff_t m_columns = mapping ? m->copies * m->n_channels * m->length - m->drop : 0;
@@ -980,7 +1069,7 @@ INLINE void LOOP(last)(const cbn_tile *m, const cbn_tile *r, const int backward,
     }
 #ifdef SUMS
     LOOP(columns) of_column __attribute__((aligned(LINE)));
-    const LOOP(activation) act_r = LOOP(activation_of)(reducing ? r : m);
+    const LOOP(activation) act_r = plain ? (LOOP(activation)){PLAIN} : LOOP(activation_of)(reducing ? r : m);
     const LOOP(steps) step = {reducing ? r->x.n : 0, reducing ? r->g.n : 0, reducing ? r->z.n : 0, reducing ? r->h.n : 0};
     const int exact = backward || !ELEM_HALF || (reducing && r->exact);
     const ptrdiff_t r_columns = reducing ? r->copies * r->n_channels * r->length : 0;
@@ -991,9 +1080,8 @@ INLINE void LOOP(last)(const cbn_tile *m, const cbn_tile *r, const int backward,
             of_column.short_shift[j] = (real)of_column.shift[j];
         if (backward && act_r.kind != PLAIN)
             LOOP(spread_forward)(r, &of_column);
-        memset(of_column.sum, 0, (size_t)(r_columns + DLANES - 1) / DLANES * DLANES * sizeof(double));
-        memset(of_column.square, 0, (size_t)(r_columns + DLANES - 1) / DLANES * DLANES * sizeof(double));
     }
+    const int flushing = !backward && exact;
 #endif
     /* A row may end with the head of the next one where nothing lies between them: else the line that they share would be
      * stored in two parts, each of which reads it from memory first. The last row is then one of its own. */
@@ -1012,10 +1100,11 @@ INLINE void LOOP(last)(const cbn_tile *m, const cbn_tile *r, const int backward,
         if (!wraps || n == 0)
             LOOP(map_part)(m, n, wraps ? 1 : height, skip, head, factors, act, backward);
         const LOOP(row_of) at = LOOP(row_at)(mapping ? m : r, n);
-        LOOP(row_of) bare = at;
-        bare.z = NULL;
+        LOOP(row_of) without_z = at;
+        without_z.z = NULL;
 #ifdef SUMS
         const LOOP(source) source = LOOP(row_source)(reducing ? r : m, n, act_r, backward);
+        const LOOP(turn) turn = LOOP(turn_of)(n, height, n_runs, flushing);
         /* Rows to come: of this tile, or the first of the next one. */
         ptrdiff_t ahead_x = 0, ahead_g = 0;
         if (reducing && r->prefetch) {
@@ -1028,14 +1117,14 @@ INLINE void LOOP(last)(const cbn_tile *m, const cbn_tile *r, const int backward,
             const ptrdiff_t j = down ? (columns - 1) / LINE_ELEMS * LINE_ELEMS - k : k;
             if (mapping && !RARE && head + j + LINE_ELEMS <= end) {
                 /* A body each: that of plain maps has no branches */
-                if (height == rows && (act.kind == PLAIN || (backward && !ELEM_IS_DOUBLE)))
-                    LOOP(map_line)(bare, rows, head + j, factors, act, PLAIN, backward, past, !reducing, normal);
-                else if (height == rows && act.kind == ACTIVATED)
+                if (height == rows && bare)
+                    LOOP(map_line)(without_z, rows, head + j, factors, act, PLAIN, backward, past, !reducing, normal);
+                else if (height == rows && !backward && act.kind == ACTIVATED)
                     LOOP(map_line)(at, rows, head + j, factors, act, ACTIVATED, backward, past, !reducing, normal);
                 else if (height == rows)
                     LOOP(map_line)(at, rows, head + j, factors, act, CHECKED, backward, past, !reducing, normal);
-                else if (act.kind == PLAIN) {
-                    LOOP(row_of) one = bare;
+                else if (bare) {
+                    LOOP(row_of) one = without_z;
                     for (ptrdiff_t row = n; row < n + height; row++) {
                         LOOP(map_line)(one, 1, head + j, factors, act, PLAIN, backward, past, 0, normal);
                         one.x += one.x_n;
@@ -1051,85 +1140,89 @@ INLINE void LOOP(last)(const cbn_tile *m, const cbn_tile *r, const int backward,
                 LOOP(map_part)(m, n, height, head + j, end, factors, act, backward);
 #ifdef SUMS
             if (reducing && j + LINE_ELEMS <= r_columns) {
-                if (height == rows && backward && act_r.kind != PLAIN)
-                    LOOP(reduce_line)(source, step, rows, j, ahead_x, ahead_g, &of_column, act_r, 1, backward, exact);
+                if (height == rows && backward && !plain && (!ELEM_IS_DOUBLE || act_r.kind != PLAIN))
+                    LOOP(reduce_line)(source, step, rows, j, ahead_x, ahead_g, &of_column, act_r, 1, turn, backward,
+                                      exact);
                 else if (height == rows)
-                    LOOP(reduce_line)(source, step, rows, j, ahead_x, ahead_g, &of_column, act_r, 0, backward, exact);
+                    LOOP(reduce_line)(source, step, rows, j, ahead_x, ahead_g, &of_column, act_r, 0, turn, backward,
+                                      exact);
                 else
                     LOOP(reduce_line)(source, step, height, j, ahead_x, ahead_g, &of_column, act_r,
-                                      act_r.kind != PLAIN, backward, exact);
+                                      act_r.kind != PLAIN, turn, backward, exact);
             }
             else if (reducing && j < r_columns)
-                LOOP(reduce_part)(r, n, height, j, r_columns, &of_column, act_r, backward);
+                LOOP(reduce_part)(r, n, height, j, r_columns, &of_column, act_r, turn, backward);
 #endif
         }
     }
 #ifdef SUMS
     if (reducing) {
-        LOOP(fold)(r, of_column.sum, r->sum_c);
-        LOOP(fold)(r, of_column.square, r->square_c);
+        LOOP(fold)(r, flushing ? of_column.total_sum : of_column.sum, r->sum_c);
+        LOOP(fold)(r, flushing ? of_column.total_square : of_column.square, r->square_c);
     }
 #endif
 }
 
 /* ---- entries: the constants of the bodies ------------------------------------------------------------ */
 
-INLINE void LOOP(any_first)(const cbn_tile *m, const cbn_tile *r, const int backward)
+INLINE void LOOP(any_first)(const cbn_tile *m, const cbn_tile *r, const int plain, const int backward)
 {
 #ifdef SUMS
     if (m && r)
-        LOOP(first)(m, r, backward, 1, 1);
-    else if (r)
-        LOOP(first)(m, r, backward, 0, 1);
-    else
+        LOOP(first)(m, r, plain, backward, 1, 1);
+    else if (r && (plain || backward))
+        LOOP(first)(m, r, plain, backward, 0, 1);
+    else if (plain || !backward || ELEM_IS_DOUBLE)
 #endif
-        LOOP(first)(m, r, backward, 1, 0);
+        LOOP(first)(m, r, plain, backward, 1, 0);
     if (m && m->stream)
         STORE_FENCE();
 }
 
-INLINE void LOOP(any_last)(const cbn_tile *m, const cbn_tile *r, const int backward)
+INLINE void LOOP(any_last)(const cbn_tile *m, const cbn_tile *r, const int plain, const int backward)
 {
     /* Whether rows of y begin alike in their lines. */
     const int together = m && (!m->stream || m->y.n * (ptrdiff_t)sizeof(elem_out) % LINE == 0);
 #ifdef SUMS
     if (together && r && !backward && !ELEM_HALF) { /* else factors and sums do not fit L1: one after the other is faster */
-        LOOP(last)(m, r, backward, 1, 1, ROWS);
+        LOOP(last)(m, r, plain, backward, 1, 1, ROWS);
         r = NULL;
     } else
 #endif
     if (together)
-        LOOP(last)(m, r, backward, 1, 0, ROWS);
+        LOOP(last)(m, r, plain, backward, 1, 0, ROWS);
     else if (m)
-        LOOP(last)(m, r, backward, 1, 0, 1);
+        LOOP(last)(m, r, plain, backward, 1, 0, 1);
     if (m && m->stream)
         STORE_FENCE();
 #ifdef SUMS
     if (r)
-        LOOP(last)(m, r, backward, 0, 1, backward ? ROWS : 2 * ROWS); /* half the trips of the accumulators */
+        LOOP(last)(m, r, plain, backward, 0, 1, backward ? ROWS : 2 * ROWS); /* half the trips of the accumulators */
 #endif
 }
 
-TARGET static void LOOP(forward_first)(const cbn_tile *m, const cbn_tile *r)
-{
-    LOOP(any_first)(m, r, 0);
-}
+/* Two functions each: what goes through no activation has more registers alone. */
+#define ENTRY(name, layout, plain, backward)                                                                       \
+    TARGET static __attribute__((noinline)) void LOOP(name)(const cbn_tile *m, const cbn_tile *r)                  \
+    {                                                                                                              \
+        LOOP(any_##layout)(m, r, plain, backward);                                                                 \
+    }
+#define ENTRIES(direction, layout, backward)                                                                       \
+    ENTRY(direction##_##layout##_plain, layout, 1, backward)                                                       \
+    ENTRY(direction##_##layout##_activated, layout, 0, backward)                                                   \
+    static void LOOP(direction##_##layout)(const cbn_tile *m, const cbn_tile *r)                                   \
+    {                                                                                                              \
+        if ((m && m->activated) || (backward && r && r->activated))                                                \
+            LOOP(direction##_##layout##_activated)(m, r);                                                          \
+        else                                                                                                       \
+            LOOP(direction##_##layout##_plain)(m, r);                                                              \
+    }
 
-TARGET static void LOOP(forward_last)(const cbn_tile *m, const cbn_tile *r)
-{
-    LOOP(any_last)(m, r, 0);
-}
-
+ENTRIES(forward, first, 0)
+ENTRIES(forward, last, 0)
 #ifndef FORWARD
-TARGET static void LOOP(backward_first)(const cbn_tile *m, const cbn_tile *r)
-{
-    LOOP(any_first)(m, r, 1);
-}
-
-TARGET static void LOOP(backward_last)(const cbn_tile *m, const cbn_tile *r)
-{
-    LOOP(any_last)(m, r, 1);
-}
+ENTRIES(backward, first, 1)
+ENTRIES(backward, last, 1)
 #endif
 
 const cbn_loops LOOP(loops) = {
@@ -1142,6 +1235,12 @@ const cbn_loops LOOP(loops) = {
 };
 
 #undef UNROLL
+#undef FLUSH
+#undef SHORT
+#undef ENTRIES
+#undef ENTRY
+#undef PARTS
+#undef FLUSH_ROWS
 #undef PIECE
 #undef AHEAD
 #undef GROUP
@@ -1156,6 +1255,7 @@ const cbn_loops LOOP(loops) = {
 #undef Y_AT
 #undef NEXT
 #undef UNLIKELY
+#undef OFTEN
 #undef RARE
 #undef MIN
 #undef MAX

@@ -77,7 +77,8 @@ cdef extern from "numpy/ndarraytypes.h":
     enum: NPY_HALF
 
 cdef extern from "half.h" nogil:
-    float cbn_from_f16(cnp.npy_uint16 e)
+    float cbn_with_digits_of_f16(float a)
+    float cbn_finite_f16(cnp.npy_uint16 e)
 
 cdef extern from *:
     """
@@ -97,9 +98,11 @@ cdef extern from *:
     #endif
     /* A quarter of a unit in the last place of the largest values: added to one of them, less does not overflow */
     #define CBN_SMALL_FLOAT 0x1p102
+    #define cbn_fetch(p) __builtin_prefetch(p)
     #define CBN_SMALL_DOUBLE 0x1p969
     """
     int CBN_OPENMP
+    void cbn_fetch(const void *p) nogil
     const char *CBN_COMPILER
     int omp_get_max_threads() nogil
     int omp_get_num_procs() nogil
@@ -603,6 +606,7 @@ cdef enum:
     SHORT_RUN_ROWS = 8    # so many of them
     MIN_VALUES = 256      # rows of one item: fewer, and the partial sums are a traffic of their own
     MIN_ROWS = 96         # rows of several joined: fewer, and to add up their columns is work of its own
+    MAX_ROWS = 512        # of one item: more, and their sums have more additions each than is good for their digits
     ROW_ITEMS = 256       # items that suffice for any number of threads
     LONG_RUN = 12500      # elements
     SMALL = 1 << 14       # bytes of an array whose map takes no longer than to hand the GIL over
@@ -653,7 +657,7 @@ cdef Grid rows_grid(Layout layout, Py_ssize_t size, bint joined):
     g.copies = filling_lines(min(columns // row, g.N), row * size) if joined and row <= columns // 2 else 1
     rows = max(1, g.N // g.copies)
     items = min(max(1, ROW_ITEMS // g.tiles), rows // max(MIN_ROWS, MIN_VALUES // g.copies))
-    g.step = ceil_div(rows, max(1, items)) * g.copies
+    g.step = min(MAX_ROWS, ceil_div(rows, max(1, items))) * g.copies
     g.whole = g.N - g.N % g.copies
     g.blocks = ceil_div(g.whole, g.step) + (g.whole < g.N)
     g.piece, g.pieces = g.S, 1
@@ -1041,7 +1045,9 @@ cdef void pipeline(Job *job, Py_ssize_t begin, Py_ssize_t end, int thread) noexc
             if tile < end:
                 r = rectangle(&job.reduction, item_of(&job.reduction, tile, k))
                 if k == 0 and not job.backward:
-                    first_values(job, r.c, r.c + r.n_channels)
+                    choose_shifts(job, r.c, r.c + r.n_channels)
+                    if tile + 1 < end and prefetch:
+                        fetch_samples(job, r.c + r.n_channels, min(r.c + 2 * r.n_channels, job.reduction.C))
                 reduction = tile_to_reduce(job, &r)
                 if job.copying:
                     reduction.x_copy = copied(job, x_copy, &r)
@@ -1078,43 +1084,105 @@ cdef inline cbn_view copied(Job *job, cbn_view copy, Rectangle *r) noexcept nogi
     return copy
 
 
-cdef void first_values(Job *job, Py_ssize_t c, Py_ssize_t end) noexcept nogil:
-    """The shifts of some channels: a value of each, zero where it is not finite, and of bfloat16."""
-    cdef char *x = job.x.data
-    for c in range(c, end):
-        if job.itemsize == 8:
-            job.shift_c[c] = (<double *>x)[c * job.x.c]
-        elif job.itemsize == 4:
-            job.shift_c[c] = (<float *>x)[c * job.x.c]
-        elif job.type_num == NPY_HALF:
-            job.shift_c[c] = cbn_from_f16((<cnp.npy_uint16 *>x)[c * job.x.c])
-        else:
-            job.shift_c[c] = 0    # the loops add up x itself
-        if not isfinite(job.shift_c[c]):
-            job.shift_c[c] = 0
+cdef enum:
+    SAMPLES = 8
+    MANY_VALUES = 1024    # of a channel of bfloat16: from here on the rounding of float32 sums averages out
+
+
+cdef inline double loops_shift(Job *job, double shift) noexcept nogil:
+    """A shift as the loops have it: of 16-bit elements a float32, for float16 with no more digits than its own numbers.
+
+    Then most differences from it and their squares are exact. It is at most std further from the mean, since values on
+    both sides of it are no nearer to each other.
+    """
+    if job.itemsize == 2:
+        return cbn_with_digits_of_f16(<float>shift) if job.type_num == NPY_HALF else <float>shift
+    return shift
+
+
+cdef inline Py_ssize_t sample(Job *job, Py_ssize_t k) noexcept nogil:
+    """Where one of them is, in elements from a channel's first one: pairs of neighbours, mostly in one cache line."""
+    cdef Py_ssize_t n = job.reduction.N * job.reduction.S, i = ((k | 1) * n // SAMPLES + (k & 1)) % n
+    return i // job.reduction.S * job.x.n + i % job.reduction.S
+
+
+cdef void fetch_samples(Job *job, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
+    """Ahead of time: each is in another page, and nothing else goes on while `choose_shifts` waits for them."""
+    cdef Py_ssize_t c, k, at
+    for k in range(0, SAMPLES, 2):
+        at = sample(job, k)
+        for c in range(first, end):
+            cbn_fetch(job.x.data + (at + c * job.x.c) * job.itemsize)
+
+
+cdef void choose_shifts(Job *job, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
+    """The shifts of some channels: the mean of a few values from all over each.
+
+    So it is near the mean of all, and exactly the value of a constant channel. Zero for bfloat16, and where neither the
+    mean nor the first of these values is finite.
+    """
+    cdef Py_ssize_t c, k
+    cdef Py_ssize_t at[SAMPLES]
+    cdef double *x8
+    cdef float *x4
+    cdef cnp.npy_uint16 *x2
+    for k in range(SAMPLES):
+        at[k] = sample(job, k)
+    for c in range(first, end):
         job.exact_c[c] = False
+    # Pairs, since three times a value may be rounded
+    if job.itemsize == 8:
+        for c in range(first, end):
+            x8 = <double *>job.x.data + c * job.x.c
+            job.shift_c[c] = ((x8[at[0]] + x8[at[1]]) + (x8[at[2]] + x8[at[3]])
+                              + ((x8[at[4]] + x8[at[5]]) + (x8[at[6]] + x8[at[7]]))) / SAMPLES
+            if not isfinite(job.shift_c[c]):
+                job.shift_c[c] = finite(x8[at[0]])
+    elif job.itemsize == 4:
+        for c in range(first, end):
+            x4 = <float *>job.x.data + c * job.x.c
+            job.shift_c[c] = ((<double>x4[at[0]] + x4[at[1]]) + (<double>x4[at[2]] + x4[at[3]])
+                              + ((<double>x4[at[4]] + x4[at[5]]) + (<double>x4[at[6]] + x4[at[7]]))) / SAMPLES
+            if not isfinite(job.shift_c[c]):
+                job.shift_c[c] = finite(x4[at[0]])
+    elif job.type_num == NPY_HALF:
+        for c in range(first, end):
+            x2 = <cnp.npy_uint16 *>job.x.data + c * job.x.c
+            job.shift_c[c] = cbn_with_digits_of_f16((
+                (cbn_finite_f16(x2[at[0]]) + cbn_finite_f16(x2[at[1]]))
+                + (cbn_finite_f16(x2[at[2]]) + cbn_finite_f16(x2[at[3]]))
+                + ((cbn_finite_f16(x2[at[4]]) + cbn_finite_f16(x2[at[5]]))
+                   + (cbn_finite_f16(x2[at[6]]) + cbn_finite_f16(x2[at[7]])))) / SAMPLES)
+    else:
+        for c in range(first, end):
+            job.shift_c[c] = 0    # the loops add up x itself
 
 
 cdef bint settle(Job *job, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
-    """Merge some channels' partial sums, in the order of their blocks, and make their coefficients from them.
+    """Merge some channels' partial sums, in an order that their number alone decides, and make coefficients from them.
 
     Of a reduction that is `exact` those of the channels that take it, else those of the others. Returns whether some of
     these now take it: 16-bit elements whose sums may have left the range of float32.
     """
     cdef bint left = False
-    cdef Py_ssize_t c, _k, C = job.reduction.C
+    cdef Py_ssize_t c, k, half, C = job.reduction.C, blocks = job.reduction.blocks * job.reduction.pieces
     cdef double n = <double>(job.reduction.N * job.reduction.S)
     cdef double s, invstd, w
     cdef double *sums = job.partial
+    cdef double *others
+    while blocks > 1:    # one half to the other: so that each has few additions
+        half = (blocks + 1) // 2
+        for k in range(blocks - half):
+            sums = job.partial + 2 * C * k
+            others = sums + 2 * C * half
+            for c in range(first, end):
+                sums[c] += others[c]
+                sums[C + c] += others[C + c]
+        blocks = half
+    sums = job.partial
     for c in range(first, end):
         if job.backward or job.exact_c[c] == job.exact:
-            job.sum_c[c], job.square_c[c] = 0, 0
-    for _k in range(job.reduction.blocks * job.reduction.pieces):
-        for c in range(first, end):
-            if job.backward or job.exact_c[c] == job.exact:
-                job.sum_c[c] += sums[c]
-                job.square_c[c] += sums[C + c]
-        sums += 2 * C
+            job.sum_c[c], job.square_c[c] = sums[c], sums[C + c]
     if job.backward:
         if job.batch_statistics:
             for c in range(first, end):
@@ -1155,10 +1223,11 @@ cdef enum:
 
 
 cdef int digits_are_lost(Job *job, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
-    """Which channels have lost more than ten bits of m2 = S(d*d) - S(d)^2/n, as where the first value lies far out.
+    """Which channels have lost digits of m2 = S(d*d) - S(d)^2/n, their shift being more than 2*std from their mean.
 
-    Five of float16, where some of the sums are of float32, which has fewer to lose. Thirty of bfloat16: those sums are
-    as good as exact (loops.h), so it is float64 that loses them, as where a few of millions of values differ.
+    bfloat16 has no shift. Its sums are as good as exact where the mean is large beside the spread (loops.h), up to
+    2^15*std, where float64 loses digits, as if a few of millions of values differ. Where the mean is not large, float32
+    loses some; with many values their number hides it.
 
     Then the mean becomes its shift, for a second reduction, of bfloat16 an exact one; where that finds the same values
     for the other channels, which keep theirs, nothing changes. It is the channel's own data that decides, so the bits
@@ -1166,16 +1235,22 @@ cdef int digits_are_lost(Job *job, Py_ssize_t first, Py_ssize_t end) noexcept no
     """
     cdef Py_ssize_t c
     cdef double n = <double>(job.reduction.N * job.reduction.S), d, shift
-    cdef int lost = 0, bits
-    cdef bint bfloat16 = job.itemsize == 2 and job.type_num != NPY_HALF
+    cdef int lost = 0
+    cdef bint bfloat16 = job.itemsize == 2 and job.type_num != NPY_HALF, far
     if job.backward:
         return 0
     for c in range(first, end):
         d = job.sum_c[c] - job.shift_c[c]
-        bits = 10 if job.itemsize > 2 or job.exact_c[c] else 30 if bfloat16 else 5
-        # Of 16-bit elements the differences are float32's: their shift too. With the same shift nothing would change
-        shift = <float>job.sum_c[c] if job.itemsize == 2 else job.sum_c[c]
-        if n * d * d > (1 << bits) * job.square_c[c] and isfinite(job.sum_c[c]) and shift != job.shift_c[c]:
+        d *= n * d    # n*R, R = ((mean - shift)/std)^2
+        if bfloat16 and not job.exact_c[c]:
+            far = d > 1073741824.0 * job.square_c[c] or (
+                n < MANY_VALUES and d > job.square_c[c] and d < 64 * job.square_c[c])
+        else:
+            far = d > 4 * job.square_c[c]
+        if not far or not isfinite(job.sum_c[c]):
+            continue
+        shift = loops_shift(job, job.sum_c[c])
+        if shift != job.shift_c[c]:    # else nothing would change
             job.shift_c[c] = shift
             job.exact_c[c] = job.exact_c[c] or bfloat16
             lost |= EXACT if job.exact_c[c] else PLAIN
@@ -1295,7 +1370,7 @@ cdef void reduce(Job *job) noexcept nogil:
     """Statistics of all channels; once more with better shifts, or in float64 throughout, where that is needed."""
     cdef int threads = threads_for(job.n_bytes * (2 if job.backward else 1), n_items(&job.reduction))
     if not job.backward:
-        first_values(job, 0, job.reduction.C)
+        choose_shifts(job, 0, job.reduction.C)
     cdef int todo = PLAIN
     while todo:
         job.exact = not todo & PLAIN
