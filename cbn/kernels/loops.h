@@ -1207,6 +1207,10 @@ INLINE void LOOP(any_last)(const cbn_tile *m, const cbn_tile *r, const int plain
     {                                                                                                              \
         LOOP(any_##layout)(m, r, plain, backward);                                                                 \
     }
+#ifdef WIDENS
+/* Rare, and maps alone: one function does, with what a map of this direction may have. */
+#define ENTRIES(direction, layout, backward) ENTRY(direction##_##layout, layout, backward, backward)
+#else
 #define ENTRIES(direction, layout, backward)                                                                       \
     ENTRY(direction##_##layout##_plain, layout, 1, backward)                                                       \
     ENTRY(direction##_##layout##_activated, layout, 0, backward)                                                   \
@@ -1217,6 +1221,7 @@ INLINE void LOOP(any_last)(const cbn_tile *m, const cbn_tile *r, const int plain
         else                                                                                                       \
             LOOP(direction##_##layout##_plain)(m, r);                                                              \
     }
+#endif
 
 ENTRIES(forward, first, 0)
 ENTRIES(forward, last, 0)
