@@ -25,6 +25,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 KERNELS = Path("cbn/kernels")
+X86 = platform.machine().lower() in ("x86_64", "amd64")
 # What is built before the passes, one thing more each time, so that what is missing has its name: the program, the
 # flags that it takes, and what to install where it cannot be built.
 C_PROGRAM = (
@@ -127,12 +128,19 @@ class BuildPasses(build_ext):
         for extension in self.extensions:
             extension.extra_compile_args = flags
             extension.extra_link_args = link_flags
-        # One source at a time is most of a minute: as many as there are processors
+        # The loops of one instruction set are minutes of compiling: as many at once as there are processors
         compile_sources = self.compiler.compile
+
+        def compile_one(source, options):
+            if X86 and Path(source).name == "baseline.c":
+                # For processors from before 2013 alone, and nearly half of all compiling: -O3 takes 2.5 times as long,
+                # and is faster by 0 to 10 % for runs and by 20 to 100 % for rows
+                options = {**options, "extra_postargs": [*options["extra_postargs"], "-O1"]}
+            return compile_sources([source], **options)
 
         def compile_at_once(sources, **options):
             with ThreadPoolExecutor(os.cpu_count()) as pool:
-                files = pool.map(lambda source: compile_sources([source], **options), sources)
+                files = pool.map(lambda source: compile_one(source, options), sources)
                 return [file for of_source in files for file in of_source]
 
         self.compiler.compile = compile_at_once
@@ -151,9 +159,9 @@ class BuildPasses(build_ext):
             sys.exit(f"cbn: the C compiler {command[0]!r} cannot build {what}:\n\n{done.stderr.strip()}\n\n{remedy}")
 
 
-sources = ["passes.pyx", "select.c", "threads.c", "pool.c", "baseline.c"]
-if platform.machine().lower() in ("x86_64", "amd64"):
-    sources += ["avx2.c", "avx512.c", "avx512_bf16.c"]
+# Those that take longest first
+sources = ["avx2.c", "avx512.c", "avx512_bf16.c"] if X86 else []
+sources += ["baseline.c", "passes.pyx", "select.c", "threads.c", "pool.c"]
 
 extensions = [
     Extension(
