@@ -3,16 +3,19 @@
     python -m benchmarks.accuracy [--out DIR]
 
 Training forward and backward of (32, 16, 28, 28) in float32, channels first and channels last. An error is the largest
-difference from `cbn.reference`, in float64 on the same float32 values, relative to the largest exact value. PyTorch
+difference from `cbn.reference`, in float64 on the same float32 values, relative to the largest exact value. Then the
+variance of float64 channels whose values come in an order that costs digits, against sums in long double. PyTorch
 stands beside it where it is installed.
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
 import numpy as np
 
+import cbn
 from cbn import reference
 from cbn.__main__ import run as run_command
 from cbn.functional import native_batch_norm, native_batch_norm_backward
@@ -31,6 +34,23 @@ CONSTANTS = (3.3, 1e7, 1e10)
 RESULTS = ("y", "dx", "dweight", "dbias")
 
 
+def with_outlier(values, place):
+    """The values with one of 31 among them."""
+    values[place] = 31
+    return values
+
+
+VALUES = 20_000  # of a channel
+ORDERS = {
+    "N(0, 1)": lambda rng: rng.standard_normal(VALUES),
+    "N(0, 1), 31 first": lambda rng: with_outlier(rng.standard_normal(VALUES), 0),
+    "N(0, 1), 31 last": lambda rng: with_outlier(rng.standard_normal(VALUES), -1),
+    "N(0, 1) ascending": lambda rng: np.sort(rng.standard_normal(VALUES)),
+    "0.3 and −0.3 in turn": lambda rng: np.where(np.arange(VALUES) % 2, 0.3, -0.3),
+    "1.1, then 2.3": lambda rng: np.where(np.arange(VALUES) < VALUES // 2, 1.1, 2.3),
+}
+
+
 def cbn_run(x, dy, weight, bias):
     """(y, dx, dweight, dbias) of cbn."""
     y, *saved = native_batch_norm(x, weight, bias, None, None, True, 0.1, 1e-5)
@@ -45,6 +65,23 @@ def torch_run(x, dy, weight, bias):
     y = torch.nn.functional.batch_norm(x, None, None, weight, bias, training=True)
     y.backward(dy.detach())
     return tuple(a.detach().numpy() for a in (y, x.grad, weight.grad, bias.grad))
+
+
+def cbn_variance(x):
+    """Sum of squared distances from the mean, of each channel."""
+    return cbn.moments(x).m2
+
+
+def torch_variance(x):
+    """The same of PyTorch, from the running variance of one batch."""
+    import torch
+
+    mean, var = torch.zeros(x.shape[1], dtype=torch.float64), torch.ones(x.shape[1], dtype=torch.float64)
+    torch.nn.functional.batch_norm(torch.from_numpy(np.copy(x, order="K")), mean, var, training=True, momentum=1.0)
+    return var.numpy() * (x.size // x.shape[1] - 1)
+
+
+VARIANCES = {cbn_run: cbn_variance, torch_run: torch_variance}
 
 
 def contenders():
@@ -94,6 +131,39 @@ def rows():
                 )
 
 
+def exact_variance(x):
+    """Sum of squared distances of float64 values from their mean, in long double."""
+    high = math.fsum(x) / len(x)
+    low = math.fsum([*x, *[-high] * len(x)]) / len(x)
+    square = (x.astype(np.longdouble) - high - low) ** 2
+    rounded = square.astype(np.float64)
+    return np.longdouble(math.fsum(rounded)) + math.fsum((square - rounded).astype(np.float64))
+
+
+def order_rows():
+    """(order, contender, largest relative error of the variance in both layouts), float64."""
+    rng = np.random.default_rng(1)
+    for name, make in ORDERS.items():
+        values = make(rng)
+        exact = exact_variance(values)
+        x = np.repeat(values.reshape(8, 1, 50, 50), 4, 1)
+        for who, run in contenders().items():
+            found = np.concatenate([VARIANCES[run](a) for a in (x, as_nhwc(x))])
+            yield name, who, float(np.abs(found - exact).max() / exact)
+
+
+def order_table(rows):
+    """A row an order, a column a contender."""
+    errors = {}
+    for name, who, value in rows:
+        errors.setdefault(name, {})[who] = value
+    names = list(next(iter(errors.values())))
+    lines = [f"| {VALUES:,} values a channel, float64 | " + " | ".join(f"variance, {who}" for who in names) + " |"]
+    lines.append("|---|" + "---|" * len(names))
+    lines += [f"| {name} | " + " | ".join(f"{by[who]:.1e}" for who in names) + " |" for name, by in errors.items()]
+    return "\n".join(lines) + "\n"
+
+
 def table(rows):
     """All rows as Markdown."""
     lines = ["| input, float32 | | channels | " + " | ".join(RESULTS) + " |", "|---|---|---|" + "---|" * len(RESULTS)]
@@ -128,10 +198,10 @@ def main():
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out", help="folder of accuracy.md")
     out = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
-    measured = list(rows())
-    text = table(measured)
+    measured, orders = list(rows()), order_table(order_rows())
+    text = f"{table(measured)}\n{orders}"
     (out / "accuracy.md").write_text(text)
-    (out / "accuracy_summary.md").write_text(summary(measured))
+    (out / "accuracy_summary.md").write_text(f"{summary(measured)}\n{orders}")
     print(text)
     for isa in passes.available():
         passes.use_isa(isa)

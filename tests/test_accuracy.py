@@ -1,5 +1,8 @@
 """The accuracy that cbn promises: errors relative to the output's scale, constants, exact fills."""
 
+import functools
+import math
+
 import numpy as np
 import pytest
 
@@ -7,7 +10,7 @@ import cbn
 from cbn import reference
 from cbn.functional import native_batch_norm, native_batch_norm_backward
 
-from .conftest import in_memory_order
+from .conftest import HALVES, in_memory_order
 
 DISTRIBUTIONS = {
     "N(0, 1)": (0, 1, 1),
@@ -90,8 +93,70 @@ def test_pairs_around_a_representable_mean_are_exact(isa, rng, order):
         assert np.array_equal(m.m2, 2 * (k**2).sum(axis=(0, 2, 3)))
 
 
+def outlier(rng, n, place):
+    x = rng.standard_normal(n)
+    x[place] = 31
+    return x
+
+
+# Values whose order, or whose equality, makes a sum lose digits: name -> n values
+ORDERS = {
+    "normal": lambda rng, n: rng.standard_normal(n),
+    "an outlier first": lambda rng, n: outlier(rng, n, 0),
+    "an outlier last": lambda rng, n: outlier(rng, n, -1),
+    "outliers where a shift is sampled": lambda rng, n: outlier(rng, n, np.arange(8) * n // 8),
+    "ascending": lambda rng, n: np.sort(rng.standard_normal(n)),
+    "descending": lambda rng, n: np.sort(rng.standard_normal(n))[::-1],
+    "alternating": lambda rng, n: np.where(np.arange(n) % 2, 0.3, -0.3),
+    "alternating, shifted": lambda rng, n: np.where(np.arange(n) % 2, 1 / 3, -1 / 3) + 5.1,
+    "two levels": lambda rng, n: np.where(np.arange(n) < n // 2, 1.1, 2.3),
+    "a walk": lambda rng, n: np.cumsum(rng.standard_normal(n)),
+    "lognormal": lambda rng, n: np.exp(rng.standard_normal(n)),
+}
+
+
+@functools.cache
+def exact_moments(order, n):
+    """(n values, mean as two float64, m2), by exact sums of long double."""
+    x = ORDERS[order](np.random.default_rng(1), n)
+    high = math.fsum(x) / n
+    low = math.fsum([*x.tolist(), *[-high] * n]) / n
+    square = (x.astype(np.longdouble) - high - low) ** 2
+    rounded = square.astype(np.float64)
+    return x, high, low, np.longdouble(math.fsum(rounded)) + math.fsum((square - rounded).astype(np.float64))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("shape", [(100, 1), (20_000, 1), (1, 2, 20_000), (600, 2, 49), (20_000, 3), (6, 1, 200_000)])
+def test_no_order_of_the_values_costs_digits(isa, order, shape):
+    """Mean, variance and y of float64 are within 2e-15 of the exact ones, relative to the spread."""
+    n = math.prod(shape) // shape[1]
+    x_n, high, low, m2 = exact_moments(order, n)
+    x = np.repeat(x_n.reshape(shape[0], 1, *shape[2:]), shape[1], 1)
+    found, y = cbn.moments(x), native_batch_norm(x, None, None, None, None, True, 0.1, 1e-5)[0]
+    std = float(np.sqrt(m2 / n))
+    assert np.abs((found.mean - high) - low).max() <= 2e-15 * max(std, abs(high) / 4), (found.mean, high)
+    assert np.abs(found.m2 - m2).max() <= 2e-15 * m2, (found.m2, m2)
+    exact = (((x_n.astype(np.longdouble) - high) - low) / np.sqrt(m2 / n + np.longdouble(1e-5))).reshape(x[:, :1].shape)
+    # A mean that is large beside the spread has the digits of a float64 number, no more
+    assert np.abs(y - exact).max() <= 2e-15 * np.abs(exact).max() * max(1, abs(high) / std / 4)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("ratio", [0, 0.5, 1, 2, 4, 8, 30, 300])  # of mean and standard deviation
+@pytest.mark.parametrize("shape", [(64, 40), (3, 5, 37), (32, 16, 14, 14), (4, 4, 40_000), (20_000, 6)])
+def test_statistics_of_16_bits_have_all_digits_of_float32(isa, rng, dtype, ratio, shape):
+    """The variance is within a unit in the last place of float32, the mean within one of the spread's."""
+    for values in (rng.standard_normal(shape), np.sort(rng.standard_normal(shape), axis=0), rng.choice([-1, 1], shape)):
+        x = (values + ratio).astype(dtype)
+        n, mean, m2 = reference.moments(x)
+        found = cbn.moments(x)
+        assert (np.abs(found.m2 - m2) <= 2**-23 * m2).all(), (found.m2, m2)
+        assert (np.abs(found.mean - mean) <= 2**-23 * np.sqrt(m2 / n) + 2**-50 * np.abs(mean)).all()
+
+
 def test_an_outlier_in_first_place_costs_no_accuracy(isa, rng):
-    """The shift is the channel's first value: the farther it lies out, the larger the variance is that it makes."""
+    """The shift comes from a few values: the farther one of them lies out, the larger is the variance that it makes."""
     x = rng.standard_normal((4, 3, 5000)).astype(np.float32)
     x[0, :, 0] = 1e6
     n, mean, m2 = reference.moments(x)

@@ -200,8 +200,9 @@ INLINE int LOOP(stays_normal)(const cbn_tile *m, real term, LOOP(activation) act
 
 #ifdef SUMS
 /* S(d) and S(d*d) of d = x - shift, from which m2 = S(d*d) - S(d)^2/n. The subtraction costs log2(S(d*d)/m2) =
- * log2(1 + (shift - mean)^2/var) bits. The shift is a value of the channel, so that a constant one gives d = 0 and
- * its mean exactly; where that value lies far out, the reduction is done again with the mean as shift (passes.pyx).
+ * log2(1 + (shift - mean)^2/var) bits. The shift is the mean of a few values of the channel, so that a constant one
+ * gives d = 0 and its mean exactly; where it is more than two standard deviations off, the reduction is done again with
+ * the mean as shift (passes.pyx).
  * Backward, S(h) and S(h*d). */
 INLINE void LOOP(add)(dvec *sum, dvec *square, dvec d, dvec h, const int backward)
 {
