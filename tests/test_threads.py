@@ -233,12 +233,14 @@ def right():
 with cbn.num_threads(1):
     expected = cbn.moments(x).m2.tobytes()
 
-def alive():              # for a moment the system counts threads that have ended too
-    counts = []
-    for _ in range(20):
-        counts.append(len(os.listdir("/proc/self/task")))
-        time.sleep(0.002)
-    return min(counts)
+def count():              # of threads, at least of those that have not just ended
+    return min((time.sleep(0.002), len(os.listdir("/proc/self/task")))[1] for _ in range(20))
+
+def alive(n):             # whether n threads are; the system counts those that have ended too, until they have run
+    give_up = time.monotonic() + 10
+    while (found := len(os.listdir("/proc/self/task"))) > n and time.monotonic() < give_up:
+        time.sleep(0.001)
+    return found == n
 
 def spare(megabytes):     # of address space
     used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
@@ -278,10 +280,10 @@ def test_threads_that_memory_has_no_room_for(n, megabytes):
     """OpenMP's runtime would end the process."""
     good(f"""
 cbn.set_num_threads({n})
-before = alive()
+before = count()
 spare({megabytes})
 assert right() and right()
-started = alive() - before
+started = count() - before
 assert started <= {megabytes} // 8, started     # a stack has 8 MB
 assert cbn.get_num_threads() == started + 1
 fewer = "of {n} no more could be created"
@@ -293,7 +295,7 @@ assert threads.explain() == ("set_num_threads()" if started + 1 == {n} else fewe
 @linux_alone
 def test_a_stack_of_its_own_size():
     for size in ("512M", " 512 m ", "524288", "524288K", "536870912b"):
-        good("before = alive(); cbn.set_num_threads(8); spare(1200); assert right() and before < alive() <= before + 2",
+        good("before = count(); cbn.set_num_threads(8); spare(1200); assert right() and before < count() <= before + 2",
              OMP_STACKSIZE=size)  # fmt: skip
 
 
@@ -349,13 +351,13 @@ assert found == [True] * 6, found
 def test_more_threads_when_there_is_room_again():
     good("""
 cbn.set_num_threads(6)
-before = alive()
+before = count()
 spare(1)
-assert right() and alive() == before and cbn.get_num_threads() == 1
+assert right() and alive(before) and cbn.get_num_threads() == 1
 resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
-assert in_thread(lambda: right() and alive() == before + 6)     # with the Python thread itself
+assert in_thread(lambda: right() and alive(before + 6))     # with the Python thread itself
 time.sleep(1.1)
-assert right() and cbn.get_num_threads() == 6 and alive() >= before + 5, alive()
+assert right() and cbn.get_num_threads() == 6 and count() >= before + 5, count()
 assert threads.explain() == "set_num_threads()", threads.explain()
 """)
 
@@ -369,9 +371,9 @@ arrays = [passes.empty_like(np.empty(100 << 20, np.int8)) for _ in range(3)]
 del arrays
 assert passes.cache_state()[0] >= 300 << 20
 cbn.set_num_threads(8)
-before = alive()
+before = count()
 spare(1)
-assert right() and alive() == before + 7, (before, alive())
+assert right() and alive(before + 7), (before, count())
 """, OMP_STACKSIZE="8M")  # fmt: skip
 
 
@@ -382,14 +384,14 @@ def test_threads_that_the_user_may_not_have():
     good("""
 if os.geteuid() == 0:
     os.setresuid(54321, 54321, 54321)     # who has no other processes
-    spare_processes = alive() + 3
+    spare_processes = count() + 3
 else:
     spare_processes = 1                   # there are more already
 resource.setrlimit(resource.RLIMIT_NPROC, (spare_processes,) * 2)
-before = alive()
+before = count()
 cbn.set_num_threads(8)
 assert right() and right()
-assert before <= alive() <= before + 3, (before, alive())
+assert before <= count() <= before + 3, (before, count())
 assert cbn.get_num_threads() <= 4
 """)
 
@@ -428,11 +430,11 @@ def test_a_child_has_threads_where_its_parent_opened_no_region():
     good("""
 cbn.set_num_threads(4)
 def all_four():
-    return cbn.get_num_threads() == 4 and right() and alive() == 4 and threads.explain() == "set_num_threads()"
+    return cbn.get_num_threads() == 4 and right() and alive(4) and threads.explain() == "set_num_threads()"
 assert in_child(all_four)
 assert in_child(lambda: in_child(all_four))
-assert in_child(lambda: in_thread(lambda: right() and alive() == 5))
-assert in_child(lambda: all_four() and not in_child(all_four) and in_child(lambda: right() and alive() == 1))
+assert in_child(lambda: in_thread(lambda: right() and alive(5)))
+assert in_child(lambda: all_four() and not in_child(all_four) and in_child(lambda: right() and alive(1)))
 """)
 
 
@@ -444,10 +446,10 @@ cbn.set_num_threads(4)
 assert right()
 def serial():
     cbn.set_num_threads(3)
-    return right() and cbn.get_num_threads() == 1 and alive() == 1 and threads.explain().startswith("forked child: ")
+    return right() and cbn.get_num_threads() == 1 and alive(1) and threads.explain().startswith("forked child: ")
 assert in_child(serial)
 assert in_child(lambda: serial() and in_child(serial))
-assert in_child(lambda: in_thread(lambda: right() and cbn.get_num_threads() == 4 and alive() == 5))
+assert in_child(lambda: in_thread(lambda: right() and cbn.get_num_threads() == 4 and alive(5)))
 assert cbn.get_num_threads() == 4 and right()
 """)
 
@@ -456,8 +458,8 @@ assert cbn.get_num_threads() == 4 and right()
 def test_the_pool_belongs_to_the_python_thread_that_forks():
     good("""
 cbn.set_num_threads(4)
-parallel = lambda: right() and cbn.get_num_threads() == 4 and alive() == 4
-serial = lambda: right() and cbn.get_num_threads() == 1 and alive() == 1
+parallel = lambda: right() and cbn.get_num_threads() == 4 and alive(4)
+serial = lambda: right() and cbn.get_num_threads() == 1 and alive(1)
 done, go = threading.Event(), threading.Event()
 found = []
 def work():
@@ -486,8 +488,8 @@ gomp = ctypes.CDLL({GOMP!r})
 body = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(lambda _: None)
 region = lambda: gomp.GOMP_parallel(body, None, 3, 0)
 cbn.set_num_threads(4)
-parallel = lambda: right() and cbn.get_num_threads() == 4 and alive() == 4
-serial = lambda: right() and cbn.get_num_threads() == 1 and alive() == 1
+parallel = lambda: right() and cbn.get_num_threads() == 4 and alive(4)
+serial = lambda: right() and cbn.get_num_threads() == 1 and alive(1)
 in_thread(region)
 assert in_child(parallel)
 assert in_thread(lambda: (region(), in_child(serial))[1])
@@ -521,7 +523,7 @@ def test_a_child_that_cannot_find_out_is_serial():
 cbn.set_num_threads(4)
 def starved():
     spare(1)
-    return right() and cbn.get_num_threads() == 1 and alive() == 1
+    return right() and cbn.get_num_threads() == 1 and alive(1)
 assert in_child(starved)
 """, OMP_STACKSIZE="64M")  # fmt: skip
 

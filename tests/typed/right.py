@@ -3,6 +3,7 @@
 # pyright: strict
 
 from collections.abc import Sequence
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -23,15 +24,8 @@ class Data:
 class Doubled(cbn.BatchNorm1d):
     """A subclass with a forward of its own, which its calls follow."""
 
-    def forward(
-        self,
-        x: ArrayLike,
-        *,
-        out: npt.NDArray[np.float32] | None = None,
-        residual: ArrayLike | None = None,
-        factor: float = 2,
-    ) -> npt.NDArray[np.float32]:
-        return np.asarray(factor * super().forward(x, out=out, residual=residual), np.float32)
+    def forward(self, x: ArrayLike, *, factor: float = 2, **options: Any) -> npt.NDArray[np.float32]:
+        return np.asarray(factor * super().forward(x, **options), np.float32)
 
 
 def inputs() -> None:
