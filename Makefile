@@ -8,7 +8,7 @@ SOURCES := setup.py pyproject.toml $(wildcard cbn/kernels/*.pyx cbn/kernels/*.c 
 SOURCES := $(filter-out cbn/kernels/passes.c cbn/kernels/channels.c,$(SOURCES))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-sdist peers accuracy readme bench bench-full bench-peers bench-compare lint sanitize self-check wheel clean
+.PHONY: help demo test test-slow test-sdist peers accuracy readme bench bench-full bench-peers bench-compare lint sanitize self-check wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -44,19 +44,20 @@ $(VENV)/.with-%: $(VENV)/.built
 demo: $(VENV)/.with-examples ## train and infer on real data; tables and pictures in examples/out
 	$(BIN)/python -m examples
 
-test: $(VENV)/.with-test $(VENV)/.with-examples $(VENV)/.with-bench $(VENV)/.with-lint ## every test but those of other packages
-	$(BIN)/python -m pytest
+NEEDED_BY_TESTS := $(VENV)/.with-test $(VENV)/.with-examples $(VENV)/.with-bench $(VENV)/.with-lint
+test: $(NEEDED_BY_TESTS) ## every test but the slow ones and those of other packages
+	$(BIN)/python -m pytest -m "not slow"
 
-test-fast: $(VENV)/.with-test ## the tests that take seconds
-	$(BIN)/python -m pytest -q -m "not slow" --ignore=tests/test_examples.py
+test-slow: $(NEEDED_BY_TESTS) ## the tests that compile cbn anew
+	$(BIN)/python -m pytest -m slow
 
-test-sdist: $(VENV)/.created ## the tests that take seconds, in an unpacked source distribution that sets itself up
+test-sdist: $(VENV)/.created ## the tests, in an unpacked source distribution that sets itself up
 	rm -rf build/sdist cbn.egg-info/SOURCES.txt
 	$(BIN)/python -c "from setuptools.build_meta import build_sdist; build_sdist('build/sdist')" >/dev/null
 	@# Without the test that goes through every knob: it takes as long as all others, and the sources are the same
 	folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && \
 	  tar -xf build/sdist/cbn-*.tar.gz -C "$$folder" --strip-components=1 && \
-	  PYTEST_ADDOPTS='-q -m "not slow" --deselect tests/test_kernels.py::test_every_path_gives_the_same_bits' \
+	  PYTEST_ADDOPTS='-q --deselect tests/test_kernels.py::test_every_path_gives_the_same_bits' \
 	  $(MAKE) -C "$$folder" test
 
 peers: $(VENV)/.with-test $(VENV)/.with-examples $(VENV)/.with-peers ## the tests against PyTorch, ONNX, Keras, Flax, Equinox, Haiku and MLX

@@ -5,7 +5,7 @@ on every processor of its architecture.
 
 Environment:
     CBN_WITHOUT_OPENMP=1   build without OpenMP, single-threaded
-    CBN_WERROR=1           warnings of our own C are errors (continuous integration)
+    CBN_WERROR=1           warnings of our own C are errors, and it is quickly compiled (continuous integration)
     CBN_DEBUG=1            bounds checks in Cython, no optimization, for a debugger
     CBN_SANITIZE=address,undefined   build with these sanitizers
 """
@@ -116,7 +116,7 @@ class BuildPasses(build_ext):
             flags += ["-O0", "-g"]
         if asked("CBN_WERROR"):
             # What Cython writes is not ours: a parameter that a slot function must have but does not use.
-            flags += ["-Werror", "-Wno-unused-parameter"]
+            flags += ["-Werror", "-Wno-unused-parameter", "-O1"]
         if sanitizers := os.environ.get("CBN_SANITIZE"):
             # -O1: checks in every line of loops that are inlined into each other take the optimizer 8 minutes
             flags += [f"-fsanitize={sanitizers}", "-fno-omit-frame-pointer", "-g", "-O1"]

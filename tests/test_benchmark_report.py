@@ -336,7 +336,6 @@ def browse(page, folder, scheme, *arguments, width=1200, height=2000):
     return done.stdout
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium to look at the page with")
 class TestInBrowser:
     @pytest.fixture

@@ -132,8 +132,8 @@ PATH_SHAPES = {
     "runs": (3, 40, 300),
     "runs of whole lines": (3, 40, 256),
     "long runs": (2, 33, 1500),
-    "runs of several blocks": (70, 9, 1100),
-    "runs, each two pieces": (2, 9, 70001),
+    "runs of several blocks": (70, 5, 1100),
+    "runs, each two pieces": (2, 5, 70001),
     "short runs": (3, 77, 13),
     "rows of short runs": (9, 96, 49),
     "rows of short runs, not of whole lines": (9, 77, 49),
@@ -141,8 +141,8 @@ PATH_SHAPES = {
     "rows": (300, 40),
     "rows of whole lines": (301, 64),
     "wide rows of whole lines": (23, 1024),
-    "rows, tiles of columns": (70, 9001),
-    "rows not of whole lines": (70, 9016),
+    "rows, tiles of columns": (37, 9001),
+    "rows not of whole lines": (37, 9016),
 }
 
 
