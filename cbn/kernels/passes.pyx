@@ -899,7 +899,7 @@ cdef inline cbn_loop loop_of(Job *job, const cbn_loops *loops, bint last) noexce
     return loops.forward_last if last else loops.forward_first
 
 
-cdef cbn_tile tile_to_reduce(Job *job, Rectangle *r) noexcept nogil:
+cdef inline cbn_tile tile_to_reduce(Job *job, Rectangle *r) noexcept nogil:
     """A rectangle for a reduction, which has its own place among the partial sums."""
     cdef cbn_tile t = tile_of(job, r)
     t.g, t.h = moved(job.g, job.itemsize, r), moved(job.h, job.itemsize, r)
@@ -910,7 +910,7 @@ cdef cbn_tile tile_to_reduce(Job *job, Rectangle *r) noexcept nogil:
     return t
 
 
-cdef cbn_tile tile_to_map(Job *job, Rectangle *r) noexcept nogil:
+cdef inline cbn_tile tile_to_map(Job *job, Rectangle *r) noexcept nogil:
     """A rectangle for a map."""
     cdef cbn_tile t = tile_of(job, r)
     t.g = moved(job.h if job.backward and job.activated else job.g, job.itemsize, r)
@@ -1056,6 +1056,7 @@ cdef void pipeline(Job *job, Py_ssize_t begin, Py_ssize_t end, int thread) noexc
                 loop(&map if together else NULL, &reduction)
         if tile == end:
             return
+        r = rectangle(&job.reduction, item_of(&job.reduction, tile, 0))
         todo = next_to_do(job, PLAIN, r.c, r.c + r.n_channels)
         while todo:
             # A job of its own: other threads have theirs
