@@ -12,12 +12,11 @@ import numpy as np
 import pytest
 
 import cbn
-from cbn import config, threads
+from cbn import threads
 from cbn.functional import native_batch_norm, native_batch_norm_backward
 from cbn.kernels import passes
 
 HAS_OPENMP = passes.build_info()["openmp"] != 0
-GOMP = next((path for path in config.openmp_runtime() if "gomp" in path), None)
 
 
 def in_a_new_process(code, **environment):
@@ -219,10 +218,10 @@ def test_nobody_sees_a_half_update(parallel):
 # What the processes of the tests below have: a call that opens one region, of up to 16 threads, the number of threads
 # that then exist, and limits.
 PRELUDE = """
-import os, resource, signal, sys, threading, time
+import ctypes, os, resource, signal, sys, threading, time
 import numpy as np
 import cbn
-from cbn import threads
+from cbn import config, threads
 from cbn.kernels import passes
 passes.tune(bytes_per_thread=1)
 x = np.random.default_rng(0).standard_normal((2, 16, 20000)).astype(np.float32)     # an item for each channel
@@ -241,6 +240,10 @@ def alive(n):             # whether n threads are; the system counts those that 
     while (found := len(os.listdir("/proc/self/task"))) > n and time.monotonic() < give_up:
         time.sleep(0.001)
     return found == n
+
+def openmp():             # cbn's own runtime: other packages bring copies of theirs, but not into this process
+    path, = config.openmp_runtime()
+    return ctypes.CDLL(path)
 
 def spare(megabytes):     # of address space
     used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
@@ -409,8 +412,7 @@ def test_no_more_than_the_thread_limit_are_tried():
 def test_a_call_within_a_region_of_another_library(levels):
     """There a region opens no threads, or as many at each call that its pool does not keep."""
     good(f"""
-import ctypes
-gomp = ctypes.CDLL({GOMP!r})
+gomp = openmp()
 gomp.omp_set_max_active_levels({levels})
 cbn.set_num_threads(4)
 found = []
@@ -482,9 +484,8 @@ assert found == [True]
 @linux_alone
 def test_a_pool_of_another_library_is_noticed():
     """A library that shares the OpenMP runtime has opened a region in the thread that forks: cbn's would hang."""
-    good(f"""
-import ctypes
-gomp = ctypes.CDLL({GOMP!r})
+    good("""
+gomp = openmp()
 body = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(lambda _: None)
 region = lambda: gomp.GOMP_parallel(body, None, 3, 0)
 cbn.set_num_threads(4)
