@@ -202,8 +202,8 @@ def gradients(
         work = np.dtype(np.float64)
     elif dtype.itemsize == 2 and forward.negative_slope not in (0, 1):
         work = np.dtype(np.float32)  # h = dy*slope, which is kept in between, has more digits than 16 bits hold
-    if work != dtype:
-        wider = passes.Input(passes.with_room(inp.x.astype, work, order="K"), inp.axis)
+    if work != dtype or dy.dtype != dtype:
+        wider = passes.Input(passes.with_room(inp.x.astype, work, order="K", copy=False), inp.axis)
         wider.wide = inp.wide
         dh, slope, z = passes.with_room(dy.astype, work), forward.negative_slope, residual
         if dy.dtype != dtype and slope != 1:
@@ -212,7 +212,7 @@ def gradients(
                 below = before_activation(forward) <= 0
                 dh[below] = dh[below] * slope if slope else 0
             slope = 1
-        wider_residual = None if z is None else passes.with_room(z.astype, work)
+        wider_residual = None if z is None else passes.with_room(z.astype, work, copy=False)
         forward = replace(forward, inp=wider, negative_slope=slope, residual=wider_residual)
         dx, dresidual, sums, products = gradients(dh, forward, want_dx, want_sums, None, dtype)
         with np.errstate(all="ignore"):
@@ -397,7 +397,7 @@ def _batch_norm(
     epsilon = checks.epsilon_for(eps, training)
     statistics = () if training else (running_mean, running_var)
     inp.meets(*[a.dtype for a in (weight, bias, *statistics) if a is not None])
-    old_mean, old_var, weight, bias = channels.as_doubles(running_mean, running_var, weight, bias)
+    old_mean, old_var, weight, bias = channels.as_doubles(inp.n_channels, running_mean, running_var, weight, bias)
     if not training:
         coef = coefficients(old_mean, old_var, weight, bias, epsilon)
         return normalize(inp, coef, out, residual, negative_slope, quantization), np.empty(0), np.empty(0)
@@ -554,7 +554,7 @@ def native_batch_norm_backward(
         mean = checks.per_channel(running_mean, "running_mean", inp.n_channels, x=inp.x)
         invstd = checks.per_channel(running_var, "running_var", inp.n_channels, x=inp.x)
     inp.meets(*[a.dtype for a in (weight, *(() if train else (mean, invstd))) if a is not None])
-    mean, invstd, scale = channels.as_doubles(mean, invstd, weight)
+    mean, invstd, scale = channels.as_doubles(inp.n_channels, mean, invstd, weight)
     forward = Forward(inp, scale, None, mean, invstd if train else inverse_std(invstd, epsilon), train)
     dx, _, dbias, dweight = gradients(dy, forward, want_dx, want_dweight or want_dbias, out)
     dtype = checks.parameter_dtype(inp.x.dtype) if weight is None else weight.dtype.newbyteorder("=")

@@ -7,7 +7,7 @@ import cbn
 from cbn import reference
 from cbn.functional import batch_norm, native_batch_norm, native_batch_norm_backward
 
-from .conftest import DTYPES, LAYOUTS, LIMIT, error, in_memory_order
+from .conftest import DTYPES, INPUT_DTYPES, LAYOUTS, LIMIT, error, in_memory_order
 
 
 def test_training_updates_the_buffers_with_the_unbiased_variance():
@@ -258,3 +258,28 @@ def test_gradients_by_central_differences(rng, shape, axis, train):
 
 def test_import_of_the_package_names():
     assert cbn.functional.__all__ == ["batch_norm", "native_batch_norm", "native_batch_norm_backward"]
+
+
+@pytest.mark.parametrize("x_dtype", INPUT_DTYPES)
+@pytest.mark.parametrize("dy_dtype", INPUT_DTYPES)
+@pytest.mark.parametrize("activation", [None, "relu", ("leaky_relu", 0.25)])
+@pytest.mark.parametrize("shape", [(9, 3), (4, 3, 50)])
+def test_gradients_of_a_dy_of_any_dtype(rng, x_dtype, dy_dtype, activation, shape):
+    """Both are taken as float64, so they are those of a dy that has been widened before."""
+    x, z = rng.standard_normal((2, *shape)).astype(x_dtype)
+    dy = rng.standard_normal(shape).astype(dy_dtype)
+    for frozen, residual in ((False, None), (False, z), (True, None), (True, z)):
+        results = []
+        for gradient in (dy, dy.astype(np.float64)):
+            bn = cbn.BatchNorm1d(3, activation=activation, dtype=np.float64)
+            if frozen:
+                bn.freeze()
+            bn(x, residual=residual)
+            found = bn.backward(gradient)
+            results.append([*(found if residual is not None else (found,)), bn.weight_grad, bn.bias_grad])
+        case = x_dtype, dy_dtype, activation, frozen, residual is not None
+        for found, expected in zip(*results, strict=True):
+            assert found.dtype == expected.dtype
+            # A dy of x's own dtype is not widened: it has other roundings
+            limit = 1e-12 if x_dtype == np.float64 else 2e-2 if np.dtype(x_dtype).itemsize == 2 else 1e-5
+            assert error(found, expected) <= limit, case
