@@ -270,6 +270,11 @@ openmp_alone = pytest.mark.skipif(not HAS_OPENMP, reason="built without OpenMP")
 linux_alone = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="how a limit works is Linux's")
 
 
+def gomp_of_cbn():
+    """The path of cbn's own OpenMP runtime."""
+    return in_a_new_process("import cbn; from cbn import config; print(*config.openmp_runtime())")
+
+
 def good(code, **environment):
     """Whether the code, after the prelude, is right by its own `assert`s and lives to its end."""
     assert in_a_new_process(f"{PRELUDE}{code}\nprint('good')", PYTHONWARNINGS="ignore", **environment) == "good"
@@ -639,3 +644,45 @@ def test_instruction_set_by_environment():
         assert in_a_new_process("from cbn.kernels import passes; print(passes.isa())", CBN_ISA=isa) == isa
     with pytest.raises(AssertionError, match="'mmx' is not known; available: baseline"):
         in_a_new_process("import cbn", CBN_ISA="mmx")
+
+
+@openmp_alone
+@linux_alone
+def test_fewer_threads_may_be_allowed_than_were_once_proven():
+    """As another user, or under another limit of processes, what has been proven does not count."""
+    if os.getuid():
+        pytest.skip("only root can become somebody else")
+    good("""
+cbn.set_num_threads(8)
+assert right()
+cbn.set_num_threads(2)
+assert right()                    # the others end
+os.setgid(54321)
+os.setuid(54321)
+resource.setrlimit(resource.RLIMIT_NPROC, (3, 3))
+cbn.set_num_threads(8)
+assert right() and cbn.get_num_threads() < 8
+""")
+
+
+@openmp_alone
+@linux_alone
+def test_a_child_that_imports_cbn_after_its_parent_opened_a_region():
+    """Its first thread is the copy of the one that forked, whose pool stayed in the parent."""
+    code = f"""
+import ctypes, os, signal, sys
+{{before}}
+pid = os.fork()
+if pid == 0:
+    signal.alarm(20)
+    {PRELUDE.strip().replace(chr(10), chr(10) + "    ")}
+    cbn.set_num_threads(4)
+    os._exit(0 if right() and cbn.get_num_threads() == {{threads}} else 1)
+assert os.waitpid(pid, 0)[1] == 0
+"""
+    region = (
+        f"gomp = ctypes.CDLL({gomp_of_cbn()!r}); body = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(lambda _: None); "
+        "gomp.GOMP_parallel(body, None, 3, 0)"
+    )
+    in_a_new_process(code.format(before=region, threads=1))
+    in_a_new_process(code.format(before="", threads=4))

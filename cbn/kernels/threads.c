@@ -29,12 +29,16 @@ void cbn_region_is_open(void)
 #else
 
 #include <ctype.h>
+#include <fcntl.h>
 #include <limits.h>
 #include <omp.h>
 #include <pthread.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <time.h>
 #include <unistd.h>
 #if defined(__linux__)
@@ -49,6 +53,7 @@ enum { RETRY_SECONDS = 1 }; /* for so long a refusal holds: a trial at every cal
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_attr_t attributes; /* of a thread, as libgomp creates it */
 static size_t stack_bytes;
+static int forked_before; /* this process was forked, and did not exec, before cbn was loaded */
 
 static void before_fork(void)
 {
@@ -90,9 +95,28 @@ static size_t asked_stack_bytes(void)
     return 0;
 }
 
+/* Whether this process is a fork that has not called exec: PF_FORKNOEXEC among the flags, the ninth field of its stat. */
+static int is_a_fork(void)
+{
+    unsigned flags = 0;
+#if defined(__linux__)
+    char text[512], *end;
+    const int file = open("/proc/self/stat", O_RDONLY | O_CLOEXEC);
+    const ssize_t n = file < 0 ? 0 : read(file, text, sizeof text - 1);
+    if (file >= 0)
+        close(file);
+    text[n > 0 ? n : 0] = 0;
+    end = strrchr(text, ')'); /* the second field, which may hold anything */
+    if (end)
+        sscanf(end + 1, " %*c %*d %*d %*d %*d %*d %u", &flags);
+#endif
+    return (flags & 0x40) != 0;
+}
+
 __attribute__((constructor)) static void at_load(void)
 {
     const size_t asked = asked_stack_bytes();
+    forked_before = is_a_fork();
     pthread_attr_init(&attributes);
     if (asked)
         pthread_attr_setstacksize(&attributes, asked); /* where that is refused, libgomp takes the default too */
@@ -217,6 +241,17 @@ static int find_out(void)
     return 1;
 }
 
+/* Where cbn was loaded in a child, the copy of the thread that forked is the child's first one. */
+static void see_fork(void)
+{
+#if defined(__linux__)
+    if (forked_before && !cbn_here.pool && cbn_here.forked == CBN_NOT_FORKED && syscall(SYS_gettid) == getpid()) {
+        cbn_here.forked = CBN_FORKED;
+        forked_before = 0; /* it is asked once: afterwards the thread has a pool, or a lost one */
+    }
+#endif
+}
+
 /* ---- what a region asks --------------------------------------------------------------------------------------- */
 
 static int bounded(int n)
@@ -236,14 +271,33 @@ static int at_most(int n)
     return n;
 }
 
+/* What bounds the number of threads, as far as it can be asked for cheaply: whether a proof still holds. */
+static void bounds_now(cbn_thread *of)
+{
+    struct rlimit limit = {0, 0};
+#if defined(RLIMIT_NPROC)
+    getrlimit(RLIMIT_NPROC, &limit);
+#endif
+    of->proven_limit = (unsigned long)limit.rlim_cur;
+    of->proven_user = (long)geteuid();
+}
+
+static int is_proven(int n)
+{
+    cbn_thread now = {0};
+    bounds_now(&now);
+    return n <= cbn_here.proven && now.proven_limit == cbn_here.proven_limit && now.proven_user == cbn_here.proven_user;
+}
+
 /* The part of cbn_threads_for_region that needs the lock. */
 static int more_than(int have, int n)
 {
+    see_fork();
     if (cbn_here.forked == CBN_FORKED && !find_out())
         return at_most(1);
     if (cbn_here.forked == CBN_POOL_LOST)
         return 1;
-    if (n <= cbn_here.proven && have_room(n - have))
+    if (is_proven(n) && have_room(n - have))
         return n;
     int k = can_start(n - have);
     if (k < n - have && cbn_pool_release())
@@ -251,6 +305,7 @@ static int more_than(int have, int n)
     if (k < n - have) /* half: what the process does next wants memory too */
         return at_most(have + k / 2);
     cbn_here.proven = n;
+    bounds_now(&cbn_here);
     return n;
 }
 
@@ -287,6 +342,7 @@ void cbn_region_is_open(void)
 
 int cbn_threads_now(int n)
 {
+    see_fork();
     if (n > 1 && cbn_here.forked == CBN_FORKED) {
         pthread_mutex_lock(&lock);
         if (!find_out())

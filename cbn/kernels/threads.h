@@ -13,7 +13,9 @@ enum { CBN_MOST_THREADS = 1024 }; /* that can be asked for */
 typedef struct {
     int asked;   /* threads that `num_threads` asks for; 0: nobody did */
     int pool;    /* of the last region, this one included; where the next has fewer, the others end. 0: no region yet */
-    int proven;  /* so many could be created at once */
+    int proven;  /* so many could be created at once, under these bounds: */
+    unsigned long proven_limit; /* of processes */
+    long proven_user;
     int most;    /* fewer than were wanted, until `retry`; 0: no such bound */
     double retry;
     int forked;  /* one of the following */
