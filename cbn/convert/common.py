@@ -97,6 +97,8 @@ def base_of(a: Any, names: Iterable[str], packages: Iterable[str]) -> type | Non
 
 def refuse_start(decay: float, count: int, system: str) -> None:
     """Refuse averages whose start still shows: their next batch weighs (1 - decay)/(1 - decay**(count + 1))."""
+    if decay >= 1:
+        raise ValueError(f"with a weight of {decay} for the old statistics {system} has none: it divides them by zero")
     left = decay ** (count + 1)
     if left > 2.0**-24 * (1 - left):  # below that float32 has no other digits
         raise ValueError(
@@ -117,7 +119,7 @@ def one_of(found: Iterable[str], name: str | None) -> str:
     if name is None and len(found) == 1:
         return found[0]
     if name is None:
-        raise ValueError(f"name one of {listed(found)}" if found else "there is no batch norm")
+        raise ValueError(f"name one of {listed(found)}" if found else "there are no statistics of a batch norm")
     if name not in found:
         raise ValueError(f"there is no batch norm {name!r}; there are {listed(found)}")
     return name

@@ -119,6 +119,8 @@ def to_torch_state(bn: BatchNorm) -> dict[str, Any]:
 
     Raises
     ------
+    TypeError
+        For what is no layer of cbn.
     ImportError
         Without PyTorch.
 
@@ -129,6 +131,8 @@ def to_torch_state(bn: BatchNorm) -> dict[str, Any]:
     >>> torch.nn.BatchNorm2d(3).load_state_dict(cbn.to_torch_state(cbn.BatchNorm2d(3)))  # doctest: +SKIP
     <All keys matched successfully>
     """
+    if not isinstance(bn, BatchNorm):
+        raise TypeError(f"bn must be a layer of cbn, not {type(bn).__name__}")
     try:
         import torch
     except ImportError as error:
@@ -238,7 +242,12 @@ def _refuse_hooks(module: Any) -> None:
 
 
 def _refuse_patched(module: Any) -> None:
-    """Refuse an instance with a function of its own in place of one of its class, whose forward is known."""
+    """Refuse an instance with a function of its own in place of one of its class, whose forward is known; and a class
+    whose forward has been replaced.
+    """
+    kind = type(module)
+    if (getattr(kind.forward, "__module__", None) or "").split(".")[0] != kind.__module__.split(".")[0]:
+        raise TypeError(f"the forward of {kind_of(module)} has been replaced, so its values may be others")
     names = [name for name in getattr(module, "__dict__", ()) if callable(getattr(type(module), name, None))]
     if names:
         raise TypeError(f"{kind_of(module)} has a {names[0]} of its own as an attribute, so its values may be others")

@@ -70,6 +70,12 @@ def test_few_batches_are_for_evaluation(rng, steps):
         np.testing.assert_allclose(bn.train(mode)(x), expected, atol=1e-4)
 
 
+def test_averages_that_never_move_are_refused(rng):
+    layer, state = make(rng, 2, momentum=1.0)
+    with pytest.raises(ValueError, match=r"with a weight of 1\.0 for the old statistics Equinox has none"):
+        cbn.from_equinox(layer, state)
+
+
 def test_moving_statistics_in_training_are_for_evaluation(rng):
     layer, state = make(rng, 3, mode="ema")
     with pytest.raises(ValueError, match='mode="ema": in training it normalizes with the running statistics'):

@@ -66,6 +66,12 @@ def test_few_batches_are_for_evaluation(rng):
         np.testing.assert_allclose(bn.train(mode)(x), np.asarray(apply(params, state, None, x, False)[0]), atol=2e-5)
 
 
+def test_averages_that_never_move_are_refused(rng):
+    _, params, state = make(rng, 2, decay_rate=1.0)
+    with pytest.raises(ValueError, match=r"with a weight of 1\.0 for the old statistics Haiku has none"):
+        cbn.from_haiku(params, state, decay_rate=1)
+
+
 def test_a_model_of_several(rng):
     def forward(x, is_training):
         x = hk.BatchNorm(True, True, 0.5, name="first")(x, is_training)

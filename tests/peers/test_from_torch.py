@@ -109,6 +109,8 @@ class WithActivation(torch.nn.BatchNorm2d):
     def forward(self, x):
         return self.act(self.drop(super().forward(x)))
 
+    forward.__module__ = __module__
+
 
 class Frozen2d(torch.nn.Module):
     """As torchvision's."""
@@ -124,6 +126,8 @@ class Frozen2d(torch.nn.Module):
     def forward(self, x):
         w, b, m, v = (a.reshape(1, -1, 1, 1) for a in (self.weight, self.bias, self.running_mean, self.running_var))
         return (x - m) * (w * (v + self.eps).rsqrt()) + b
+
+    forward.__module__ = __module__
 
 
 WithActivation.__qualname__ = WithActivation.__name__ = "BatchNormAct2d"
@@ -294,6 +298,22 @@ def test_patches_are_refused(monkeypatch):
             with pytest.raises(TypeError, match="redefines forward"):
                 cbn.from_torch(torch.nn.BatchNorm2d(3))
     assert cbn.from_torch(torch.nn.BatchNorm2d(3)).num_features == 3
+
+
+@pytest.mark.parametrize(
+    "cls", [torch.nn.Sequential, torch.nn.ReLU, torch.nn.LeakyReLU, torch.nn.Identity, WithActivation]
+)
+def test_patches_of_what_follows_are_refused(monkeypatch, cls):
+    norm = torch.nn.BatchNorm2d(3)
+    module = (
+        WithActivation(3, torch.nn.ReLU())
+        if cls is WithActivation
+        else torch.nn.Sequential(norm, torch.nn.ReLU() if cls is torch.nn.Sequential else cls())
+    )
+    assert cbn.from_torch(module).num_features == 3
+    monkeypatch.setattr(cls, "forward", lambda self, x: 2 * x)
+    with pytest.raises(TypeError, match=rf"the forward of \S+{cls.__name__} has been replaced, so its values may be"):
+        cbn.from_torch(module)
 
 
 @pytest.mark.parametrize("where", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
