@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
@@ -47,7 +47,7 @@ class Moments:
     >>> x = np.array([[0.0, 1.0], [4.0, 1.0], [8.0, 4.0]])
     >>> cbn.moments(x[:2]) + cbn.moments(x[2:])
     Moments(count=array([3., 3.]), mean=array([4., 2.]), m2=array([32.,  6.]))
-    >>> cbn.moments(x).var()
+    >>> sum([cbn.moments(x[:1]), cbn.moments(x[1:2]), cbn.moments(x[2:])]).var()
     array([10.66666667,  2.        ])
     """
 
@@ -77,6 +77,14 @@ class Moments:
         n = self.count - correction
         with np.errstate(all="ignore"):
             return np.where(n > 0, self.m2 / n, np.nan)
+
+    def std(self, correction: Number = 0) -> npt.NDArray[np.float64]:
+        """Square root of the variance."""
+        return np.sqrt(self.var(correction))
+
+    def __radd__(self, other: Any) -> Moments:
+        """The sum of a list begins with 0."""
+        return self if type(other) is int and other == 0 else NotImplemented
 
     def __add__(self, other: Moments) -> Moments:
         if not isinstance(other, Moments):

@@ -98,3 +98,15 @@ def test_a_moment_owns_its_arrays():
     m = Moments(1, mean, [1.0, 1.0])
     mean[:] = 5
     assert not m.mean.any()
+
+
+def test_a_sum_of_a_list_and_the_standard_deviation(rng):
+    parts = [rng.standard_normal((n, 3)) for n in (4, 1, 7)]
+    merged, whole = sum(cbn.moments(x) for x in parts), cbn.moments(np.concatenate(parts))
+    assert error(merged.mean, whole.mean) < 1e-14
+    assert error(merged.m2, whole.m2) < 1e-14
+    for correction in (0, 1):
+        assert error(whole.std(correction), np.concatenate(parts).std(axis=0, ddof=correction)) < 1e-14
+    assert np.isnan(cbn.moments(parts[1]).std(1)).all()
+    with pytest.raises(TypeError):
+        1 + whole
