@@ -6,6 +6,7 @@ The arithmetic is in `cbn.functional`; what is here is what a layer remembers an
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from . import checks, functional
 from . import state as state_entries
 from .checks import Activation, Array, ArrayLike, Doubles, Number
 from .kernels import channels, passes
+from .memory import retried
 
 __all__ = ["BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
 
@@ -100,7 +102,7 @@ class _ChannelArray:
         return self if layer is None else layer.__dict__[self.key]
 
     def __set__(self, layer: BatchNorm, value: Array | None) -> None:
-        layer.__dict__[self.key] = self.checked(layer, value)
+        layer.__dict__[self.key] = passes.with_room(self.checked, layer, value)
 
     def checked(self, layer: BatchNorm, value: Array | None) -> Array | None:
         if value is None:
@@ -121,8 +123,8 @@ class _Counter(_ChannelArray):
             return None
         if not isinstance(value, np.ndarray) or value.shape != () or value.dtype.kind not in "iu":
             raise TypeError(f"{self.name} must be an integer array without dimensions, or None, not {value!r}")
-        if value < 0:
-            raise ValueError(f"{self.name} must not be negative, but got {value}")
+        if not 0 <= int(value) < 1 << 63:
+            raise ValueError(f"{self.name} must be an integer from 0 to 2^63 - 1, but got {value}")
         return value if value.dtype == np.int64 else value.astype(np.int64)
 
 
@@ -147,9 +149,10 @@ def accepted_dtype(dtype: Any, native: Callable[[np.dtype[Any]], np.dtype[Any] |
     words = repr(dtype)
     if dtype is not None:
         with contextlib.suppress(TypeError):
-            words = str(np.dtype(dtype))
-            if found := native(np.dtype(dtype)):
-                return found
+            found = checks.dtype_of(dtype)
+            words = str(found)
+            if accepted := native(found):
+                return accepted
     raise TypeError(f"dtype must be {expected}, not {words}")
 
 
@@ -233,6 +236,7 @@ class BatchNorm(passes.Planned):
     affine: _Flag = _Flag()
     track_running_stats: _Flag = _Flag()
 
+    @retried
     def __init__(
         self,
         num_features: SupportsIndex,
@@ -321,7 +325,7 @@ class BatchNorm(passes.Planned):
 
     # ---- state -----------------------------------------------------------------------------------------------------
 
-    def train(self: Layer, mode: bool = True) -> Layer:
+    def train(self: Layer, mode: bool | np.bool_ = True) -> Layer:
         """Switch to training mode, or to evaluation with ``mode=False``; returns the layer."""
         if not isinstance(mode, (bool, np.bool_)):
             raise ValueError("training mode is expected to be boolean")
@@ -414,7 +418,7 @@ class BatchNorm(passes.Planned):
             checks.buffers_for_batch(running_mean, running_var)
         self._check_channels(inp, running_mean, batch_statistics and not tracked)
         eps = checks.epsilon_for(self._eps, batch_statistics)
-        values = channels.as_doubles(*sources)  # what this call reads of the layer, all of one moment
+        values = self._doubles(sources)  # what this call reads of the layer, all of one moment
         mean, var, weight, bias = values
         if batch_statistics:
             checks.more_than_one_value(inp.x, inp.n_channels)
@@ -572,6 +576,7 @@ class BatchNorm(passes.Planned):
 
     # ---- parameters ------------------------------------------------------------------------------------------------
 
+    @retried
     def _fill(self, **values: float) -> None:
         """Fill arrays that are there with numbers, in place; all or none."""
         arrays = {name: getattr(self, name) for name in values}
@@ -597,6 +602,7 @@ class BatchNorm(passes.Planned):
     # ---- state dict ------------------------------------------------------------------------------------------------
 
     _state_names = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    _array_names = (*_state_names, "weight_grad", "bias_grad")
 
     def state_dict(self) -> dict[str, Array]:
         """Copies of all parameters and statistics under PyTorch's names, without those that are None.
@@ -609,6 +615,7 @@ class BatchNorm(passes.Planned):
         """
         return self._snapshot(self._state_names)
 
+    @retried
     def load_state_dict(
         self, state: Mapping[str, Any], strict: bool = True, *, prefix: str = ""
     ) -> tuple[list[str], list[str]]:
@@ -711,15 +718,36 @@ class BatchNorm(passes.Planned):
 
         storage.save(self, file, allow_nonfinite=allow_nonfinite, allow_negative_var=allow_negative_var)
 
+    def _doubles(self, arrays: tuple[Array | None, ...]) -> tuple[Doubles | Any, ...]:
+        """Float64 copies of (C,) arrays of the layer, all of the same moment."""
+        try:
+            return channels.as_doubles(self._num_features, *arrays)
+        except ValueError as error:
+            raise self._unfit() or error from None
+
     def _snapshot(self, names: tuple[str, ...]) -> dict[str, Array]:
         """Copies of the arrays that are there, all of the same moment."""
+        if error := self._unfit():
+            raise error
         arrays = channels.copies(*[getattr(self, name) for name in names])
         return {name: a for name, a in zip(names, arrays, strict=True) if a is not None}
+
+    def _unfit(self) -> ValueError | None:
+        """The error of an array whose shape or dtype has been assigned to in place, past the layer."""
+        for name in self._array_names:
+            a, expected = getattr(self, name), f"({self._num_features},) floats"
+            if name == "num_batches_tracked":
+                fits, expected = a is None or (a.shape == () and a.dtype.kind in "iu"), "an integer"
+            else:
+                fits = a is None or (a.shape == (self._num_features,) and checks.native_input(a.dtype) is not None)
+            if not fits:
+                return ValueError(f"{name} has become an array of {a.dtype} of shape {a.shape}; expected {expected}")
+        return None
 
     def _coefficients(self) -> Doubles:
         """(3, C): mean, scale and offset of evaluation now."""
         checks.buffers_for_eval(self.running_mean, self.running_var)
-        mean, var, weight, bias = channels.as_doubles(self.running_mean, self.running_var, self.weight, self.bias)
+        mean, var, weight, bias = self._doubles((self.running_mean, self.running_var, self.weight, self.bias))
         return functional.coefficients(mean, var, weight, bias, self._eps)
 
     def __copy__(self: Layer) -> Layer:
@@ -727,11 +755,18 @@ class BatchNorm(passes.Planned):
         other.__dict__.update(self.__dict__, _saved=NO_FORWARD)
         return other
 
+    def __deepcopy__(self: Layer, memo: dict[int, Any]) -> Layer:
+        other = self.__copy__()
+        memo[id(self)] = other
+        own = {"_" + name for name in self._array_names}
+        for name, value in self.__getstate__().items():
+            other.__dict__[name] = value if name in own else copy.deepcopy(value, memo)
+        return other
+
     def __getstate__(self) -> dict[str, Any]:
         attributes = self.__dict__ | {"_saved": NO_FORWARD}
         # The arrays too: a pickle that is written later must not see half an update
-        arrays = {name: value for name, value in attributes.items() if isinstance(value, np.ndarray)}
-        return attributes | dict(zip(arrays, channels.copies(*arrays.values()), strict=True))
+        return attributes | {"_" + name: a for name, a in self._snapshot(self._array_names).items()}
 
     def __repr__(self) -> str:
         """PyTorch's; then what is not at its default, and the calls that lead to the mode, so that it can be evaluated;
@@ -801,7 +836,9 @@ class EvalPlan(passes.Planned):
     ) -> None:
         of_bytes = any(given is not None for given in (x_scale, x_zero_point, out_dtype))
         native = checks.native_bytes if of_bytes else checks.native_input
-        expected = "uint8 or int8, with x_scale" if of_bytes else "float32, float64, float16 or bfloat16"
+        expected = "float32, float64, float16 or bfloat16; or uint8 or int8, with x_scale"
+        if of_bytes:
+            expected = "uint8 or int8, with x_scale"
         self.dtype = accepted_dtype(dtype, native, expected)
         self.shape = checks.shape(shape)
         self._quantization, self._y_dtype = None, None
@@ -809,6 +846,7 @@ class EvalPlan(passes.Planned):
             one = np.empty(1, self.dtype)
             scale, zero_point, self._y_dtype = checks.quantization(one, x_scale, x_zero_point, out_dtype)
             self._quantization = scale, zero_point
+        refuse_overrides(layer, "a plan")
         self._axis, self._ranks = layer.channel_axis, layer._ranks
         inp = self._input(passes.with_room(np.empty, self.shape, self.dtype))
         inp.meets(layer.dtype)
@@ -878,6 +916,27 @@ class EvalPlan(passes.Planned):
 
 passes.plans_stand_for(BatchNorm, "_ranks")
 passes.plans_stand_for(EvalPlan)
+
+# What an evaluation goes by.
+_EVALUATION = (
+    *("forward", "__call__", "__getattribute__", "__getattr__", "_coefficients", "eps", "activation"),
+    *("weight", "bias", "running_mean", "running_var", "num_features", "channel_axis"),
+)
+
+
+def _definition(cls: type, name: str) -> Any:
+    """What a class has under this name, as it is there; None for nothing."""
+    return next((vars(c)[name] for c in cls.__mro__ if name in vars(c)), None)
+
+
+_OWN = {name: _definition(BatchNorm, name) for name in _EVALUATION}
+
+
+def refuse_overrides(layer: BatchNorm, what: str) -> None:
+    """Refuse a layer that evaluates otherwise than cbn defines, by its class, a mixin, a patch or an attribute."""
+    for name, own in _OWN.items():
+        if name in vars(layer) or _definition(type(layer), name) is not own:
+            raise TypeError(f"{type(layer).__name__} has a {name} of its own, which {what} would not follow")
 
 
 class BatchNorm1d(BatchNorm):

@@ -65,10 +65,22 @@ def quantization(x: Array, scale: Any, zero_point: Any, out_dtype: Any) -> tuple
     if out_dtype is None:
         return scale, zero_point, FLOATS[0]
     with contextlib.suppress(TypeError):
-        found = np.dtype(out_dtype)
+        found = dtype_of(out_dtype)
         if found == np.float32 or found.name == "bfloat16":
             return scale, zero_point, found.newbyteorder("=")
     raise TypeError(f"out_dtype must be float32 or bfloat16 (of ml_dtypes), not {out_dtype!r}")
+
+
+def dtype_of(value: Any) -> np.dtype[Any]:
+    """np.dtype(value), which knows bfloat16 by its name where ml_dtypes has been imported."""
+    if isinstance(value, str) and value == "bfloat16":
+        try:
+            import ml_dtypes
+        except ImportError as error:
+            raise ImportError('bfloat16 needs the ml_dtypes package: pip install "cbn[bfloat16]"') from error
+        value = ml_dtypes.bfloat16
+    found: np.dtype[Any] = np.dtype(value)
+    return found
 
 
 def array(x: Any, name: str) -> Array:
@@ -84,22 +96,30 @@ def array(x: Any, name: str) -> Array:
         if "inhomogeneous" in str(error):
             raise ValueError(f"{name} is a {type(x).__name__} whose parts differ in shape; expected an array") from None
         if getattr(x, "requires_grad", False):
-            raise TypeError(f"{name} is a {type(x).__name__} that requires grad; expected x.detach()") from None
-        hint = "; expected x.float(), for example" if "ScalarType BFloat16" in str(error) else ""
+            raise TypeError(
+                f"{name} is a {type(x).__name__} that requires grad; expected {variable(name)}.detach()"
+            ) from None
+        hint = f"; expected {variable(name)}.float(), for example" if "ScalarType BFloat16" in str(error) else ""
         raise TypeError(
             f"{name} is a {type(x).__name__}, which numpy cannot read as an array: {error}{hint}"
         ) from error
     unmasked(a, name)
     if a.ndim == 0 and (a.dtype == object or isinstance(x, (str, bytes))):
-        raise TypeError(f"{name} must be an array, not {'None' if x is None else type(x).__name__}{maker(x)}")
+        raise TypeError(f"{name} must be an array, not {'None' if x is None else type(x).__name__}{maker(x, name)}")
     return np.asarray(a)
 
 
-def maker(x: Any) -> str:
+def variable(name: str) -> str:
+    """What the caller may have called the argument."""
+    return "x" if name == "input" else name
+
+
+def maker(x: Any, name: str) -> str:
     """How to make an array of an object that holds one, but that numpy does not look into."""
-    for method, words in (("toarray", "x.toarray() makes one"), ("__dlpack__", "numpy.from_dlpack(x) makes one")):
-        if callable(getattr(x, method, None)):
-            return "; " + words
+    if callable(getattr(x, "toarray", None)):
+        return f"; {variable(name)}.toarray() makes one"
+    if callable(getattr(x, "__dlpack__", None)) and not isinstance(x, np.ndarray):
+        return f"; numpy.from_dlpack({variable(name)}) makes one"
     return ""
 
 
@@ -108,13 +128,15 @@ def dtype_error(a: Array, x: Any, name: str, expected: str) -> TypeError:
     words = f"{name} has dtype {a.dtype}; expected {expected}"
     if a.ndim and np.can_cast(a.dtype, np.float32, "same_kind"):
         target = "numpy.float64" if a.dtype.kind == "f" and a.dtype.itemsize > 8 else "numpy.float32"
-        variable = "x" if name == "input" else name
-        words += f", as in {variable}.astype({target})" if x is a else f", as in numpy.asarray({variable}, {target})"
+        given = variable(name)
+        words += f", as in {given}.astype({target})" if x is a else f", as in numpy.asarray({given}, {target})"
         if name == "input" and a.dtype in (np.uint8, np.int8):
             words += "; evaluation takes it as it is, with x_scale=1/255, for example"
     elif a.dtype == object:
         strange = [v for v in a.flat if not isinstance(v, numbers.Number)]
         words += f"; it holds objects that are no numbers, such as {reprlib.repr(strange[0])}" if strange else ""
+    elif a.dtype == np.dtype("V2"):
+        words += "; if numpy.load has read it, it may be bfloat16: x.view(ml_dtypes.bfloat16)"
     elif a.dtype.names:
         words += f"; it is structured, with fields {', '.join(a.dtype.names)}"
     return TypeError(words)
@@ -189,8 +211,11 @@ def boolean(value: Any, name: str) -> bool:
 
 
 def unmasked(a: Any, name: str) -> None:
-    """Refuse a masked array, whose mask would be ignored."""
-    if isinstance(a, np.ma.MaskedArray):
+    """Refuse a masked array, or a list of such, whose mask would be ignored."""
+    if type(a) in (list, tuple):
+        for part in a[:0] if a and isinstance(a[0], (float, int)) else a:  # not number by number
+            unmasked(part, name)
+    elif isinstance(a, np.ma.MaskedArray):
         raise TypeError(
             f"{name} is a masked array, which cbn does not support: its mask would be ignored. "
             "Expected a plain float32 or float64 array, for example x.filled(0)"

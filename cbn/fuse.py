@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from . import checks
-from .batchnorm import BatchNorm
+from .batchnorm import BatchNorm, refuse_overrides
 from .checks import Array, ArrayLike, Doubles
 from .kernels import passes
 
@@ -225,6 +225,7 @@ def _coefficients(bn: BatchNorm, n_channels: int, name: str) -> Doubles:
     """(3, C): mean, scale and offset of a layer in evaluation, for a neighbour with so many channels."""
     if not isinstance(bn, BatchNorm):
         raise TypeError(f"bn must be a layer of cbn, not {type(bn).__name__}; cbn.from_torch makes one of PyTorch's")
+    refuse_overrides(bn, "a folded weight")
     if bn.num_features != n_channels:
         raise ValueError(f"bn has {bn.num_features} channels, and there are {n_channels} {name}")
     if bn.training and not bn.frozen:

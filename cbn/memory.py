@@ -7,8 +7,11 @@ finds too little memory, it gives back what is kept and tries again.
 """
 
 import contextlib
+import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 from .kernels import passes
 from .kernels.passes import empty_cache
@@ -17,6 +20,19 @@ __all__ = ["empty_cache"]
 
 L2_BYTES, L3_BYTES = 1 << 20, 1 << 23  # where the system does not say: small for what is built today
 SHARE = 8  # of the memory: one part of so many is kept for outputs
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def retried(function: Callable[P, T]) -> Callable[P, T]:
+    """A function that changes nothing before it has all its memory: it is called again once cbn's own is given back."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        return passes.with_room(function, *args, **kwargs)
+
+    return call
 
 
 def parsed_size(text: str) -> int:

@@ -21,7 +21,7 @@ def array(value: Any, name: str) -> Array:
             if not callable(getattr(value, "float", None)) or not value.is_floating_point():
                 raise
             return np.asarray(value.float())
-    except Exception as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{name} cannot be read as an array ({error})") from None
 
 
@@ -43,7 +43,8 @@ def entry(
     a = array(value, key)
     integers = a.dtype.kind in "iu"
     if a.dtype.kind == "O":
-        raise ValueError(f"{key} is a {type(value).__name__}, which numpy does not read as numbers")
+        kind = "an array of objects" if isinstance(value, np.ndarray) else f"a {type(value).__name__}"
+        raise ValueError(f"{key} is {kind}, which numpy does not read as numbers{checks.maker(value, key)}")
     if not (integers or a.dtype.kind == "f" or a.dtype.name.startswith(("bfloat", "float"))):  # ml_dtypes' are "V"
         raise ValueError(f"{key} has dtype {a.dtype}; expected {dtype}")
     if a.shape != shape:

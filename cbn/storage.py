@@ -14,20 +14,21 @@ import re
 import secrets
 import stat
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO, cast
 
 import numpy as np
 
 from . import batchnorm, checks, state
 from .checks import Array
+from .memory import empty_cache, retried
 
 __all__ = ["load", "save"]
 
 HEADER = "cbn"
 FORMAT = 1
 CLASSES: dict[str, type[batchnorm.BatchNorm]] = {name: getattr(batchnorm, name) for name in batchnorm.__all__}
-ARRAYS = (*batchnorm.BatchNorm._state_names, "weight_grad", "bias_grad")
+ARRAYS = batchnorm.BatchNorm._array_names
 ARGUMENTS = (
     *("num_features", "eps", "momentum", "affine", "track_running_stats"),
     *("bias", "dtype", "channel_axis", "running_var", "activation"),
@@ -36,7 +37,7 @@ LIMIT = 1 << 17  # bytes of one read, so of every header: cbn's take less than 4
 
 Path = str | os.PathLike[str]
 Described = dict[str, tuple[tuple[int, ...], str]]  # what a file says of its arrays before one is read: shape, dtype
-Content = tuple[Any, Described, Callable[[], dict[str, Array]]]  # header, arrays described, arrays read
+Content = tuple[Any, Described, Callable[[], Iterable[tuple[str, Array]]]]  # header, arrays described, arrays read
 
 
 def save(
@@ -74,19 +75,23 @@ def save(
     }
     described = {key: (a.shape, a.dtype.name) for key, a in arrays.items()}
     # What cannot be loaded is not written
-    _build(header, described, lambda: arrays, allow_nonfinite, allow_negative_var)
-    if package:
-        contiguous = {key: np.array(a, order="C") for key, a in arrays.items()}
-        content: bytes = package.numpy.save(contiguous, metadata={HEADER: json.dumps(header)})
-    else:
-        buffer = io.BytesIO()  # a stream that cannot be sought gets no data descriptors, and a failure writes no part
-        entries: dict[str, Any] = {HEADER: np.array(json.dumps(header)), **arrays}
-        np.savez(buffer, **entries)
-        content = buffer.getvalue()
+    _build(header, described, arrays.items, allow_nonfinite, allow_negative_var)
+    content = _content(package, json.dumps(header), arrays)
     if path is not None:
         _replace(path, content)
     else:
         _write(cast(BinaryIO, file), content)
+
+
+@retried
+def _content(package: Any, header: str, arrays: dict[str, Array]) -> bytes:
+    """What a file holds: a failure writes no part of it."""
+    if package:
+        return package.numpy.save(arrays, metadata={HEADER: header})  # type: ignore[no-any-return]
+    buffer = io.BytesIO()  # a stream that cannot be sought gets no data descriptors
+    entries: dict[str, Any] = {HEADER: np.array(header), **arrays}
+    np.savez(buffer, **entries)
+    return buffer.getvalue()
 
 
 def load(
@@ -117,7 +122,8 @@ def load(
     ------
     ValueError
         For anything but such a file: foreign, truncated, pickled, of wrong shapes or values. Nothing is unpickled, and
-        no more memory is taken than the layer needs, whatever sizes the file claims.
+        no more memory is taken than the layer needs (twice that in the safetensors format), whatever sizes the file
+        claims.
     TypeError
         For what is neither a path nor a file object that reads bytes.
     OSError
@@ -140,21 +146,18 @@ def load(
     with contextlib.ExitStack() as stack:
         source = cast(BinaryIO, file) if path is None else stack.enter_context(open(path, "rb"))
         reader = _Reader(source, name)
-        start = reader.read(9)
-        zipped = start[:2] == b"PK"
-        if zipped and not reader.seekable():
-            raise ValueError(f"{name!r} cannot be sought, as .npz needs it: load(io.BytesIO(file.read())) works")
-        # A safetensors file begins with the length of its header, in 8 bytes, and with the header's brace
-        package = _safetensors() if not zipped and (_is_safetensors(name) or start[8:] == b"{") else None
+
+        def read() -> batchnorm.BatchNorm:
+            return _load(reader, name, allow_nonfinite, allow_negative_var)
+
         try:
-            if zipped and _is_safetensors(name):
-                raise ValueError("it is an .npz file, and its name says safetensors")
-            content = _read_safetensors(package, reader, start) if package else _read_npz(reader, start)
-            return _build(*content, allow_nonfinite, allow_negative_var)
-        except (OSError, MemoryError):
-            raise
-        except Exception as error:  # whatever a foreign file makes a parser raise
-            raise ValueError(f"{name!r} is not a layer that cbn has saved: {error}") from error
+            return read()
+        except MemoryError:
+            if not reader.seekable():
+                raise
+            empty_cache()
+        reader.seek(0)
+        return read()
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -191,7 +194,7 @@ def _safetensors() -> Any:
     try:
         import safetensors.numpy
     except ImportError as error:
-        raise ImportError("safetensors files need the safetensors package: pip install cbn[safetensors]") from error
+        raise ImportError('safetensors files need the safetensors package: pip install "cbn[safetensors]"') from error
     return safetensors
 
 
@@ -364,10 +367,10 @@ def _read_npz(reader: _Reader, start: bytes) -> Content:
         _, shape, dtype = opened(key)
         described[key] = shape, dtype.name
 
-    def arrays() -> dict[str, Array]:
-        found = {key: numbers(key) for key in keys}
+    def arrays() -> Iterator[tuple[str, Array]]:
+        for key in keys:
+            yield key, numbers(key)
         reader.seek(0, 2)  # a file object is left where the layer ends
-        return found
 
     return header, described, arrays
 
@@ -392,13 +395,13 @@ def _read_safetensors(package: Any, reader: _Reader, start: bytes) -> Content:
         )
         described[key] = tuple(tensor["shape"]), dtype
 
-    def arrays() -> dict[str, Array]:
+    def arrays() -> Iterable[tuple[str, Array]]:
         # Shapes and dtypes are known to be the layer's; the package checks that the format's rules are kept
         size = sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in described.values())
         whole = b"".join((content, _bytes(reader.read, size)))
         if reader.seekable() and reader.read(1):
             raise ValueError("something follows its arrays")
-        return package.numpy.load(whole)  # type: ignore[no-any-return]
+        return package.numpy.load(whole).items()  # type: ignore[no-any-return]
 
     return header, described, arrays
 
@@ -419,10 +422,28 @@ def _some(keys: list[str], most: int = 10) -> str:
 # ---- layers ----------------------------------------------------------------------------------------------------------
 
 
+def _load(reader: _Reader, name: str, allow_nonfinite: bool, allow_negative_var: bool) -> batchnorm.BatchNorm:
+    start = reader.read(9)
+    zipped = start[:2] == b"PK"
+    if zipped and not reader.seekable():
+        raise ValueError(f"{name!r} cannot be sought, as .npz needs it: load(io.BytesIO(file.read())) works")
+    # A safetensors file begins with the length of its header, in 8 bytes, and with the header's brace
+    package = _safetensors() if not zipped and (_is_safetensors(name) or start[8:] == b"{") else None
+    try:
+        if zipped and _is_safetensors(name):
+            raise ValueError("it is an .npz file, and its name says safetensors")
+        content = _read_safetensors(package, reader, start) if package else _read_npz(reader, start)
+        return _build(*content, allow_nonfinite, allow_negative_var)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # whatever a foreign file makes a parser raise
+        raise ValueError(f"{name!r} is not a layer that cbn has saved: {error}") from error
+
+
 def _build(
     header: Any,
     described: Described,
-    read: Callable[[], dict[str, Array]],
+    read: Callable[[], Iterable[tuple[str, Array]]],
     allow_nonfinite: bool,
     allow_negative_var: bool,
 ) -> batchnorm.BatchNorm:
@@ -438,7 +459,7 @@ def _build(
                 problems.append(f"{key} has {what} {found}; expected {right}")
     if problems:
         raise ValueError("; ".join(problems))
-    for key, a in read().items():
+    for key, a in read():
         try:
             eps = layer.eps if allow_negative_var else None
             setattr(layer, key, state.entry(key, a, *expected[key], allow_nonfinite=allow_nonfinite, eps=eps))
@@ -454,7 +475,7 @@ def _build(
 
 def _without_arrays(header: Any) -> batchnorm.BatchNorm:
     """The layer that a header describes, before it has arrays."""
-    if isinstance(header, dict) and header.get("format") != FORMAT:
+    if isinstance(header, dict) and (header.get("format") != FORMAT or header["format"] is True):
         raise ValueError(f"format {header.get('format')!r}, and this version reads {FORMAT}")
     _keys("header", header, ("format", "class", "arguments", "training", "frozen", "arrays"))
     if not isinstance(header["class"], str) or header["class"] not in CLASSES:

@@ -3,6 +3,8 @@
 import fractions
 import re
 import resource
+import subprocess
+import sys
 
 import ml_dtypes
 import numpy as np
@@ -59,14 +61,17 @@ NO_FLOATS = {
     "generator": ((i for i in [1.0]), " must be an array, not generator"),
     "object": (object(), " must be an array, not object"),
     "function": (len, " must be an array, not builtin_function_or_method"),
-    "sparse": (Sparse(), " must be an array, not Sparse; x.toarray() makes one"),
-    "DLPack": (OnlyDLPack(f32(2, 3)), " must be an array, not OnlyDLPack; numpy.from_dlpack(x) makes one"),
+    "sparse": (Sparse(), " must be an array, not Sparse; {}.toarray() makes one"),
+    "DLPack": (OnlyDLPack(f32(2, 3)), " must be an array, not OnlyDLPack; numpy.from_dlpack({}) makes one"),
     "str": ("hello", " must be an array, not str"),
     "bytes": (b"hello", " must be an array, not bytes"),
     "unreadable": (Unreadable(), " is a Unreadable, which numpy cannot read as an array: lies on another device"),
-    "requires grad": (RequiresGrad(), " is a RequiresGrad that requires grad; expected x.detach()"),
+    "requires grad": (RequiresGrad(), " is a RequiresGrad that requires grad; expected {}.detach()"),
     "masked": (np.ma.masked_less(f32(2, 3), 2), " is a masked array"),
     "gives masked": (GivesMasked(), " is a masked array"),
+    "list of masked": ([np.ma.masked_less(f32(3), 2), f32(3)], " is a masked array"),
+    "lists of masked": ([[np.ma.masked_less(f32(3), 2)]], " is a masked array"),
+    "bfloat16 of numpy.load": (np.zeros((2, 3), "V2"), " has dtype |V2; expected"),
     "strings": ([["1", "2", "3"]], " has dtype <U1; expected"),
     "dates": (np.full((2, 3), "2015-02-11", "M8[D]"), " has dtype datetime64[D]; expected"),
     "durations": (np.ones((2, 3), "m8[s]"), " has dtype timedelta64[s]; expected"),
@@ -77,6 +82,7 @@ NO_FLOATS = {
 LATER_WORDS = {
     "objects": "it holds objects that are no numbers, such as None",
     "structured": "it is structured, with fields a, b",
+    "bfloat16 of numpy.load": "it may be bfloat16: x.view(ml_dtypes.bfloat16)",
 }
 
 
@@ -131,7 +137,7 @@ def test_what_is_no_array_of_floats_is_named(kind):
             with pytest.raises(TypeError) as caught:
                 call()
             said = str(caught.value)
-            assert said.startswith(name + words), (name, i, said)
+            assert said.startswith(name + words.format("x" if name == "input" else name)), (name, i, said)
             assert LATER_WORDS.get(kind, "") in said, (name, i, said)
             assert "astype" not in said, (name, i, said)
             assert "asarray" not in said, (name, i, said)
@@ -156,7 +162,7 @@ def test_statistics_to_be_updated_are_named_too(kind, name):
         batch_norm(f32(2, 3), **buffers, training=True)
     if isinstance(value, np.ndarray):
         assert str(caught.value).startswith(name + words)
-    elif kind != "masked":
+    elif "masked" not in kind:
         assert str(caught.value) == f"{name} is updated in place and must be a numpy array, not {type(value).__name__}"
 
 
@@ -400,3 +406,23 @@ def test_every_argument_is_made_an_array_once(name):
     function(*arguments, **keywords)
     counted = [a for a in (*arguments, *keywords.values()) if isinstance(a, Counting)]
     assert [a.count for a in counted] == [1] * len(counted)
+
+
+def test_bfloat16_by_its_name():
+    """numpy knows it once ml_dtypes has been imported, which a user who names it need not have done."""
+    code = (
+        "import sys, cbn, numpy as np; assert 'ml_dtypes' not in sys.modules; "
+        "bn = cbn.BatchNorm1d(3).eval(); print(bn.plan((2, 3), 'bfloat16').dtype, "
+        "bn(np.ones((2, 3), np.uint8), x_scale=1, out_dtype='bfloat16').dtype)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "bfloat16 bfloat16\n", done.stderr
+    code = "import sys; sys.modules['ml_dtypes'] = None; import cbn; cbn.BatchNorm1d(3).plan((2, 3), 'bfloat16')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert 'ImportError: bfloat16 needs the ml_dtypes package: pip install "cbn[bfloat16]"' in done.stderr
+
+
+@pytest.mark.parametrize("value", [None, {}, np.ones(3)])
+def test_what_is_no_layer_has_no_state_for_torch(value):
+    with pytest.raises(TypeError, match=f"bn must be a layer of cbn, not {type(value).__name__}"):
+        cbn.to_torch_state(value)

@@ -56,8 +56,8 @@ def test_imports_run_one_way():
         "functional": {"checks", "kernels"},
         "moments": {"checks", "functional", "kernels"},
         "state": {"checks"},
-        "batchnorm": {"checks", "functional", "kernels", "state", "storage"},
-        "storage": {"batchnorm", "checks", "state"},
+        "batchnorm": {"checks", "functional", "kernels", "memory", "state", "storage"},
+        "storage": {"batchnorm", "checks", "memory", "state"},
         "fuse": {"batchnorm", "checks", "kernels"},
         "config": {"checks", "functional", "kernels", "memory", "reference", "threads"},
     }

@@ -307,6 +307,7 @@ def test_arguments_that_are_missing(key):
     ("change", "words"),
     [
         ({"format": "1"}, "format '1', and this version reads 1"),
+        ({"format": True}, "format True, and this version reads 1"),
         ({"class": "Linear"}, "unknown class 'Linear'"),
         ({"class": ["BatchNorm1d"]}, "unknown class"),
         ({"class": None}, "unknown class None"),

@@ -1,6 +1,7 @@
 """The layers: state, modes, gradients, state dicts, copies."""
 
 import copy
+import io
 import itertools
 import pickle
 
@@ -562,11 +563,57 @@ def test_backward_goes_through_the_input_as_it_was_given(rng, change):
         bn.backward(dy.ravel())
 
 
-def test_a_resized_parameter_is_an_error_and_no_crash(rng):
+def resized(a):
+    a.resize(1, refcheck=False)
+
+
+def two_dimensional(a):
+    a.shape = (2, 2)
+
+
+@pytest.mark.filterwarnings("ignore:Setting the (shape|dtype):DeprecationWarning")
+@pytest.mark.parametrize("change", [resized, two_dimensional, retyped])
+@pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_array_that_is_changed_past_the_layer_is_an_error_and_no_crash(rng, change, name, dtype):
+    """Its shape or dtype, in place: no byte beyond it is read."""
+    bn = cbn.BatchNorm1d(4, dtype=dtype)
+    x = rng.standard_normal((8, 4)).astype(np.float32)
+    for _ in range(3):
+        bn.eval()(x)
+    change(getattr(bn, name))
+    words = rf"{name} has become an array of \w+ of shape \S+( \S+)?; expected \(4,\) floats"
+    for call in (
+        *(lambda: bn.eval()(x), lambda: bn.train()(x), lambda: bn.freeze()(x), lambda: bn.plan((8, 4), np.float32)),
+        *(bn.state_dict, lambda: copy.deepcopy(bn), lambda: pickle.dumps(bn), lambda: bn.save(io.BytesIO())),
+    ):
+        with pytest.raises(ValueError, match=words):
+            call()
+        bn.unfreeze()
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, by_pickle])
+def test_what_a_user_has_added_to_a_layer_is_copied_too(duplicate):
     bn = cbn.BatchNorm1d(3)
-    bn.weight.resize(1, refcheck=False)
-    with pytest.raises(ValueError, match="resized"):
-        bn(batch(rng))
+    bn.table, bn.words, bn.inner = np.arange(6).reshape(2, 3), np.array([[1, 2], None], object), [cbn.BatchNorm1d(2)]
+    bn.itself = bn
+    other = duplicate(bn)
+    assert np.array_equal(other.table, bn.table)
+    assert other.words.tolist() == bn.words.tolist()
+    assert repr(other.inner) == repr(bn.inner)
+    if duplicate is not copy.copy:
+        assert other.itself is other
+        assert other.inner[0] is not bn.inner[0]
+        assert not np.shares_memory(other.table, bn.table)
+        assert not np.shares_memory(other.weight, bn.weight)
+
+
+@pytest.mark.parametrize("value", [np.array(2**63, np.uint64), np.array(-1), np.array(2**64 - 1, np.uint64)])
+def test_a_counter_out_of_range_is_refused(value):
+    bn = cbn.BatchNorm1d(3)
+    with pytest.raises(ValueError, match=r"num_batches_tracked must be an integer from 0 to 2\^63 - 1, but got"):
+        bn.num_batches_tracked = value
+    assert bn.num_batches_tracked == 0
 
 
 def test_a_subclass_may_override_forward(rng):

@@ -211,7 +211,7 @@ def test_the_handler_of_other_arrays_stays():
 
 
 STARVED = """
-import resource
+import copy, io, resource
 import numpy as np
 import cbn
 from cbn.functional import batch_norm
@@ -246,6 +246,7 @@ assert out.tobytes() == before
 print("good")
 """
 TO_OUT = "out = np.empty_like(x)"
+BIG = "big = cbn.BatchNorm1d(1 << 20)"  # 4 MB an array
 STARVED_CALLS = {  # what allocates: (set up, call); `out` is where it does not allocate its output
     "output": ("", "bn(x)"),
     "evaluation": ("bn.eval()", "bn(x)"),
@@ -277,6 +278,18 @@ STARVED_CALLS = {  # what allocates: (set up, call); `out` is where it does not 
     "fused weights before": ("w = x.reshape(8, -1); bn.eval()", "cbn.fuse_linear_bn(w, None, bn)"),
     "fused weights after": ("w = x.reshape(-1, 8); bn.eval()", "cbn.fuse_bn_linear(bn, w, None)"),
     "plan": ("bn.eval()", "bn.plan((64, 8, 64, 64))(x)"),
+    "a layer": ("", "cbn.BatchNorm1d(1 << 20).weight"),
+    "state dict": (BIG, "big.state_dict()['weight']"),
+    "a state that is loaded": (f"{BIG}; state = big.state_dict()", "big.load_state_dict(state) and big.weight"),
+    "deep copy": (BIG, "copy.deepcopy(big).weight"),
+    "copy for a pickle": (BIG, "big.__getstate__()['_weight']"),
+    "parameter of another dtype": (
+        f"{BIG}; w = np.ones(1 << 20)", "setattr(big, 'weight', w) or big.weight"),
+    "zeros": (BIG, "big.zero_grad() or big.weight_grad"),
+    "file that is written": (f"{BIG}; out = np.empty(0)", "big.save('/dev/null') or x"),
+    "file that is read": (
+        f"{BIG}; file = io.BytesIO(); big.save(file)", "file.seek(0) or cbn.load(file).weight"),
+    "evaluation of many channels": (f"{BIG}; one = np.ones((2, 1 << 20), np.float32); big.eval()", "big(one)"),
 }  # fmt: skip
 
 

@@ -331,7 +331,10 @@ def test_what_a_plan_refuses():
         bn.plan((2, 3))
     with pytest.raises(ValueError, match="running_mean should contain 4 elements not 3"):
         bn.plan((2, 4, 5, 5))
-    with pytest.raises(TypeError, match="dtype must be float32, float64, float16 or bfloat16, not int64"):
+    with pytest.raises(
+        TypeError,
+        match="dtype must be float32, float64, float16 or bfloat16; or uint8 or int8, with x_scale, not int64",
+    ):
         bn.plan((2, 3, 5, 5), np.int64)
     with pytest.raises(ValueError, match="running_mean must be defined in evaluation mode"):
         cbn.BatchNorm2d(3, track_running_stats=False).plan((2, 3, 5, 5))
@@ -594,5 +597,76 @@ def test_a_dtype_assigned_in_place_is_noticed(rng):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # numpy 2.5 discourages it
             getattr(bn, name).dtype = np.int32
-        with pytest.raises(TypeError, match="statistics has become one of int32; expected floats"):
+        with pytest.raises(
+            ValueError, match=rf"{name} has become an array of int32 of shape \(5,\); expected \(5,\) floats"
+        ):
             bn(x)
+
+
+def overriding():
+    """Layers that evaluate otherwise than cbn defines, by the way in which they do."""
+
+    class Mixin:
+        def forward(self, x, **kwargs):
+            return 2 * super().forward(x, **kwargs)
+
+    class Mixed(Mixin, cbn.BatchNorm1d):
+        pass
+
+    class Calling(cbn.BatchNorm1d):
+        def __call__(self, x, **kwargs):
+            return 2 * super().__call__(x, **kwargs)
+
+    class Weighted(cbn.BatchNorm1d):
+        weight = property(lambda self: np.full(3, 5, np.float32), lambda self, value: None)
+
+    yield "forward", Mixed(3)
+    yield "__call__", Calling(3)
+    yield "weight", Weighted(3)
+    bn = cbn.BatchNorm1d(3)
+    bn.forward = lambda x: x
+    yield "forward", bn
+    with mock.patch.object(cbn.BatchNorm1d, "forward", lambda self, x: x):
+        yield "forward", cbn.BatchNorm1d(3)
+
+
+@pytest.mark.parametrize("i", range(5))
+def test_what_stands_for_an_overridden_evaluation_is_refused(i):
+    """A plan and folded weights would go on without the override."""
+    for k, (name, bn) in enumerate(overriding()):
+        if k == i:
+            bn.eval()
+            words = rf"{type(bn).__name__} has a {name} of its own, which {{}} would not follow"
+            with pytest.raises(TypeError, match=words.format("a plan")):
+                bn.plan((2, 3))
+            with pytest.raises(TypeError, match=words.format("a folded weight")):
+                cbn.fuse_linear_bn(np.eye(3), None, bn)
+
+
+def test_a_subclass_that_evaluates_as_its_base_has_plans():
+    class Named(cbn.BatchNorm1d):
+        def train(self, mode=True):
+            return super().train(mode)
+
+        def describe(self):
+            return "named"
+
+    x = np.ones((2, 3), np.float32)
+    bn = Named(3).eval()
+    assert np.array_equal(bn.plan((2, 3))(x), bn(x))
+
+
+def test_a_deleted_attribute_drops_the_plan(rng):
+    """So that another one, which overrides something, cannot take its place unnoticed."""
+    x = rng.standard_normal((2, 3)).astype(np.float32)
+    bn = cbn.BatchNorm1d(3).eval()
+    bn.note = 1
+    for _ in range(3):
+        bn(x)
+    del bn.note
+    vars(bn)["forward"] = lambda x: 7
+    assert bn(x) == 7
+    del bn.forward
+    assert np.array_equal(bn(x), cbn.BatchNorm1d(3).eval()(x))
+    with pytest.raises(AttributeError):
+        del bn.note

@@ -286,7 +286,7 @@ def test_truncated_and_other_files_named_safetensors(tmp_path, rng):
 def test_without_the_safetensors_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
     path = tmp_path / "bn.safetensors"
-    with pytest.raises(ImportError, match=r"need the safetensors package: pip install cbn\[safetensors\]"):
+    with pytest.raises(ImportError, match=r"need the safetensors package: pip install .cbn\[safetensors\]."):
         cbn.BatchNorm1d(3).save(path)
     assert not path.exists()
     with pytest.raises(ImportError, match="need the safetensors package"):

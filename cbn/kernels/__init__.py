@@ -3,6 +3,14 @@
 __all__ = ["channels", "passes"]
 
 
+def _is_compiled() -> bool:
+    """Whether there is a module for this Python, whose own error then says why it cannot be loaded."""
+    from importlib.machinery import EXTENSION_SUFFIXES
+    from pathlib import Path
+
+    return any((Path(__file__).parent / f"passes{suffix}").exists() for suffix in EXTENSION_SUFFIXES)
+
+
 def _explain(error: ImportError) -> str:
     """Why the compiled module is not there, and what to do about it, in one sentence."""
     import sysconfig
@@ -38,4 +46,4 @@ def _explain(error: ImportError) -> str:
 try:
     from . import channels, passes
 except ImportError as error:
-    raise ImportError(_explain(error), name="cbn.kernels.passes") from error
+    raise ImportError(_explain(error), name="cbn.kernels.passes") from (error if _is_compiled() else None)

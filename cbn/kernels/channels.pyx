@@ -15,6 +15,8 @@ from libc.string cimport memcpy
 
 import numpy as np
 
+from .passes import empty_cache
+
 cnp.import_array()
 
 cdef extern from "Python.h":
@@ -93,8 +95,7 @@ cdef bint same_kind(cnp.ndarray a, cnp.ndarray b) noexcept:
         and cnp.PyArray_ITEMSIZE(a) == cnp.PyArray_ITEMSIZE(b)
 
 
-def as_doubles(*arrays):
-    """Contiguous float64 copies of (C,) arrays of any float dtype as they are at one moment; None for None."""
+cdef tuple doubles_of(Py_ssize_t n, tuple arrays):
     cdef cnp.ndarray a, copy
     cdef Vector v
     cdef Py_ssize_t c
@@ -107,9 +108,11 @@ def as_doubles(*arrays):
             copies.append(None)
         else:
             a = array
-            if a.dtype.kind != "f" and a.dtype.name != "bfloat16":    # assigned to in place
-                raise TypeError(f"an array of parameters or statistics has become one of {a.dtype}; expected floats")
-            copies.append(new_doubles(cnp.PyArray_SIZE(a)) if is_float(a) else np.empty(np.shape(a), a.dtype))
+            if cnp.PyArray_NDIM(a) != 1 or cnp.PyArray_SIZE(a) != n or not (
+                    is_float(a) or a.dtype.kind == "f" or a.dtype.name == "bfloat16"):    # assigned to in place
+                raise ValueError(f"an array of the layer has become one of {a.dtype} of shape {np.shape(a)}; "
+                                 f"expected ({n},) floats")
+            copies.append(new_doubles(n) if is_float(a) else np.empty(n, a.dtype))
     for i in range(len(copies)):
         if copies[i] is None:
             continue
@@ -135,6 +138,15 @@ def as_doubles(*arrays):
     return tuple(copies)
 
 
+def as_doubles(n, *arrays):
+    """Contiguous float64 copies of (n,) arrays of any float dtype as they are at one moment; None for None."""
+    try:
+        return doubles_of(n, arrays)
+    except MemoryError:
+        empty_cache()
+    return doubles_of(n, arrays)
+
+
 def rounded(cnp.ndarray values, dtype):
     """Float64 values as a new array of a float dtype; what overflows becomes infinite, without a warning."""
     cdef Vector to
@@ -150,14 +162,17 @@ def rounded(cnp.ndarray values, dtype):
     return new
 
 
-def copies(*arrays):
-    """Contiguous copies of arrays of one dimension, or none, as they are at one moment; None for None."""
+cdef tuple copies_of(tuple arrays):
     cdef cnp.ndarray a, copy
     cdef Vector v
     cdef Py_ssize_t c
     cdef int i
     cdef bint torn = False
-    cdef list new = [None if a is None else np.empty(np.shape(a), a.dtype) for a in arrays]
+    cdef list new = []
+    for array in arrays:
+        if array is not None and (np.ndim(array) > 1 or array.dtype.hasobject):
+            raise ValueError(f"an array of the layer has become one of {array.dtype} of shape {np.shape(array)}")
+        new.append(None if array is None else np.empty(np.shape(array), array.dtype))
     for i in range(len(new)):
         if new[i] is None:
             continue
@@ -169,6 +184,15 @@ def copies(*arrays):
     if torn:
         raise ValueError("an array of parameters or statistics has been resized while it was read")
     return tuple(new)
+
+
+def copies(*arrays):
+    """Contiguous copies of arrays of one dimension, or none, as they are at one moment; None for None."""
+    try:
+        return copies_of(arrays)
+    except MemoryError:
+        empty_cache()
+    return copies_of(arrays)
 
 
 def replace(targets, values, names):

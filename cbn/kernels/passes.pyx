@@ -1561,6 +1561,7 @@ cdef extern from *:
     """
     unsigned int TYPE_VERSION(object self)
     object PyObject_GenericGetDict(object self, void *context)
+    int delete_attribute "PyObject_GenericSetAttr"(object self, object name, void *none) except -1
 
 
 class _CallSignature:
@@ -1788,8 +1789,9 @@ cdef class Planned:
     * class: no class of the MRO overrides anything that cbn's class defined when it was imported, be it by a subclass,
       a mixin or a patch. This is looked up when a plan is kept; from then on the type's version tag is compared, which
       CPython changes when the type or one of its bases is changed, and which another class does not have.
-    * instance: its `__dict__` has no entry that hides something of the class. An assignment drops the plan, and the
-      number of entries is compared, since one can be added without an assignment.
+    * instance: its `__dict__` has no entry that hides something of the class. An assignment and a deletion drop the
+      plan, and the number of entries is compared, since one can be added without an assignment. (Not noticed is what is
+      written into `__dict__` itself in the place of another entry: assign, or make a copy of the layer.)
     * attributes: nothing has been assigned since the plan was made (`_version`).
     * arrays: running statistics, weight and bias are of the type, and hold the bytes, that the coefficients were made
       from.
@@ -1831,6 +1833,12 @@ cdef class Planned:
         self.plan = None
         self._version += 1
         PyObject_GenericSetAttr(self, name, value)
+
+    def __delattr__(self, name):
+        """As an assignment."""
+        self.plan = None
+        self._version += 1
+        delete_attribute(self, name, NULL)
 
     def __reduce_ex__(self, protocol):
         """Protocols 0 and 1 know no classes that are compiled: what protocol 2 does serves them too."""
