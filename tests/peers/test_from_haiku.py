@@ -67,9 +67,10 @@ def test_few_batches_are_for_evaluation(rng):
 
 
 def test_averages_that_never_move_are_refused(rng):
-    _, params, state = make(rng, 2, decay_rate=1.0)
-    with pytest.raises(ValueError, match=r"with a weight of 1\.0 for the old statistics Haiku has none"):
-        cbn.from_haiku(params, state, decay_rate=1)
+    for decay_rate in (0.9, 1.0):
+        _, params, state = make(rng, 2, decay_rate=decay_rate)
+        with pytest.raises(ValueError, match=r"decay_rate=1 is not that of the module|a weight of 1\.0 for the old"):
+            cbn.from_haiku(params, state, decay_rate=1)
 
 
 def test_a_model_of_several(rng):
