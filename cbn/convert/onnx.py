@@ -253,7 +253,8 @@ def _batch_norms(body: Any, scope: _Scope, prefix: str = "") -> Iterator[tuple[s
         path = prefix + (node.name or next(filter(None, node.output), node.op_type))
         node = scope.resolved(node)
         function = scope.function_of(node)
-        if node.op_type == "BatchNormalization" and (function is None or not _domain(node)):
+        # ONNX Runtime's training graphs have its own BatchNormInternal
+        if node.op_type in ("BatchNormalization", "BatchNormInternal") and (function is None or not _domain(node)):
             yield path, node, scope
         elif function is not None:
             yield from _batch_norms(function, scope.of_call(node), f"{path}/")
@@ -270,7 +271,7 @@ def _from_node(node: Any, scope: _Scope) -> BatchNorm:
     import onnx
 
     if _domain(node):
-        raise ValueError(f"is of the domain {node.domain!r}, whose BatchNormalization is unknown")
+        raise ValueError(f"is of the domain {node.domain!r}, whose {node.op_type} is unknown")
     if scope.function_of(node) is not None:
         raise ValueError("is an operator of ONNX that the model defines once more, as a function")
     attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}

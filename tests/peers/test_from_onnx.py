@@ -295,6 +295,7 @@ def test_types_of_parameters(parameters, statistics, expected):
         ("t = Add(y, s) y = BatchNormalization(x, t, b, m, v)", "has scale 't' that the model does not store"),
         ("y = BatchNormalization(x, s, b)", "has mean '', var '' that the model does not store"),
         ("y = other.BatchNormalization(x, s, b, m, v)", "is of the domain 'other', whose BatchNormalization is unk"),
+        ("y = other.BatchNormInternal(x, s, b, m, v)", "is of the domain 'other', whose BatchNormInternal is unknown"),
         ("y = BatchNormalization<axis = 2>(x, s, b, m, v)", "has the attribute 'axis', which ONNX's operator has not"),
         ("y = BatchNormalization<momentum = 1.5>(x, s, b, m, v)", r"momentum must be in \[0, 1\].*, but got 1\.5"),
         ("y = BatchNormalization<epsilon = -1.0>(x, s, b, m, v)", r"eps must be finite and non-negative"),
