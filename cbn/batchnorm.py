@@ -121,6 +121,8 @@ class _Counter(_ChannelArray):
     def checked(self, layer: BatchNorm, value: Array | None) -> Array | None:
         if value is None:
             return None
+        if isinstance(value, np.ndarray) and type(value) is not np.ndarray:
+            value = np.ndarray.view(value, np.ndarray)  # of a subclass, which can say of itself what it likes
         if not isinstance(value, np.ndarray) or value.shape != () or value.dtype.kind not in "iu":
             raise TypeError(f"{self.name} must be an integer array without dimensions, or None, not {value!r}")
         if not 0 <= int(value) < 1 << 63:
@@ -399,7 +401,8 @@ class BatchNorm(passes.Planned):
             of_bytes = x_scale, x_zero_point, out_dtype
             inp, quantization = functional.quantized(x, self.training, self._channel_axis, self._ranks, *of_bytes)
         inp.meets(self._dtype)
-        residual = functional.check_output(inp, out, residual)
+        given = out
+        out, residual = functional.check_output(inp, out, residual)
         version = self._version  # before anything that a plan would stand for is read
         training, frozen, slope = self.training, self._frozen, checks.negative_slope(self._activation)
         running_mean, running_var, weight, bias = sources = (
@@ -433,7 +436,7 @@ class BatchNorm(passes.Planned):
             self._remember(AFTER_EVAL)
             if not batch_statistics and quantization is None and not self._has_plan(x):
                 self._keep(passes.Plan.of(inp, x, sources, values, coef, slope), version)
-            return y
+            return y if given is None else given
         if not batch_statistics:
             invstd = functional.inverse_std(var, eps)
         saved: Any = functional.Forward(inp, weight, bias, mean, invstd, batch_statistics, residual, slope)
@@ -449,7 +452,7 @@ class BatchNorm(passes.Planned):
             )
         else:
             self._remember(saved)
-        return y
+        return y if given is None else given
 
     def _remember(self, saved: str | functional.Forward) -> None:
         """Keep what backward needs, and the plan, which an assignment would drop: evaluation does not read it."""
@@ -559,7 +562,7 @@ class BatchNorm(passes.Planned):
         dy = passes.with_room(checks.float_array, dy, "dy")
         if dy.shape != inp.x.shape:
             raise ValueError(f"dy has shape {dy.shape}; expected {inp.x.shape}, as the input")
-        checks.output(out, inp.x.shape, inp.x.dtype)
+        given, out = out, checks.output(out, inp.x.shape, inp.x.dtype)
         weight_grad = None if forward.weight is None else self.weight_grad
         bias_grad = None if self.bias is None else self.bias_grad
         want_sums = weight_grad is not None or bias_grad is not None
@@ -572,6 +575,7 @@ class BatchNorm(passes.Planned):
             self._remember(forward)
             raise
         channels.add((weight_grad, bias_grad), (dweight, dbias), ("weight_grad", "bias_grad"))
+        dx = dx if given is None else given
         return dx if forward.residual is None else (dx, dresidual)
 
     # ---- parameters ------------------------------------------------------------------------------------------------
@@ -822,9 +826,6 @@ class EvalPlan(passes.Planned):
     dtype : numpy.dtype
     """
 
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-
     def __init__(
         self,
         layer: BatchNorm,
@@ -839,16 +840,16 @@ class EvalPlan(passes.Planned):
         expected = "float32, float64, float16 or bfloat16; or uint8 or int8, with x_scale"
         if of_bytes:
             expected = "uint8 or int8, with x_scale"
-        self.dtype = accepted_dtype(dtype, native, expected)
-        self.shape = checks.shape(shape)
+        self._dtype = accepted_dtype(dtype, native, expected)
+        self._shape = checks.shape(shape)
         self._quantization, self._y_dtype = None, None
         if of_bytes:
-            one = np.empty(1, self.dtype)
+            one = np.empty(1, self._dtype)
             scale, zero_point, self._y_dtype = checks.quantization(one, x_scale, x_zero_point, out_dtype)
             self._quantization = scale, zero_point
         refuse_overrides(layer, "a plan")
         self._axis, self._ranks = layer.channel_axis, layer._ranks
-        inp = self._input(passes.with_room(np.empty, self.shape, self.dtype))
+        inp = self._input(passes.with_room(np.empty, self._shape, self._dtype))
         inp.meets(layer.dtype)
         self._wide = inp.wide
         layer._check_channels(inp, layer.running_mean, False)
@@ -856,18 +857,28 @@ class EvalPlan(passes.Planned):
         self._name = f"{type(layer).__name__}({layer.num_features})"
         self._prepare(inp)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the inputs."""
+        return self._shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of the inputs."""
+        return self._dtype
+
     def __getstate__(self) -> dict[str, Any]:
         return dict(self.__dict__)
 
     def __setstate__(self, attributes: dict[str, Any]) -> None:
         self.__dict__.update(attributes)
-        self._prepare(self._input(passes.with_room(np.empty, self.shape, self.dtype)))
+        self._prepare(self._input(passes.with_room(np.empty, self._shape, self._dtype)))
 
     def _input(self, x: ArrayLike) -> passes.Input:
         if self._y_dtype is not None:
-            x = checks.array(x, "input")
-            if x.dtype != self.dtype:
-                raise TypeError(f"input has dtype {x.dtype}; this plan is for {self.dtype}")
+            x = checks.array(x, "input").view()
+            if x.dtype != self._dtype:
+                raise TypeError(f"input has dtype {x.dtype}; this plan is for {self._dtype}")
         return passes.Input(x, self._axis, ranks=self._ranks, y_dtype=self._y_dtype)
 
     def _prepare(self, inp: passes.Input) -> None:
@@ -900,18 +911,19 @@ class EvalPlan(passes.Planned):
             For an x, an `out` or a residual of another dtype or shape.
         """
         inp = self._input(x)
-        if inp.x.dtype != self.dtype:
-            raise TypeError(f"input has dtype {inp.x.dtype}; this plan is for {self.dtype}")
-        if inp.x.shape != self.shape:
-            raise ValueError(f"input has shape {inp.x.shape}; this plan is for {self.shape}")
+        if inp.x.dtype != self._dtype:
+            raise TypeError(f"input has dtype {inp.x.dtype}; this plan is for {self._dtype}")
+        if inp.x.shape != self._shape:
+            raise ValueError(f"input has shape {inp.x.shape}; this plan is for {self._shape}")
         inp.wide = self._wide
-        residual = functional.check_output(inp, out, residual)
+        given = out
+        out, residual = functional.check_output(inp, out, residual)
         y = functional.normalize(inp, self._coef, out, residual, self._slope, self._quantization)
         self._prepare(inp)
-        return y
+        return y if given is None else given
 
     def __repr__(self) -> str:
-        return f"<EvalPlan of {self._name} for {self.dtype} of shape {self.shape}>"
+        return f"<EvalPlan of {self._name} for {self._dtype} of shape {self._shape}>"
 
 
 passes.plans_stand_for(BatchNorm, "_ranks")

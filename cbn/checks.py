@@ -225,11 +225,11 @@ def unmasked(a: Any, name: str) -> None:
 def float_array(x: ArrayLike, name: str) -> Array:
     """x as an aligned array in native byte order, of a floating type; a copy only where it has to be one."""
     given = array(x, name)
-    dtype = native_input(given.dtype)
-    if dtype is None:
-        raise dtype_error(given, x, name, INPUTS)
     # A view of our own: what the caller does to the shape or the dtype of his does not change it
     a = given.view()
+    dtype = native_input(a.dtype)
+    if dtype is None:
+        raise dtype_error(given, x, name, INPUTS)
     return a if a.flags.aligned and a.dtype.isnative else a.astype(dtype, order="K", copy=True)
 
 
@@ -259,18 +259,25 @@ def rank(x: Array, ranks: tuple[int, ...] | None) -> None:
         raise ValueError(f"expected {expected} input (got {x.ndim}D input)")
 
 
-def output(out: Array | None, shape: tuple[int, ...], dtype: np.dtype[Any], expected: str = "as the input") -> None:
-    """Refuse an `out` that is not exactly an array of this shape and dtype that can be written to."""
+def output(
+    out: Array | None, shape: tuple[int, ...], dtype: np.dtype[Any], expected: str = "as the input"
+) -> Array | Any:
+    """Refuse an `out` that is not exactly an array of this shape and dtype that can be written to; None passes.
+
+    Returns a view of it: a subclass can say of itself what it likes, and the caller's object may change its shape.
+    """
     if out is None:
-        return
+        return None
     if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
         raise TypeError(f"out must be a numpy array, not {type(out).__name__}")
+    out = np.ndarray.view(out, np.ndarray)
     if out.dtype != dtype or not out.dtype.isnative:
         raise TypeError(f"out has dtype {out.dtype.str!r}; expected {dtype.str!r}, {expected} ({dtype})")
     if out.shape != shape:
         raise ValueError(f"out has shape {out.shape}; expected {shape}, as the input")
     if not out.flags.writeable:
         raise ValueError("out is read-only")
+    return out
 
 
 def per_channel(

@@ -79,10 +79,10 @@ def quantized(
     out_dtype: Any,
 ) -> tuple[passes.Input, Quantization]:
     """An 8-bit input, and what its values stand for; checked but for its channels."""
-    a = checks.array(x, "input")
+    a = checks.array(x, "input").view()  # whose dtype nobody else can change
     if a.dtype not in BYTES or training:
-        given = {"x_scale": scale, "x_zero_point": zero_point, "out_dtype": out_dtype}
-        name = next(name for name, value in given.items() if value is not None)
+        given = {"x_zero_point": zero_point, "out_dtype": out_dtype}
+        name = next((name for name, value in given.items() if scale is None and value is not None), "x_scale")
         words = f"{'training' if training else 'evaluation'} with input of dtype {a.dtype}"
         raise TypeError(f"{name} is for evaluation with 8-bit input (uint8, int8), and this is {words}")
     scale, zero_point, dtype = checks.quantization(a, scale, zero_point, out_dtype)
@@ -102,14 +102,14 @@ def dequantizing(coef: Doubles, quantization: Quantization) -> Doubles | None:
     return coef if passes.fits_in_float32(coef) else None
 
 
-def check_output(inp: passes.Input, out: Array | None, residual: ArrayLike | None) -> Array | Any:
-    """Refuse an output or a residual that does not fit the input; returns the residual as the loops can read it."""
+def check_output(inp: passes.Input, out: Array | None, residual: ArrayLike | None) -> tuple[Array | Any, Array | Any]:
+    """Refuse an output or a residual that does not fit the input; returns both as the loops can use them."""
     dtype = inp.x.dtype if inp.y_dtype is None else inp.y_dtype
     expected = "as the input" if inp.y_dtype is None else "as out_dtype"
-    checks.output(out, inp.x.shape, dtype, expected)
+    out = checks.output(out, inp.x.shape, dtype, expected)
     if residual is None:
-        return None
-    return inp.lies_as(passes.with_room(checks.residual, residual, inp.x, dtype, expected))
+        return out, None
+    return out, inp.lies_as(passes.with_room(checks.residual, residual, inp.x, dtype, expected))
 
 
 def normalize(
@@ -385,7 +385,8 @@ def _batch_norm(
     quantization: Quantization | None = None,
 ) -> tuple[Array, Doubles, Doubles]:
     """(y, save_mean, save_invstd): both functions that users call."""
-    residual = check_output(inp, out, residual)
+    given = out
+    out, residual = check_output(inp, out, residual)
     fraction = checks.momentum_fraction(momentum)
     if training:
         checks.buffers_for_batch(running_mean, running_var)
@@ -400,7 +401,8 @@ def _batch_norm(
     old_mean, old_var, weight, bias = channels.as_doubles(inp.n_channels, running_mean, running_var, weight, bias)
     if not training:
         coef = coefficients(old_mean, old_var, weight, bias, epsilon)
-        return normalize(inp, coef, out, residual, negative_slope, quantization), np.empty(0), np.empty(0)
+        y = normalize(inp, coef, out, residual, negative_slope, quantization)
+        return y if given is None else given, np.empty(0), np.empty(0)
     checks.more_than_one_value(inp.x, inp.n_channels)
     y, mean, m2, invstd = normalize_batch(inp, weight, bias, epsilon, out, residual, negative_slope)
     if running_mean is not None and inp.layout is not None:
@@ -408,7 +410,7 @@ def _batch_norm(
         written = out is not None and (passes.overlaps(out, running_mean) or passes.overlaps(out, running_var))
         old = (old_mean, old_var) if written else None
         channels.move_running(running_mean, running_var, None, mean, m2, inp.count, fraction, old=old)
-    return y, mean, invstd
+    return y if given is None else given, mean, invstd
 
 
 def native_batch_norm(
@@ -536,7 +538,7 @@ def native_batch_norm_backward(
     if len(mask) != 3:
         raise ValueError(f"output_mask must have three elements, for dx, dweight and dbias, not {len(mask)}")
     want_dx, want_dweight, want_dbias = mask
-    checks.output(out, inp.x.shape, inp.x.dtype)
+    written = checks.output(out, inp.x.shape, inp.x.dtype)
     if out is not None and not want_dx:
         raise ValueError("out was given, but output_mask leaves out dx")
     dy = passes.with_room(checks.float_array, dy, "dy")
@@ -556,10 +558,10 @@ def native_batch_norm_backward(
     inp.meets(*[a.dtype for a in (weight, *(() if train else (mean, invstd))) if a is not None])
     mean, invstd, scale = channels.as_doubles(inp.n_channels, mean, invstd, weight)
     forward = Forward(inp, scale, None, mean, invstd if train else inverse_std(invstd, epsilon), train)
-    dx, _, dbias, dweight = gradients(dy, forward, want_dx, want_dweight or want_dbias, out)
+    dx, _, dbias, dweight = gradients(dy, forward, want_dx, want_dweight or want_dbias, written)
     dtype = checks.parameter_dtype(inp.x.dtype) if weight is None else weight.dtype.newbyteorder("=")
     return (
-        dx,
+        dx if out is None else out,
         channels.rounded(dweight, dtype) if want_dweight else None,
         channels.rounded(dbias, dtype) if want_dbias else None,
     )

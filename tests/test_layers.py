@@ -1,9 +1,12 @@
 """The layers: state, modes, gradients, state dicts, copies."""
 
+import contextlib
 import copy
 import io
 import itertools
 import pickle
+import sys
+import threading
 
 import ml_dtypes
 import numpy as np
@@ -690,3 +693,125 @@ def test_no_floating_point_errors_of_numpy(rng):
             y = bn(x)
             assert np.isnan(y[:, 0]).all()
             assert np.isfinite(y[:, 1]).all()
+
+
+class Liar(np.ndarray):
+    """A subclass that says of itself what is not so."""
+
+    shape = property(lambda self: (300, 4))
+    dtype = property(lambda self: np.dtype(np.float32))
+    flags = property(lambda self: np.empty(1).flags)
+
+    def __array_function__(self, *args):
+        return True
+
+    def view(self, *args):
+        return self
+
+
+class Changing:
+    """An argument that changes the output while it is read."""
+
+    def __init__(self, out, shape, values):
+        self.out, self.new, self.values = out, shape, values
+
+    def __array__(self, dtype=None, copy=None):
+        self.out.shape = self.new
+        return self.values
+
+
+LIES = {
+    "shape": (np.zeros((3, 4), np.float32), r"out has shape \(3, 4\); expected \(300, 4\)"),
+    "dtype": (np.zeros((300, 4), np.float16), "out has dtype '<f2'; expected '<f4'"),
+    "flags": (np.frombuffer(bytes(4800), np.float32).reshape(300, 4), "out is read-only"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_an_output_is_what_it_is_and_not_what_it_says(lie):
+    a, words = LIES[lie]
+    out, x = a.view(Liar), np.ones((300, 4), np.float32)
+    trained, bn = cbn.BatchNorm1d(4), cbn.BatchNorm1d(4).eval()
+    trained(x)
+    plan, v = bn.plan(x.shape), np.ones(4)
+    for call in (
+        lambda: bn(x, out=out),
+        lambda: cbn.BatchNorm1d(4)(x, out=out),
+        lambda: trained.backward(x, out=out),
+        lambda: plan(x, out=out),
+        lambda: cbn.functional.batch_norm(x, v, v, out=out),
+        lambda: cbn.functional.native_batch_norm(x, None, None, None, None, True, 0.1, 1e-5, out=out),
+        lambda: cbn.functional.native_batch_norm_backward(x, x, None, None, None, v, v, True, 1e-5, out=out),
+        lambda: bn(np.ones((300, 4), np.uint8), x_scale=1, out=out),
+    ):
+        with pytest.raises((TypeError, ValueError), match=words):
+            call()
+    assert not np.asarray(a).any()
+
+
+def test_an_output_of_a_subclass_that_overlaps_is_written_as_any(rng):
+    memory = rng.standard_normal((301, 4)).astype(np.float32)
+    expected = cbn.BatchNorm1d(4).eval()(memory[:-1].copy())
+    out = memory[1:].view(Liar)
+    assert cbn.BatchNorm1d(4).eval()(memory[:-1], out=out) is out
+    assert np.array_equal(memory[1:], expected)
+
+
+@pytest.mark.filterwarnings("ignore:Setting the shape:DeprecationWarning")
+def test_an_output_that_changes_its_shape_meanwhile(rng):
+    """A call writes into the memory that it was given, as it was then."""
+    x = rng.standard_normal((1000, 100)).astype(np.float32)
+    bn = cbn.BatchNorm1d(100).eval()
+    for call in (
+        lambda out, z: bn(x, out=out, residual=z),
+        lambda out, z: bn.plan(x.shape)(x, out=out, residual=z),
+        lambda out, z: cbn.functional.batch_norm(x, np.zeros(100), np.ones(100), out=out, residual=z),
+    ):
+        out = np.zeros_like(x)
+        assert call(out, Changing(out, (1, 100000), np.zeros_like(x))) is out
+        assert out.shape == (1, 100000)
+        assert np.allclose(out.reshape(x.shape), x, atol=1e-4)
+    out = np.zeros_like(x)
+    dy = Changing(out, (1, 100000), x)
+    v = np.ones(100)
+    assert cbn.functional.native_batch_norm_backward(dy, x, None, v, v, None, None, False, 1e-5, out=out)[0] is out
+    assert np.allclose(out.reshape(x.shape), x, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:Setting the shape:DeprecationWarning")
+@pytest.mark.parametrize("names", [("weight",), ("running_mean", "running_var"), ("bias_grad",)])
+def test_a_shape_that_another_thread_changes_while_it_is_read(names):
+    bn = cbn.BatchNorm1d(5000)
+    arrays, ends = [getattr(bn, name) for name in names], threading.Event()
+
+    def toggle():
+        while not ends.is_set():
+            for a in arrays:
+                a.shape = (1, 5000)
+                a.shape = (5000,)
+
+    thread = threading.Thread(target=toggle)
+    thread.start()
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(300):
+            for call in (bn.state_dict, lambda: pickle.dumps(bn), lambda: bn.eval()(np.ones((1, 5000)))):
+                with contextlib.suppress(ValueError):
+                    call()
+    finally:
+        sys.setswitchinterval(before)
+        ends.set()
+        thread.join()
+    assert all((a == 0).all() or (a == 1).all() for a in arrays)
+
+
+def test_a_counter_of_a_subclass_is_kept_as_what_it_is():
+    class Wide(np.ndarray):
+        dtype = property(lambda self: np.dtype(np.int64))
+
+    bn = cbn.BatchNorm1d(2)
+    bn.num_batches_tracked = np.array(7, np.int32).view(Wide)
+    assert type(bn.num_batches_tracked) is np.ndarray
+    assert bn.num_batches_tracked.dtype == np.int64
+    assert bn.num_batches_tracked == 7

@@ -670,3 +670,14 @@ def test_a_deleted_attribute_drops_the_plan(rng):
     assert np.array_equal(bn(x), cbn.BatchNorm1d(3).eval()(x))
     with pytest.raises(AttributeError):
         del bn.note
+
+
+def test_shape_and_dtype_of_a_plan_cannot_be_assigned():
+    plan = cbn.BatchNorm1d(3).plan((2, 3))
+    for name, value in (("shape", (2, 1 << 22)), ("dtype", np.dtype(np.float64))):
+        with pytest.raises(AttributeError):
+            setattr(plan, name, value)
+    assert (plan.shape, plan.dtype) == ((2, 3), np.float32)
+    vars(plan)["_shape"] = (2, 1 << 22)  # nobody's business, and still no crash
+    with pytest.raises(ValueError, match=r"coefficients of shape \(3, 3\) for 4194304 channels"):
+        plan(np.ones((2, 1 << 22), np.float32))

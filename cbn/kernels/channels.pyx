@@ -91,8 +91,9 @@ cdef cnp.ndarray new_doubles(cnp.npy_intp n):
 
 
 cdef bint same_kind(cnp.ndarray a, cnp.ndarray b) noexcept:
-    return cnp.PyArray_SIZE(a) == cnp.PyArray_SIZE(b) and cnp.PyArray_TYPE(a) == cnp.PyArray_TYPE(b) \
-        and cnp.PyArray_ITEMSIZE(a) == cnp.PyArray_ITEMSIZE(b)
+    """Whether b can be a copy of a still: since b was made, other code may have run."""
+    return cnp.PyArray_NDIM(a) <= 1 and cnp.PyArray_SIZE(a) == cnp.PyArray_SIZE(b) \
+        and cnp.PyArray_TYPE(a) == cnp.PyArray_TYPE(b) and cnp.PyArray_ITEMSIZE(a) == cnp.PyArray_ITEMSIZE(b)
 
 
 cdef tuple doubles_of(Py_ssize_t n, tuple arrays):

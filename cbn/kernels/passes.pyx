@@ -1487,6 +1487,12 @@ def fits_in_float32(cnp.ndarray coef):
     return all_fit(&job, 0, job.reduction.C)
 
 
+cdef int check_coefficients(cnp.ndarray coef, Layout layout) except -1:
+    if cnp.PyArray_SIZE(coef) != 3 * layout.C:
+        raise ValueError(f"there are coefficients of shape {np.shape(coef)} for {layout.C} channels")
+    return 0
+
+
 def apply(Layout layout, cnp.ndarray x, cnp.ndarray y, cnp.ndarray coef, bint wide=False, cnp.ndarray residual=None,
           double negative_slope=1):
     """y = act((x - mean)*scale + offset + residual), coef (3, C) contiguous float64: mean, scale, offset.
@@ -1494,6 +1500,7 @@ def apply(Layout layout, cnp.ndarray x, cnp.ndarray y, cnp.ndarray coef, bint wi
     x may be of uint8 or int8: then y and the residual are float32 or bfloat16, and coef `fits_in_float32`.
     """
     cdef Job job = make_job(layout, x, wide)
+    check_coefficients(coef, layout)
     map_with(&job, coef)
     activate(&job, layout, residual, negative_slope)
     write_to(&job, layout, y)
@@ -1653,6 +1660,7 @@ cdef class Plan:
             self.alike &= y.strides[axis] == a.strides[axis]
         self.extent = max(self.extent, cnp.PyArray_NBYTES(y))
         self.job = make_job(layout, a, inp.wide)
+        check_coefficients(coef, layout)
         map_with(&self.job, coef)
         activate(&self.job, layout, None, negative_slope)
         write_to(&self.job, layout, y)
