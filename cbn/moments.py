@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import checks
-from .checks import ArrayLike, Number
+from .checks import ArrayLike, Doubles, Number
 from .kernels import passes
 
 __all__ = ["Moments", "moments"]
@@ -71,6 +71,14 @@ class Moments:
             raise ValueError("m2 must not be negative")
         for name, value in (("count", np.array(np.broadcast_to(count, mean.shape))), ("mean", mean), ("m2", m2)):
             object.__setattr__(self, name, value)
+
+    @classmethod
+    def _of(cls, count: float, mean: Doubles, m2: Doubles) -> Moments:
+        """Those of arrays that nobody else has, and that need no check."""
+        self = cls.__new__(cls)
+        for name, value in (("count", np.full(mean.shape, float(count))), ("mean", mean), ("m2", m2)):
+            object.__setattr__(self, name, value)
+        return self
 
     def var(self, correction: Number = 0) -> npt.NDArray[np.float64]:
         """Variance ``m2 / (count - correction)``: 0 the biased one, 1 the unbiased; NaN where count is too small."""
@@ -154,4 +162,4 @@ def moments(x: ArrayLike, *, channel_axis: SupportsIndex = 1) -> Moments:
     inp = passes.Input(x, channel_axis)
     if inp.layout is None:
         return Moments(0, np.zeros(inp.n_channels), np.zeros(inp.n_channels))
-    return Moments(inp.count, *passes.moments(inp.layout, inp.x)[:2])
+    return Moments._of(inp.count, *passes.moments(inp.layout, inp.x)[:2])
