@@ -47,6 +47,7 @@ ORDERS = {
     "N(0, 1), 31 last": lambda rng: with_outlier(rng.standard_normal(VALUES), -1),
     "N(0, 1) ascending": lambda rng: np.sort(rng.standard_normal(VALUES)),
     "0.3 and −0.3 in turn": lambda rng: np.where(np.arange(VALUES) % 2, 0.3, -0.3),
+    "0, and 1 % of N(0, 1)": lambda rng: np.where(rng.random(VALUES) < 0.01, rng.standard_normal(VALUES), 0),
     "1.1, then 2.3": lambda rng: np.where(np.arange(VALUES) < VALUES // 2, 1.1, 2.3),
 }
 

@@ -201,8 +201,8 @@ INLINE int LOOP(stays_normal)(const cbn_tile *m, real term, LOOP(activation) act
 #ifdef SUMS
 /* S(d) and S(d*d) of d = x - shift, from which m2 = S(d*d) - S(d)^2/n. The subtraction costs log2(S(d*d)/m2) =
  * log2(1 + (shift - mean)^2/var) bits. The shift is the mean of a few values of the channel, so that a constant one
- * gives d = 0 and its mean exactly; where it is more than two standard deviations off, the reduction is done again with
- * the mean as shift (passes.pyx).
+ * gives d = 0 and its mean exactly; where it is too far off (`digits_are_lost` in passes.pyx), the reduction is done again
+ * with the mean as shift.
  * Backward, S(h) and S(h*d). */
 INLINE void LOOP(add)(dvec *sum, dvec *square, dvec d, dvec h, const int backward)
 {
@@ -338,16 +338,16 @@ typedef struct {
 } LOOP(sums);
 
 /* Forward, a sum that is added to often has rounding errors that add up: equal numbers are all rounded to the same side.
- * So float64 sums have a few additions each, and are then added to others. Those of rows to ones of which a tile has a few;
- * those of runs to parts, and some of these exactly, but for the lower half of what is lost. */
+ * So float64 sums have a few additions each, and are then added to others: those of rows to totals, of float64 elements
+ * exactly, but for the lower half of what is lost; those of runs to parts, and some of these exactly. */
 typedef struct {
     dvec part_sum, part_square, sum, sum_low, square, square_low;
 } LOOP(totals);
 
 /* Elements of a run: so many additions. Of smaller elements more, which their own rounding hides; it takes time. */
-#define FLUSH ((ELEM_IS_DOUBLE ? 32 : 256) * UNROLL * DLANES)
+#define FLUSH ((ELEM_IS_DOUBLE ? 8 : 256) * UNROLL * DLANES)
 #define PARTS 8 /* so often, and exactly */
-#define FLUSH_ROWS 32
+#define FLUSH_ROWS (ELEM_IS_DOUBLE ? 8 : 32)
 
 INLINE void LOOP(add_exactly)(dvec *sum, dvec *low, dvec a)
 {
@@ -808,6 +808,9 @@ typedef struct {
     union {
         struct { /* forward: what `sum` and `square` are added to after some rows, or what float16 subtracts */
             double total_sum[ROOM], total_square[ROOM];
+#if ELEM_IS_DOUBLE
+            double sum_low[ROOM], square_low[ROOM];
+#endif
         };
         real short_shift[ROOM];
         struct { /* backward: factors of the forward pass, and coefficients of the channels that took the wide loops */
@@ -839,15 +842,40 @@ INLINE void LOOP(load_sums)(const LOOP(columns) *k, ptrdiff_t j, LOOP(turn) turn
     *square = turn.begin ? (dvec){0} : load_double(k->square + j);
 }
 
+/* Adds to a total, which holds others if there are `more`; of float64 exactly. */
+INLINE void LOOP(add_to_total)(double *total, double *low, const int more, dvec sum)
+{
+#if ELEM_IS_DOUBLE
+    dvec t = more ? load_double(total) : (dvec){0}, t_low = more ? load_double(low) : (dvec){0};
+    LOOP(add_exactly)(&t, &t_low, sum);
+    store_double(total, t);
+    store_double(low, t_low);
+#else
+    (void)low;
+    store_double(total, more ? load_double(total) + sum : sum);
+#endif
+}
+
+/* Ends a total of float64: both parts as one. */
+INLINE void LOOP(take_low)(double *total, const double *low)
+{
+    store_double(total, LOOP(in_one)(load_double(total), load_double(low)));
+}
+
 INLINE void LOOP(store_sums)(LOOP(columns) *k, ptrdiff_t j, LOOP(turn) turn, dvec sum, dvec square)
 {
-    if (turn.end) {
-        store_double(k->total_sum + j, turn.more ? load_double(k->total_sum + j) + sum : sum);
-        store_double(k->total_square + j, turn.more ? load_double(k->total_square + j) + square : square);
-    } else {
+    if (!turn.end) {
         store_double(k->sum + j, sum);
         store_double(k->square + j, square);
+        return;
     }
+#if ELEM_IS_DOUBLE
+    LOOP(add_to_total)(k->total_sum + j, k->sum_low + j, turn.more, sum);
+    LOOP(add_to_total)(k->total_square + j, k->square_low + j, turn.more, square);
+#else
+    LOOP(add_to_total)(k->total_sum + j, NULL, turn.more, sum);
+    LOOP(add_to_total)(k->total_square + j, NULL, turn.more, square);
+#endif
 }
 
 /* The inputs of the activation, n <= LANES columns from the j-th on. */
@@ -1158,6 +1186,12 @@ INLINE void LOOP(last)(const cbn_tile *m, const cbn_tile *r, const int plain, co
     }
 #ifdef SUMS
     if (reducing) {
+#if ELEM_IS_DOUBLE
+        for (ptrdiff_t j = 0; flushing && j < r_columns; j += DLANES) {
+            LOOP(take_low)(of_column.total_sum + j, of_column.sum_low + j);
+            LOOP(take_low)(of_column.total_square + j, of_column.square_low + j);
+        }
+#endif
         LOOP(fold)(r, flushing ? of_column.total_sum : of_column.sum, r->sum_c);
         LOOP(fold)(r, flushing ? of_column.total_square : of_column.square, r->square_c);
     }
