@@ -81,7 +81,7 @@ def explain() -> str:
 def _at_import() -> None:
     l2, l3 = cache_sizes()
     # What fills three quarters of a cache that others use too does not stay in it (measured at 24 to 32 MB of 32).
-    passes.tune(l2_bytes=l2, l3_bytes=l3, stream_bytes=l3 * 3 // 4)
+    passes.tune(l2_bytes=l2, l3_bytes=l3, nontemporal_bytes=l3 * 3 // 4)
     limit = memory_bytes() // SHARE
     if asked := os.environ.get("CBN_CACHE_BYTES"):
         if not asked.isascii() or not asked.isdigit():

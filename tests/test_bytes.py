@@ -41,7 +41,7 @@ def exact(x, arrays, scale, zero_point, axis=1):
 def test_values(isa, parallel, rng, layout, dtype, out_dtype, past):
     shape, axis, order = LAYOUTS[layout]
     x, arrays = drawn(rng, dtype, shape, order), parameters(rng, shape[axis])
-    passes.tune(stream_bytes=0 if past else 1 << 40)
+    passes.tune(nontemporal_bytes=0 if past else 1 << 40)
     for scale, zero_point in ((1 / 255, 0), (0.05, np.iinfo(dtype).max), (3.0, 7)):
         results = []
         for n_threads in (1, 3):
@@ -61,7 +61,7 @@ def test_values(isa, parallel, rng, layout, dtype, out_dtype, past):
 def test_borders(isa, parallel, rng, dtype, shape):
     x, arrays = drawn(rng, dtype, shape), parameters(rng, shape[1])
     for past in (0, 1 << 40):
-        passes.tune(stream_bytes=past)
+        passes.tune(nontemporal_bytes=past)
         for out_dtype in OUTPUTS:
             for offset in (0, 3):
                 out = np.empty(x.size + 3, out_dtype)[offset : offset + x.size].reshape(shape)
@@ -121,7 +121,7 @@ def test_residual(isa, parallel, rng, dtype, out_dtype, layout, slope):
     kwargs = {"channel_axis": axis, "x_scale": 0.02, "x_zero_point": 5, "activation": ("leaky_relu", slope)}
     expected = reference.activate(exact(x, arrays, 0.02, 5, axis % x.ndim), z, slope)
     for past in (0, 1 << 40):
-        passes.tune(stream_bytes=past)
+        passes.tune(nontemporal_bytes=past)
         for n_threads in (1, 3):
             with cbn.num_threads(n_threads):
                 y = batch_norm(x, *arrays, residual=z, out_dtype=out_dtype, **kwargs)
@@ -150,7 +150,7 @@ def test_nothing_outside_an_array_is_touched(isa, parallel, rng, dtype, shape, a
     for out_dtype in OUTPUTS:
         y = guarded(shape, out_dtype, at_end)
         for past in (0, 1 << 40):
-            passes.tune(stream_bytes=past)
+            passes.tune(nontemporal_bytes=past)
             for axis in {1, len(shape) - 1}:
                 arrays = np.zeros(shape[axis]), np.ones(shape[axis])
                 batch_norm(x, *arrays, channel_axis=axis, x_scale=1.0, out=y, out_dtype=out_dtype)

@@ -70,7 +70,7 @@ def test_frames_are_normalized(frames, parallel, rng, shape, threads):
 def test_gradient(frames, parallel, rng, shape):
     x, dy = rng.standard_normal((2, *shape)).astype(np.float32)
     n, mean, m2 = reference.moments(x)
-    passes.tune(l2_bytes=1 << 12, l3_bytes=1 << 24, stream_bytes=0)  # the pipeline, which has copies of its own
+    passes.tune(l2_bytes=1 << 12, l3_bytes=1 << 24, nontemporal_bytes=0)  # the pipeline, which has copies of its own
     assert error(frames.gradient(dy, x), reference.backward(dy, x, mean, m2 / n)[0]) <= 1e-5
 
 

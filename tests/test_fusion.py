@@ -88,7 +88,7 @@ def test_every_path_gives_the_same_bits(isa, parallel, rng, dtype, shape, with_r
     passes.tune(bytes_per_thread=1 << 40, **KNOBS["two passes"])
     first = results(0)
     for name, knobs in KNOBS.items():
-        passes.tune(bytes_per_thread=1, **{"stream_bytes": 1 << 40, "prefetch": True} | knobs)
+        passes.tune(bytes_per_thread=1, **{"nontemporal_bytes": 1 << 40, "prefetch": True} | knobs)
         for n_threads, offset in ((1, 0), (2, 3)):
             with cbn.num_threads(n_threads):
                 assert results(offset) == first, (name, n_threads)

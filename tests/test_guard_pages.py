@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="mprotect as Lin
 SHAPES = [(2, 3, 17), (9, 5, 49), (33, 7), (40, 70), (3, 130), (5, 3, 200), (12, 40, 7, 7), (70, 1030), (1, 5, 33),
           (64, 9, 129), (300, 3)]  # fmt: skip
 PIPELINE, TWO_PASSES = {"l2_bytes": 1 << 15, "l3_bytes": 0}, {"l2_bytes": 0, "l3_bytes": 0}
-PATHS = [PIPELINE | {"stream_bytes": 0}, PIPELINE | {"stream_bytes": 1 << 40}, TWO_PASSES | {"stream_bytes": 0}]
+PATHS = [PIPELINE | {"nontemporal_bytes": 0}, PIPELINE | {"nontemporal_bytes": 1 << 40}, TWO_PASSES | {"nontemporal_bytes": 0}]
 
 
 def guarded(shape, dtype, at_end):

@@ -176,7 +176,7 @@ def test_sums_that_leave_the_range_of_float32(isa, parallel, rng, dtype, shape, 
     passes.tune(
         **({"l2_bytes": 0, "l3_bytes": 0} if path == "two passes" else {"l2_bytes": 1 << 12, "l3_bytes": 1 << 24})
     )
-    passes.tune(stream_bytes=0 if path == "pipeline, past the caches" else 1 << 40)
+    passes.tune(nontemporal_bytes=0 if path == "pipeline, past the caches" else 1 << 40)
     plain = rng.standard_normal(shape).astype(dtype)
     x = plain.copy()
     # float16 stays within that range; the same has to hold for its own largest and smallest numbers

@@ -122,11 +122,11 @@ def test_borders_of_the_partition(parallel, rng, dtype, shape, axis):
 PIPELINE = {"l2_bytes": 1 << 12, "l3_bytes": 1 << 24}
 KNOBS = {
     "two passes": {"l2_bytes": 0, "l3_bytes": 0},
-    "two passes, past the caches": {"l2_bytes": 0, "l3_bytes": 0, "stream_bytes": 0},
+    "two passes, past the caches": {"l2_bytes": 0, "l3_bytes": 0, "nontemporal_bytes": 0},
     "pipeline": PIPELINE,
-    "pipeline, past the caches": PIPELINE | {"stream_bytes": 0},
-    "pipeline, nothing fetched": PIPELINE | {"stream_bytes": 0, "prefetch": False},
-    "pipeline of small tiles": {"l2_bytes": 1 << 15, "l3_bytes": 0, "stream_bytes": 0},
+    "pipeline, past the caches": PIPELINE | {"nontemporal_bytes": 0},
+    "pipeline, nothing fetched": PIPELINE | {"nontemporal_bytes": 0, "prefetch": False},
+    "pipeline of small tiles": {"l2_bytes": 1 << 15, "l3_bytes": 0, "nontemporal_bytes": 0},
 }
 PATH_SHAPES = {
     "runs": (3, 40, 300),
@@ -181,7 +181,7 @@ def test_every_path_gives_the_same_bits(isa, parallel, rng, dtype, shape, wide):
     passes.tune(bytes_per_thread=1 << 40, **KNOBS["two passes"])
     expected = results(0)
     for name, knobs in KNOBS.items():
-        passes.tune(bytes_per_thread=1, **{"stream_bytes": 1 << 40, "prefetch": True} | knobs)
+        passes.tune(bytes_per_thread=1, **{"nontemporal_bytes": 1 << 40, "prefetch": True} | knobs)
         for n_threads, offset in ((1, 0), (2, 3), (3, 1), (1, 8)):
             with cbn.num_threads(n_threads):
                 assert results(offset) == expected, (name, n_threads)
@@ -203,7 +203,7 @@ def test_the_paths_agree_with_the_reference(isa, parallel, rng):
 
 def test_unknown_knobs_are_refused():
     before = passes.tune()
-    with pytest.raises(TypeError, match="no knob 'blocking'; there are bytes_per_thread, stream_bytes"):
+    with pytest.raises(TypeError, match="no knob 'blocking'; there are bytes_per_thread, nontemporal_bytes"):
         passes.tune(blocking=1, prefetch=False)
     assert passes.tune() == before
 

@@ -261,7 +261,7 @@ STARVED_CALLS = {  # what allocates: (set up, call); `out` is where it does not 
     "gradient in native order": (f"{TO_OUT}; bn(x); dy = x.astype('>f4')", "bn.backward(dy, out=out)"),
     "scratch of the pipeline": (
         "x = np.tile(x, (1, 1, 2, 2)); out = np.empty_like(x); "
-        "passes.tune(l2_bytes=1 << 20, l3_bytes=1 << 28, stream_bytes=0)", "bn(x, out=out)"),
+        "passes.tune(l2_bytes=1 << 20, l3_bytes=1 << 28, nontemporal_bytes=0)", "bn(x, out=out)"),
     "statistics": ("x = x.reshape(2, -1)", "(lambda m: (m.mean, m.m2))(cbn.moments(x))"),
     "gradient": ("bn(x); dy = x + 1", "bn.backward(dy)"),
     "gradient of a dtype of its own": (f"{TO_OUT}; bn(x); dy = x.astype(np.float64)", "bn.backward(dy, out=out)"),

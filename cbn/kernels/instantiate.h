@@ -64,7 +64,6 @@ static const uint16_t odd_words[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 2
 enum { HIGH, SCALE, TERM, SLOPE, GHIGH, ALL_FACTORS };
 /* What becomes of a normalized value; see `activation` in loops.h. */
 enum { PLAIN, ACTIVATED, CHECKED };
-enum { WIDE = 3 }; /* row of `forward_c`, see kernels.h */
 #define FACTORS(backward) ((backward) ? ALL_FACTORS : SLOPE)
 
 #ifndef BASE
@@ -79,7 +78,7 @@ enum { WIDE = 3 }; /* row of `forward_c`, see kernels.h */
 
 #define ELEM float
 #define REAL double
-#define TYPE f32_wide
+#define TYPE f32_in_f64
 #define WIDENS
 #define ELEM_IS_DOUBLE 0
 #define ELEM_HALF 0
@@ -97,7 +96,7 @@ enum { WIDE = 3 }; /* row of `forward_c`, see kernels.h */
 
 #define ELEM uint16_t
 #define REAL double
-#define TYPE bf16_wide
+#define TYPE bf16_in_f64
 #define WIDENS
 #define ELEM_IS_DOUBLE 0
 #define ELEM_HALF BF16
@@ -115,7 +114,7 @@ enum { WIDE = 3 }; /* row of `forward_c`, see kernels.h */
 
 #define ELEM uint16_t
 #define REAL double
-#define TYPE f16_wide
+#define TYPE f16_in_f64
 #define WIDENS
 #define ELEM_IS_DOUBLE 0
 #define ELEM_HALF F16
@@ -174,7 +173,7 @@ enum { WIDE = 3 }; /* row of `forward_c`, see kernels.h */
 
 #ifdef BASE
 #define IN(type) PASTE(loops, type, BASE)
-extern const cbn_loops IN(f32), IN(f32_wide), IN(f64), IN(bf16_wide), IN(f16), IN(f16_wide), IN(u8_f32), IN(i8_f32);
+extern const cbn_loops IN(f32), IN(f32_in_f64), IN(f64), IN(bf16_in_f64), IN(f16), IN(f16_in_f64), IN(u8_f32), IN(i8_f32);
 #else
 #define IN(type) OWN(type)
 #endif
@@ -187,12 +186,12 @@ extern const cbn_loops IN(f32), IN(f32_wide), IN(f64), IN(bf16_wide), IN(f16), I
 const cbn_isa TABLE(ISA) = {
     .name = STRING(ISA),
     .f32 = &IN(f32),
-    .f32_wide = &IN(f32_wide),
+    .f32_in_f64 = &IN(f32_in_f64),
     .f64 = &IN(f64),
     .bf16 = &OWN(bf16),
-    .bf16_wide = &IN(bf16_wide),
+    .bf16_in_f64 = &IN(bf16_in_f64),
     .f16 = &IN(f16),
-    .f16_wide = &IN(f16_wide),
+    .f16_in_f64 = &IN(f16_in_f64),
     .u8_f32 = &IN(u8_f32),
     .u8_bf16 = &OWN(u8_bf16),
     .i8_f32 = &IN(i8_f32),

@@ -1,25 +1,25 @@
-/* kernels.h: the table of loops that the passes call. It declares; it computes nothing.
+/* kernels.h: the table of loops that the engine calls. It declares; it computes nothing.
  *
  * One grammar names every loop:  <direction>_<layout>_<type>_<isa>
  *
  *   direction  forward   reduction: per channel S(d), S(d*d), d = x - shift
- *                        map:       y = act((x - mean)*scale + offset + z)
- *              backward  reduction: per channel S(h), S(h*d), d = x - mean, h = g*act'((x - mean)*scale + offset + z)
- *                        map:       dx = (h - gmean - (x - mean)*slope)*scale
- *   layout     first     runs of contiguous elements, each of one channel: coefficients are scalars
- *              last      rows of contiguous elements, of all channels of the tile: coefficients are vectors
- *   type       f32  f64  elements and arithmetic alike; sums are of float64
- *              bf16 f16  16-bit elements, float32 arithmetic; forward sums of a few are of float32, the rest of float64
- *              f32_wide  bf16_wide  f16_wide  float64 arithmetic on them: maps alone
- *              u8_f32  u8_bf16  i8_f32  i8_bf16  8-bit input, float32 arithmetic, y of another type: forward maps alone
+ *                        apply:     y = act((x - mean)*scale + offset + z)
+ *              backward  reduction: per channel S(dh), S(dh*d), d = x - mean, dh = dy*act'((x - mean)*scale + offset + z)
+ *                        apply:     dx = (dh - grad_mean)*scale - (x - mean)*slope
+ *   layout     runs      contiguous elements of one channel: coefficients are scalars
+ *              rows      contiguous elements, one of each channel of the tile in turn: coefficients are vectors
+ *   type       f32  f64  elements and arithmetic alike; float64 sums
+ *              bf16 f16  16-bit elements, float32 arithmetic; forward, float32 sums of a few elements feed float64 sums
+ *              f32_in_f64  bf16_in_f64  f16_in_f64  float64 arithmetic on them: apply alone
+ *              u8_f32  u8_bf16  i8_f32  i8_bf16  8-bit input, float32 arithmetic, y of another type: forward, apply alone
  *   isa        baseline  avx2  avx512  avx512_bf16
  *
- * act(a) = a where a > 0 or NaN, else a*negative_slope: 0 is ReLU, 1 no activation. Without z and act, h is g itself.
+ * act(a) = a where a > 0 or NaN, else a*negative_slope: 0 is ReLU, 1 no activation. Without z and act, dh is dy itself.
  *
- * A loop maps one tile, or reduces one, or does both at once: map some channels and reduce those that come next, so
- * that memory is written and read at the same time. Sizes and strides count elements. Strides may be negative or zero; a
- * run or a row is contiguous. Pointers need the alignment of their element only. Output may be the input itself, element
- * on element.
+ * A loop applies coefficients to one tile, or reduces one, or does both at once: writes some channels while it reads those
+ * that come next, so that memory is written and read at the same time. Sizes and strides count elements. Strides may be
+ * negative or zero; a run or a row is contiguous. Pointers need the alignment of their element only. Output may be the
+ * input itself, element on element.
  */
 #ifndef CBN_KERNELS_H
 #define CBN_KERNELS_H
@@ -27,51 +27,59 @@
 
 enum { CBN_ROW_BYTES = 4096 }; /* the longest row: its coefficients stay on the stack of a loop, and in L1 */
 
+/* Rows of an array of coefficients (n, C). What forward adds is what backward subtracts, so third rows differ in meaning. */
+enum {
+    CBN_MEAN,
+    CBN_SCALE,
+    CBN_OFFSET,        /* forward */
+    CBN_IN_FLOAT64,    /* forward, as backward reads it again: whether float32 arithmetic did not do */
+    CBN_GRAD_MEAN = 2, /* backward: S(dh)/n */
+    CBN_SLOPE,         /* backward: S(dh*d)*invstd^2/n*scale, what x - mean is multiplied by */
+};
+
 /* Where an array is: its first element, and the elements from run to run (or row to row) and from channel to channel. */
 typedef struct {
     char *data;
     ptrdiff_t n, c;
 } cbn_view;
 
-/* What a map goes through, or a reduction; where a loop does both, the two agree in n_runs, length and copies. */
+/* What coefficients are applied to, or what is reduced; where a loop does both, the two agree in n_runs, length, copies. */
 typedef struct {
-    cbn_view x, g; /* input; backward: gradient of the output, g for a reduction and h for a map */
+    cbn_view x, g; /* input; backward: gradient of the output, dy for a reduction and dh for apply */
     cbn_view z;    /* residual, of y's type; data NULL: none */
-    cbn_view y;    /* map: y, or dx */
-    int activated; /* forward map, backward reduction: there is a z, or an act */
-    int checked;   /* map that is activated, of float64 elements also backward: what is infinite or NaN before the act is
+    cbn_view y;    /* apply: y, or dx */
+    int activated; /* forward apply, backward reduction: there is a z, or an act */
+    int checked;   /* apply that is activated, of float64 elements also backward: what is infinite or NaN before the act is
                       computed again, with a larger range */
     double negative_slope;
     double vanishing; /* backward reduction: the largest number that the type of y takes for zero; there act' is the slope */
     ptrdiff_t n_runs, n_channels;
-    /* first: elements of a run.
-     * last: a row is `copies` times its channels, each `length` times in a row: element j is of channel
+    /* runs: elements of a run.
+     * rows: a row is `copies` times its channels, each `length` times in a row: element j is of channel
      * j / length % n_channels. So rows of few channels join, and short runs of many channels are a row too. */
     ptrdiff_t length, copies;
-    ptrdiff_t skip, drop;      /* last, map: columns of the first and of the last channel that are not of this tile */
-    const double *coef_c;      /* [0, pitch, 2*pitch, ...]: forward map: mean, scale, offset; backward: mean, scale, gmean,
-                                  slope */
-    const double *forward_c;   /* the same, backward reduction that is activated: mean, scale, offset of the forward map, and
-                                  whether that was a wide one */
+    ptrdiff_t skip, drop;      /* rows, apply: columns of the first and of the last channel that are not of this tile */
+    const double *coef_c;      /* apply: row i of the coefficients begins at i*pitch */
+    const double *forward_c;   /* backward reduction that is activated: the same of the forward pass */
     ptrdiff_t pitch;
-    int stream;                /* map: store past the caches */
+    int nontemporal;           /* apply: non-temporal stores */
     int prefetch;              /* reduction: fetch what comes next */
-    int exact;                 /* forward reduction of 16-bit elements: no sums of float32, whose range is too small */
-    const double *shift_c;     /* reduction: shift, or mean; of bfloat16, if not `exact`, zeros */
-    double *sum_c, *square_c;  /* reduction: S(d) and S(d*d), or S(g) and S(g*d) */
-    cbn_view x_copy;           /* first, reduction: where to put what it reads; data NULL: nowhere, and no map beside it */
-    cbn_view h;                /* backward reduction: where to put h, if there is an x_copy or if it is activated */
+    int sum_in_float64;        /* forward reduction of 16-bit elements: no float32 sums, whose range is too small */
+    const double *shift_c;     /* reduction: shift, or mean; of bfloat16, unless `sum_in_float64`, zeros */
+    double *sum_c, *square_c;  /* reduction: S(d) and S(d*d), or S(dh) and S(dh*d) */
+    cbn_view x_copy;           /* runs, reduction: where to put what it reads; data NULL: nowhere, and no apply beside it */
+    cbn_view dh;               /* backward reduction: where to put dh, if there is an x_copy or if it is activated */
 } cbn_tile;
 
-typedef void (*cbn_loop)(const cbn_tile *map, const cbn_tile *reduction); /* either may be NULL */
+typedef void (*cbn_loop)(const cbn_tile *apply, const cbn_tile *reduction); /* either may be NULL */
 
 typedef struct {
-    cbn_loop forward_first, forward_last, backward_first, backward_last;
+    cbn_loop forward_runs, forward_rows, backward_runs, backward_rows;
 } cbn_loops; /* of one element type */
 
 typedef struct {
     const char *name;
-    const cbn_loops *f32, *f32_wide, *f64, *bf16, *bf16_wide, *f16, *f16_wide;
+    const cbn_loops *f32, *f32_in_f64, *f64, *bf16, *bf16_in_f64, *f16, *f16_in_f64;
     const cbn_loops *u8_f32, *u8_bf16, *i8_f32, *i8_bf16;
 } cbn_isa;
 

@@ -4,7 +4,7 @@
  *   ELEM    the element in memory             float   float     double  uint16_t   uint16_t             uint8_t, int8_t
  *   OUT     that of y, if it is another one                                                             float, uint16_t
  *   REAL    the arithmetic of the maps        float   double    double  float      double               float
- *   TYPE    its name in the symbols           f32     f32_wide  f64     bf16, f16  bf16_wide, f16_wide  u8_f32, ...
+ *   TYPE    its name in the symbols           f32     f32_in_f64  f64     bf16, f16  bf16_in_f64, f16_in_f64  u8_f32, ...
  *   ELEM_HALF  which of the 16-bit types the output is, or 0
  *   WIDENS  defined where REAL is wider than a float or 16-bit ELEM
  *   SUMS    defined: the reductions too, whose arithmetic is float64 whatever the elements are
@@ -48,15 +48,14 @@
 /* ---- formulas ----------------------------------------------------------------------------------------
  *
  * forward    y  = (x - mean)*scale + offset
- * backward   dx = (h - gmean - (x - mean)*slope)*scale,  slope = S(h*d)*invstd^2/n, gmean = S(h)/n
+ * backward   dx = (h - gmean)*scale - (x - mean)*slope,  slope = S(h*d)*invstd^2/n*scale, gmean = S(h)/n
  *
  * unfolded: x*scale + (offset - mean*scale) would lose all digits of a channel whose mean is large beside its spread.
  * float32 cannot hold a mean either, so it is two floats, mean = high + low: x - high is exact where x is near the
  * mean (Sterbenz), and low, a constant by the time it has been scaled, is part of the term that is added:
  *
  * forward    y  = (x - high)*scale + term                               term = offset - low*scale
- * backward   dx = (h - ghigh)*scale + ((x - high)*slope + term)         slope = -slope*scale,
- *                                                                       term = low*slope*scale - glow*scale
+ * backward   dx = (h - ghigh)*scale + ((x - high)*(-slope) + term)      term = low*slope - glow*scale
  *
  * These factors of a channel are numbered by an enum in instantiate.h.
  *
@@ -75,13 +74,14 @@ INLINE double LOOP(low_part)(double mean)
 INLINE void LOOP(factors)(const double *coef_c, ptrdiff_t pitch, ptrdiff_t n_channels, real *out, ptrdiff_t out_pitch,
                           const int backward)
 {
-    const double *scale_c = coef_c + pitch, *third_c = scale_c + pitch, *slope_c = third_c + pitch;
+    const double *mean_c = coef_c + CBN_MEAN * pitch, *scale_c = coef_c + CBN_SCALE * pitch;
+    const double *third_c = coef_c + (backward ? CBN_GRAD_MEAN : CBN_OFFSET) * pitch, *slope_c = coef_c + CBN_SLOPE * pitch;
     for (ptrdiff_t c = 0; c < n_channels; c++) {
-        const double low = LOOP(low_part)(coef_c[c]), scale = scale_c[c], third = third_c[c];
-        out[HIGH * out_pitch + c] = quiet((real)coef_c[c]);
+        const double low = LOOP(low_part)(mean_c[c]), scale = scale_c[c], third = third_c[c];
+        out[HIGH * out_pitch + c] = quiet((real)mean_c[c]);
         out[SCALE * out_pitch + c] = quiet((real)scale);
         if (backward) {
-            const double slope = slope_c[c] * scale, glow = LOOP(low_part)(third);
+            const double slope = slope_c[c], glow = LOOP(low_part)(third);
             out[TERM * out_pitch + c] = quiet((real)((low != 0 ? low * slope : 0) - (glow != 0 ? glow * scale : 0)));
             out[SLOPE * out_pitch + c] = quiet((real)-slope);
             out[GHIGH * out_pitch + c] = quiet((real)third);
@@ -201,7 +201,7 @@ INLINE int LOOP(stays_normal)(const cbn_tile *m, real term, LOOP(activation) act
 #ifdef SUMS
 /* S(d) and S(d*d) of d = x - shift, from which m2 = S(d*d) - S(d)^2/n. The subtraction costs log2(S(d*d)/m2) =
  * log2(1 + (shift - mean)^2/var) bits. The shift is the mean of a few values of the channel, so that a constant one
- * gives d = 0 and its mean exactly; where it is too far off (`digits_are_lost` in passes.pyx), the reduction is done again
+ * gives d = 0 and its mean exactly; where it is too far off (`channels_to_redo` in passes.pyx), the reduction is done again
  * with the mean as shift.
  * Backward, S(h) and S(h*d). */
 INLINE void LOOP(add)(dvec *sum, dvec *square, dvec d, dvec h, const int backward)
@@ -257,7 +257,7 @@ INLINE dvec LOOP(masked)(LOOP(source) p, ptrdiff_t i, ptrdiff_t n, const real *i
 }
 #endif
 
-/* ---- first: runs of one channel ---------------------------------------------------------------------- */
+/* ---- runs: elements of one channel ---------------------------------------------------------------------- */
 
 /* Elements begin to end of a run; with `past` these are whole lines. */
 INLINE void LOOP(map_piece)(const elem *x, const elem *g, const elem_out *z, elem_out *y, ptrdiff_t begin, ptrdiff_t end,
@@ -500,10 +500,10 @@ INLINE void LOOP(fetch)(const elem *run, const elem *next, ptrdiff_t i, ptrdiff_
         __builtin_prefetch(p + l, 0, 2);
 }
 
-INLINE void LOOP(first)(const cbn_tile *m, const cbn_tile *r, const int plain, const int backward, const int mapping,
+INLINE void LOOP(runs)(const cbn_tile *m, const cbn_tile *r, const int plain, const int backward, const int mapping,
                         const int reducing)
 {
-    const int past = mapping && m->stream, copying = reducing && r->x_copy.data;
+    const int past = mapping && m->nontemporal, copying = reducing && r->x_copy.data;
     const ptrdiff_t length = mapping ? m->length : r->length, n_runs = mapping ? m->n_runs : r->n_runs;
     const ptrdiff_t m_channels = mapping ? m->n_channels : 0, r_channels = reducing ? r->n_channels : 0;
     const ptrdiff_t n_channels = MAX(m_channels, r_channels), group = GROUP;
@@ -519,7 +519,7 @@ INLINE void LOOP(first)(const cbn_tile *m, const cbn_tile *r, const int plain, c
     const ptrdiff_t ahead = !reducing || !r->prefetch ? 0 : AHEAD * (mapping ? 1 : 2) / (backward ? 2 : 1);
     LOOP(sums) sums[GROUP];
     LOOP(totals) totals[GROUP];
-    const int flushing = reducing && !backward && (!ELEM_HALF || r->exact) && n_runs * length > FLUSH;
+    const int flushing = reducing && !backward && (!ELEM_HALF || r->sum_in_float64) && n_runs * length > FLUSH;
     real of_forward[SLOPE][GROUP]; /* factors of the forward pass */
 #endif
     for (ptrdiff_t first = 0; first < n_channels; first += group) {
@@ -569,15 +569,15 @@ INLINE void LOOP(first)(const cbn_tile *m, const cbn_tile *r, const int plain, c
                     if (copying)
                         p.x_copy = AT(r->x_copy, n, c);
                     if (backward && (copying || act_r.kind != PLAIN))
-                        p.h = AT(r->h, n, c);
+                        p.h = AT(r->dh, n, c);
                     if (backward && act_r.kind != PLAIN) {
                         p.z = r->z.data ? AT(r->z, n, c) : NULL;
                         z_next = p.z ? NEXT(r->z) : NULL;
                         for (int i = 0; i < SLOPE; i++)
                             f_r.factors[i] = splat(of_forward[i][c - first]);
-                        f_r.wide = r->forward_c[WIDE * r->pitch + c] != 0;
-                        f_r.scale = splat_d(r->forward_c[r->pitch + c]);
-                        f_r.offset = splat_d(r->forward_c[2 * r->pitch + c]);
+                        f_r.wide = r->forward_c[CBN_IN_FLOAT64 * r->pitch + c] != 0;
+                        f_r.scale = splat_d(r->forward_c[CBN_SCALE * r->pitch + c]);
+                        f_r.offset = splat_d(r->forward_c[CBN_OFFSET * r->pitch + c]);
                     }
                     for (int u = 0; u < UNROLL; u++) {
                         s.sum[u] = n ? sums[c - first].sum[u] : (dvec){0};
@@ -619,10 +619,10 @@ INLINE void LOOP(first)(const cbn_tile *m, const cbn_tile *r, const int plain, c
                             LOOP(fetch)(p.z, z_next, i, ahead, length);
                         if (backward && !plain && (!ELEM_IS_DOUBLE || act_r.kind != PLAIN))
                             LOOP(reduce_piece)(p, i, MIN(i + piece, length), shift, &f_r, act_r, &s, 1, backward,
-                                               copying, r->exact);
+                                               copying, r->sum_in_float64);
                         else
                             LOOP(reduce_piece)(p, i, MIN(i + piece, length), shift, &f_r, act_r, &s, 0, backward,
-                                               copying, r->exact);
+                                               copying, r->sum_in_float64);
                     }
 #else
                     (void)copying;
@@ -653,7 +653,7 @@ INLINE void LOOP(first)(const cbn_tile *m, const cbn_tile *r, const int plain, c
     LOOP(deliver)(&shared);
 }
 
-/* ---- last: rows of all channels ---------------------------------------------------------------------- */
+/* ---- rows: elements of all channels ---------------------------------------------------------------------- */
 
 /* A value of each channel, made a value of each column in its place. */
 #define SPREAD(t, value)                                                                                       \
@@ -929,13 +929,13 @@ INLINE void LOOP(spread_forward)(const cbn_tile *r, LOOP(columns) *k)
     k->some_wide = 0;
 #if !ELEM_IS_DOUBLE
     for (ptrdiff_t c = 0; c < r->n_channels; c++) {
-        k->wide[c] = -(r->forward_c[WIDE * r->pitch + c] != 0);
+        k->wide[c] = -(r->forward_c[CBN_IN_FLOAT64 * r->pitch + c] != 0);
         k->some_wide |= k->wide[c];
     }
     if (k->some_wide) {
         SPREAD(r, k->wide);
-        LOOP(spread)(r, r->forward_c + r->pitch, k->wide_scale);
-        LOOP(spread)(r, r->forward_c + 2 * r->pitch, k->wide_offset);
+        LOOP(spread)(r, r->forward_c + CBN_SCALE * r->pitch, k->wide_scale);
+        LOOP(spread)(r, r->forward_c + CBN_OFFSET * r->pitch, k->wide_offset);
     }
 #endif
 }
@@ -944,7 +944,7 @@ INLINE LOOP(source) LOOP(row_source)(const cbn_tile *r, ptrdiff_t row, LOOP(acti
 {
     LOOP(source) p = {AT(r->x, row, 0), AT(r->g, row, 0), NULL, NULL, NULL};
     if (backward && act.kind != PLAIN) {
-        p.h = AT(r->h, row, 0);
+        p.h = AT(r->dh, row, 0);
         p.z = r->z.data ? AT(r->z, row, 0) : NULL;
     }
     return p;
@@ -1068,10 +1068,10 @@ INLINE int LOOP(downwards)(const cbn_tile *m, const cbn_tile *r, const int backw
     return up < down;
 }
 
-INLINE void LOOP(last)(const cbn_tile *m, const cbn_tile *r, const int plain, const int backward, const int mapping,
+INLINE void LOOP(rows)(const cbn_tile *m, const cbn_tile *r, const int plain, const int backward, const int mapping,
                        const int reducing, const ptrdiff_t rows)
 {
-    const int past = mapping && m->stream;
+    const int past = mapping && m->nontemporal;
     /* Of a map backward only that of float64 elements may be CHECKED */
     const int bare = plain || (backward && !ELEM_IS_DOUBLE);
     const LOOP(activation) act = bare ? (LOOP(activation)){PLAIN} : LOOP(activation_of)(mapping ? m : r);
@@ -1099,8 +1099,8 @@ INLINE void LOOP(last)(const cbn_tile *m, const cbn_tile *r, const int plain, co
 #ifdef SUMS
     LOOP(columns) of_column __attribute__((aligned(LINE)));
     const LOOP(activation) act_r = plain ? (LOOP(activation)){PLAIN} : LOOP(activation_of)(reducing ? r : m);
-    const LOOP(steps) step = {reducing ? r->x.n : 0, reducing ? r->g.n : 0, reducing ? r->z.n : 0, reducing ? r->h.n : 0};
-    const int exact = backward || !ELEM_HALF || (reducing && r->exact);
+    const LOOP(steps) step = {reducing ? r->x.n : 0, reducing ? r->g.n : 0, reducing ? r->z.n : 0, reducing ? r->dh.n : 0};
+    const int exact = backward || !ELEM_HALF || (reducing && r->sum_in_float64);
     const ptrdiff_t r_columns = reducing ? r->copies * r->n_channels * r->length : 0;
     if (reducing) {
         columns = MAX(columns, r_columns);
@@ -1200,39 +1200,39 @@ INLINE void LOOP(last)(const cbn_tile *m, const cbn_tile *r, const int plain, co
 
 /* ---- entries: the constants of the bodies ------------------------------------------------------------ */
 
-INLINE void LOOP(any_first)(const cbn_tile *m, const cbn_tile *r, const int plain, const int backward)
+INLINE void LOOP(any_runs)(const cbn_tile *m, const cbn_tile *r, const int plain, const int backward)
 {
 #ifdef SUMS
     if (m && r)
-        LOOP(first)(m, r, plain, backward, 1, 1);
+        LOOP(runs)(m, r, plain, backward, 1, 1);
     else if (r && (plain || backward))
-        LOOP(first)(m, r, plain, backward, 0, 1);
+        LOOP(runs)(m, r, plain, backward, 0, 1);
     else if (plain || !backward || ELEM_IS_DOUBLE)
 #endif
-        LOOP(first)(m, r, plain, backward, 1, 0);
-    if (m && m->stream)
+        LOOP(runs)(m, r, plain, backward, 1, 0);
+    if (m && m->nontemporal)
         STORE_FENCE();
 }
 
-INLINE void LOOP(any_last)(const cbn_tile *m, const cbn_tile *r, const int plain, const int backward)
+INLINE void LOOP(any_rows)(const cbn_tile *m, const cbn_tile *r, const int plain, const int backward)
 {
     /* Whether rows of y begin alike in their lines. */
-    const int together = m && (!m->stream || m->y.n * (ptrdiff_t)sizeof(elem_out) % LINE == 0);
+    const int together = m && (!m->nontemporal || m->y.n * (ptrdiff_t)sizeof(elem_out) % LINE == 0);
 #ifdef SUMS
     if (together && r && !backward && !ELEM_HALF) { /* else factors and sums do not fit L1: one after the other is faster */
-        LOOP(last)(m, r, plain, backward, 1, 1, ROWS);
+        LOOP(rows)(m, r, plain, backward, 1, 1, ROWS);
         r = NULL;
     } else
 #endif
     if (together)
-        LOOP(last)(m, r, plain, backward, 1, 0, ROWS);
+        LOOP(rows)(m, r, plain, backward, 1, 0, ROWS);
     else if (m)
-        LOOP(last)(m, r, plain, backward, 1, 0, 1);
-    if (m && m->stream)
+        LOOP(rows)(m, r, plain, backward, 1, 0, 1);
+    if (m && m->nontemporal)
         STORE_FENCE();
 #ifdef SUMS
     if (r)
-        LOOP(last)(m, r, plain, backward, 0, 1, backward ? ROWS : 2 * ROWS); /* half the trips of the accumulators */
+        LOOP(rows)(m, r, plain, backward, 0, 1, backward ? ROWS : 2 * ROWS); /* half the trips of the accumulators */
 #endif
 }
 
@@ -1258,19 +1258,19 @@ INLINE void LOOP(any_last)(const cbn_tile *m, const cbn_tile *r, const int plain
     }
 #endif
 
-ENTRIES(forward, first, 0)
-ENTRIES(forward, last, 0)
+ENTRIES(forward, runs, 0)
+ENTRIES(forward, rows, 0)
 #ifndef FORWARD
-ENTRIES(backward, first, 1)
-ENTRIES(backward, last, 1)
+ENTRIES(backward, runs, 1)
+ENTRIES(backward, rows, 1)
 #endif
 
 const cbn_loops LOOP(loops) = {
-    .forward_first = LOOP(forward_first),
-    .forward_last = LOOP(forward_last),
+    .forward_runs = LOOP(forward_runs),
+    .forward_rows = LOOP(forward_rows),
 #ifndef FORWARD
-    .backward_first = LOOP(backward_first),
-    .backward_last = LOOP(backward_last),
+    .backward_runs = LOOP(backward_runs),
+    .backward_rows = LOOP(backward_rows),
 #endif
 };
 

@@ -37,28 +37,29 @@ cdef extern from "kernels.h" nogil:
         const double *coef_c
         const double *forward_c
         Py_ssize_t pitch
-        bint stream, prefetch, exact
+        bint nontemporal, prefetch, sum_in_float64
         const double *shift_c
         double *sum_c
         double *square_c
-        cbn_view x_copy, h
-    ctypedef void (*cbn_loop)(const cbn_tile *map, const cbn_tile *reduction) noexcept nogil
+        cbn_view x_copy, dh
+    ctypedef void (*cbn_loop)(const cbn_tile *apply, const cbn_tile *reduction) noexcept nogil
     ctypedef struct cbn_loops:
-        cbn_loop forward_first, forward_last, backward_first, backward_last
+        cbn_loop forward_runs, forward_rows, backward_runs, backward_rows
     ctypedef struct cbn_isa:
         const char *name
         const cbn_loops *f32
-        const cbn_loops *f32_wide
+        const cbn_loops *f32_in_f64
         const cbn_loops *f64
         const cbn_loops *bf16
-        const cbn_loops *bf16_wide
+        const cbn_loops *bf16_in_f64
         const cbn_loops *f16
-        const cbn_loops *f16_wide
+        const cbn_loops *f16_in_f64
         const cbn_loops *u8_f32
         const cbn_loops *u8_bf16
         const cbn_loops *i8_f32
         const cbn_loops *i8_bf16
     enum: CBN_ROW_BYTES
+    enum: CBN_MEAN, CBN_SCALE, CBN_OFFSET, CBN_IN_FLOAT64, CBN_GRAD_MEAN, CBN_SLOPE
     const cbn_isa *cbn_built[]
     int cbn_highest()
 
@@ -242,19 +243,19 @@ def tune(**knobs):
     No result depends on any of them.
 
     bytes_per_thread   memory from which another thread is worth its start; 1: for any two items
-    stream_bytes       size of all arrays of a call from which it stores past the caches; 0: always
+    nontemporal_bytes       size of all arrays of a call from which it stores past the caches; 0: always
     l2_bytes           cache of one core; 0 and l3_bytes=0: two passes always, never channel by channel
     l3_bytes           cache of all cores
     prefetch           whether the next channels are fetched while the present ones are computed
     """
-    global bytes_per_thread, stream_bytes, l2_bytes, l3_bytes, prefetch
-    before = {"bytes_per_thread": bytes_per_thread, "stream_bytes": stream_bytes, "l2_bytes": l2_bytes,
+    global bytes_per_thread, nontemporal_bytes, l2_bytes, l3_bytes, prefetch
+    before = {"bytes_per_thread": bytes_per_thread, "nontemporal_bytes": nontemporal_bytes, "l2_bytes": l2_bytes,
               "l3_bytes": l3_bytes, "prefetch": prefetch}
     for name in knobs:
         if name not in before:
             raise TypeError(f"no knob {name!r}; there are {', '.join(before)}")
     new = before | knobs
-    bytes_per_thread, stream_bytes = new["bytes_per_thread"], new["stream_bytes"]
+    bytes_per_thread, nontemporal_bytes = new["bytes_per_thread"], new["nontemporal_bytes"]
     l2_bytes, l3_bytes, prefetch = new["l2_bytes"], new["l3_bytes"], new["prefetch"]
     return before
 
@@ -723,7 +724,7 @@ cdef struct Job:
     bint all_wide               # every channel takes `wide`
     bint backward               # reductions of g and x, not of x alone
     bint batch_statistics       # backward through them
-    bint stream                 # the map stores past the caches
+    bint nontemporal                 # the map stores past the caches
     bint fused                  # reduction and map go through the same tiles, as a pipeline
     int type_num                # of numpy; that of bfloat16 is made when ml_dtypes is imported
     Py_ssize_t itemsize
@@ -732,10 +733,10 @@ cdef struct Job:
     Grid reduction, map
     cbn_view x, y, g            # y is dx in backward
     cbn_view z                  # residual; data NULL: none
-    cbn_view h                  # backward, activated: g times the slope of the activation
-    bint exact                  # which reduction this is, see kernels.h
-    double *exact_c             # whether a channel takes it
-    bint keeps_h                # whether somebody asks for h
+    cbn_view dh                 # backward, activated: g times the slope of the activation
+    bint sum_in_float64                 # which reduction this is, see kernels.h
+    double *in_float64_c             # whether a channel takes it
+    bint keeps_dh                # whether somebody asks for h
     bint activated              # what is normalized goes through act(. + z)
     double negative_slope
     double vanishing            # the largest number that the type of y takes for zero
@@ -784,25 +785,25 @@ cdef Job make_job(Layout layout, cnp.ndarray x, bint wide):
     job.y_itemsize = job.itemsize
     job.n_bytes = layout.C * layout.N * layout.S * job.itemsize
     job.all_wide = wide or job.itemsize == 8
-    job.backward = job.batch_statistics = job.stream = job.fused = False
+    job.backward = job.batch_statistics = job.nontemporal = job.fused = False
     job.copy = NULL
     job.x = job.y = job.g = layout.view(x)
-    job.activated = job.keeps_h = job.exact = job.fits = False
+    job.activated = job.keeps_dh = job.sum_in_float64 = job.fits = False
     job.negative_slope = 1
-    job.z.data = job.h.data = NULL
+    job.z.data = job.dh.data = NULL
     job.weight_c = job.bias_c = job.shift_c = job.partial = job.sum_c = NULL
-    job.square_c = job.invstd_c = job.coef_c = job.forward_c = job.exact_c = NULL
+    job.square_c = job.invstd_c = job.coef_c = job.forward_c = job.in_float64_c = NULL
     job.eps = 0
     job.type_num = cnp.PyArray_TYPE(x)
     job.vanishing = vanishing(job.itemsize, job.type_num)
     if job.itemsize == 8:
         job.narrow = job.wide = active.f64
     elif job.itemsize == 4:
-        job.narrow, job.wide = active.f32, active.f32_wide
+        job.narrow, job.wide = active.f32, active.f32_in_f64
     elif job.type_num == NPY_HALF:
-        job.narrow, job.wide = active.f16, active.f16_wide
+        job.narrow, job.wide = active.f16, active.f16_in_f64
     else:
-        job.narrow, job.wide = active.bf16, active.bf16_wide
+        job.narrow, job.wide = active.bf16, active.bf16_in_f64
     rows = layout.last or (
         layout.S * job.itemsize < SHORT_RUN and layout.N >= SHORT_RUN_ROWS and run_follows_run(layout, job.x))
     job.reduction = rows_grid(layout, job.itemsize, row_follows_row(layout, job.x)) if rows \
@@ -820,12 +821,12 @@ cdef void activate(Job *job, Layout layout, cnp.ndarray z, double negative_slope
 
 cdef bint leaves_the_caches(Job *job) noexcept nogil:
     """Whether the output would not stay in a cache with what the call reads."""
-    return (3 if job.backward or job.z.data != NULL else 2) * job.n_bytes >= stream_bytes
+    return (3 if job.backward or job.z.data != NULL else 2) * job.n_bytes >= nontemporal_bytes
 
 
-cdef bint stores_past(Job *job) noexcept nogil:
+cdef bint stores_nontemporal(Job *job) noexcept nogil:
     """Whether the output goes past the caches: where it would not stay there, and is not at the place of an input."""
-    cdef char *g = job.g.data if job.h.data == NULL else job.h.data
+    cdef char *g = job.g.data if job.dh.data == NULL else job.dh.data
     return leaves_the_caches(job) \
         and job.y.data != job.x.data and job.y.data != g and job.y.data != job.z.data
 
@@ -850,7 +851,7 @@ cdef void write_to(Job *job, Layout layout, cnp.ndarray y) noexcept:
         job.map = rows_grid(layout, job.itemsize, False)
     else:
         job.map = runs_grid(layout, False)
-    job.stream = stores_past(job)
+    job.nontemporal = stores_nontemporal(job)
 
 
 cdef void run(Work work, Job *job, Py_ssize_t items, int threads) noexcept nogil:
@@ -885,7 +886,7 @@ cdef inline cbn_tile tile_of(Job *job, Rectangle *r) noexcept nogil:
     t.g = t.y = t.x    # where they have no meaning, a place that there is
     t.activated, t.negative_slope, t.vanishing = job.activated, job.negative_slope, job.vanishing
     t.checked = False
-    t.x_copy.data = t.h.data = NULL
+    t.x_copy.data = t.dh.data = NULL
     if job.coef_c != NULL:
         t.coef_c = job.coef_c + r.c
     if job.forward_c != NULL:
@@ -893,29 +894,29 @@ cdef inline cbn_tile tile_of(Job *job, Rectangle *r) noexcept nogil:
     return t
 
 
-cdef inline cbn_loop loop_of(Job *job, const cbn_loops *loops, bint last) noexcept nogil:
+cdef inline cbn_loop loop_of(Job *job, const cbn_loops *loops, bint rows) noexcept nogil:
     if job.backward:
-        return loops.backward_last if last else loops.backward_first
-    return loops.forward_last if last else loops.forward_first
+        return loops.backward_rows if rows else loops.backward_runs
+    return loops.forward_rows if rows else loops.forward_runs
 
 
 cdef inline cbn_tile tile_to_reduce(Job *job, Rectangle *r) noexcept nogil:
     """A rectangle for a reduction, which has its own place among the partial sums."""
     cdef cbn_tile t = tile_of(job, r)
-    t.g, t.h = moved(job.g, job.itemsize, r), moved(job.h, job.itemsize, r)
+    t.g, t.dh = moved(job.g, job.itemsize, r), moved(job.dh, job.itemsize, r)
     t.shift_c = job.shift_c + r.c
     t.sum_c = job.partial + 2 * r.block * t.pitch + r.c
     t.square_c = t.sum_c + t.pitch
-    t.prefetch, t.exact = prefetch, job.exact
+    t.prefetch, t.sum_in_float64 = prefetch, job.sum_in_float64
     return t
 
 
 cdef inline cbn_tile tile_to_map(Job *job, Rectangle *r) noexcept nogil:
     """A rectangle for a map."""
     cdef cbn_tile t = tile_of(job, r)
-    t.g = moved(job.h if job.backward and job.activated else job.g, job.itemsize, r)
+    t.g = moved(job.dh if job.backward and job.activated else job.g, job.itemsize, r)
     t.y = moved(job.y, job.y_itemsize, r)
-    t.stream = job.stream
+    t.nontemporal = job.nontemporal
     if job.backward:
         t.z.data, t.activated = NULL, False    # are in h
     # A residual or a slope can bring back what has overflowed
@@ -933,7 +934,7 @@ cdef void to_whole_lines(Job *job, cbn_tile *t, bint first, bint last) noexcept 
     the next is not, unless it is the `last` one: so no line is stored in parts.
     """
     cdef Py_ssize_t width = t.n_channels * t.length * job.y_itemsize, lead, channels, before
-    if not t.stream or t.copies > 1 or t.y.n * job.y_itemsize % LINE:
+    if not t.nontemporal or t.copies > 1 or t.y.n * job.y_itemsize % LINE:
         return
     lead = 0 if first else <Py_ssize_t>t.y.data % LINE // job.y_itemsize
     channels = ceil_div(lead, t.length)
@@ -1036,7 +1037,7 @@ cdef void pipeline(Job *job, Py_ssize_t begin, Py_ssize_t end, int thread) noexc
                 map = tile_to_map(job, &before)
                 if job.copying:
                     map.x = copied(job, x_copy, &before)
-                    if not job.keeps_h:
+                    if not job.keeps_dh:
                         map.g = copied(job, g_copy, &before)
                 elif job.reduction.last:
                     to_whole_lines(job, &map, tile - 1 == begin, tile == end)
@@ -1051,8 +1052,8 @@ cdef void pipeline(Job *job, Py_ssize_t begin, Py_ssize_t end, int thread) noexc
                 reduction = tile_to_reduce(job, &r)
                 if job.copying:
                     reduction.x_copy = copied(job, x_copy, &r)
-                    if not job.keeps_h:
-                        reduction.h = copied(job, g_copy, &r)
+                    if not job.keeps_dh:
+                        reduction.dh = copied(job, g_copy, &r)
                 loop(&map if together else NULL, &reduction)
         if tile == end:
             return
@@ -1061,7 +1062,7 @@ cdef void pipeline(Job *job, Py_ssize_t begin, Py_ssize_t end, int thread) noexc
         while todo:
             # A job of its own: other threads have theirs
             again = job[0]
-            again.exact = not todo & PLAIN
+            again.sum_in_float64 = not todo & PLAIN
             for k in range(blocks):
                 r = rectangle(&job.reduction, item_of(&job.reduction, tile, k))
                 reduction = tile_to_reduce(&again, &r)
@@ -1069,13 +1070,18 @@ cdef void pipeline(Job *job, Py_ssize_t begin, Py_ssize_t end, int thread) noexc
                     reduction.x = copied(job, x_copy, &r)
                 loop(NULL, &reduction)
             todo = next_to_do(&again, todo, r.c, r.c + r.n_channels)
+        solve(job, r.c, r.c + r.n_channels)
         narrow = job.itemsize == 8 or (not job.all_wide and all_fit(job, r.c, r.c + r.n_channels))
 
 
 cdef int next_to_do(Job *job, int todo, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
     """What is left to do after one of these reductions of some channels, the plain one first."""
-    cdef int left = EXACT * settle(job, first, end) | (todo & EXACT if todo & PLAIN else 0)
-    return left if left else digits_are_lost(job, first, end)
+    cdef int left
+    merge_partials(job, first, end)
+    if job.backward:
+        return 0
+    left = IN_FLOAT64 * moments_from_sums(job, first, end) | (todo & IN_FLOAT64 if todo & PLAIN else 0)
+    return left if left else channels_to_redo(job, first, end)
 
 
 cdef inline cbn_view copied(Job *job, cbn_view copy, Rectangle *r) noexcept nogil:
@@ -1130,7 +1136,7 @@ cdef void choose_shifts(Job *job, Py_ssize_t first, Py_ssize_t end) noexcept nog
     for k in range(SAMPLES):
         at[k] = sample(job, k)
     for c in range(first, end):
-        job.exact_c[c] = False
+        job.in_float64_c[c] = False
     # Pairs, since three times a value may be rounded
     if job.itemsize == 8:
         for c in range(first, end):
@@ -1159,16 +1165,17 @@ cdef void choose_shifts(Job *job, Py_ssize_t first, Py_ssize_t end) noexcept nog
             job.shift_c[c] = 0    # the loops add up x itself
 
 
-cdef bint settle(Job *job, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
-    """Merge some channels' partial sums, in an order that their number alone decides, and make coefficients from them.
+cdef inline double count_of(Job *job, Py_ssize_t c) noexcept nogil:
+    """Values of a channel."""
+    return <double>(job.reduction.N * job.reduction.S)
 
-    Of a reduction that is `exact` those of the channels that take it, else those of the others. Returns whether some of
-    these now take it: 16-bit elements whose sums may have left the range of float32.
+
+cdef void merge_partials(Job *job, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
+    """Merge the partial sums of some channels, in an order that their number alone decides.
+
+    Takes only the channels of this pass: those marked for float64 if `job.sum_in_float64`, the others if not.
     """
-    cdef bint left = False
     cdef Py_ssize_t c, k, half, C = job.reduction.C, blocks = job.reduction.blocks * job.reduction.pieces
-    cdef double n = <double>(job.reduction.N * job.reduction.S)
-    cdef double s, invstd, w
     cdef double *sums = job.partial
     cdef double *others
     while blocks > 1:    # one half to the other: so that each has few additions
@@ -1182,48 +1189,62 @@ cdef bint settle(Job *job, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
         blocks = half
     sums = job.partial
     for c in range(first, end):
-        if job.backward or job.exact_c[c] == job.exact:
+        if job.backward or job.in_float64_c[c] == job.sum_in_float64:
             job.sum_c[c], job.square_c[c] = sums[c], sums[C + c]
-    if job.backward:
-        if job.batch_statistics:
-            for c in range(first, end):
-                invstd = job.invstd_c[c]
-                w = 1 if job.weight_c == NULL else job.weight_c[c]
-                job.coef_c[c] = job.shift_c[c]
-                job.coef_c[C + c] = invstd * w
-                job.coef_c[2 * C + c] = job.sum_c[c] / n
-                job.coef_c[3 * C + c] = job.square_c[c] / n * invstd * invstd
-        return False
+
+
+cdef bint moments_from_sums(Job *job, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
+    """Make mean and m2 = S(d*d) - S(d)^2/n of what `merge_partials` took, in the place of the sums.
+
+    Returns whether some channels are now marked for float64: 16-bit elements whose sums may have left float32's range.
+    """
+    cdef bint left = False
+    cdef Py_ssize_t c
+    cdef double n, s
     for c in range(first, end):
-        if job.exact_c[c] != job.exact:
+        if job.in_float64_c[c] != job.sum_in_float64:
             continue
-        # m2 = S(d*d) - S(d)^2/n. Rounding can take it below zero; where S(d*d) overflows it is inf and not inf - inf.
-        s = job.sum_c[c]
+        n, s = count_of(job, c), job.sum_c[c]
         # All squares of float16 are within that range; of bfloat16 those of a channel that is constant, or seems to be
         # because they are too small, are looked at again
-        if job.itemsize == 2 and job.type_num != NPY_HALF and not job.exact \
+        if job.itemsize == 2 and job.type_num != NPY_HALF and not job.sum_in_float64 \
                 and not 1e-20 <= job.square_c[c] < 1e300:
-            job.exact_c[c] = left = True
+            job.in_float64_c[c] = left = True
         job.sum_c[c] = job.shift_c[c] + s / n
+        # Rounding can take m2 below zero; where S(d*d) overflows it is inf and not inf - inf
         if isfinite(job.square_c[c]) or not isfinite(s):
             job.square_c[c] -= s * (s / n)
         if job.square_c[c] < 0:
             job.square_c[c] = 0
-        if job.coef_c != NULL:
-            w = 1 if job.weight_c == NULL else job.weight_c[c]
-            job.invstd_c[c] = 1 / sqrt(job.square_c[c] / n + job.eps)
-            job.coef_c[c] = job.sum_c[c]
-            job.coef_c[C + c] = job.invstd_c[c] * w
-            job.coef_c[2 * C + c] = 0 if job.bias_c == NULL else job.bias_c[c]
     return left
 
 
+cdef void solve(Job *job, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
+    """Make the coefficients of some channels from their statistics: moments, or backward the sums of gradients."""
+    cdef Py_ssize_t c, C = job.reduction.C
+    cdef double n, w, invstd
+    cdef double *coef = job.coef_c
+    for c in range(first, end):
+        n, w = count_of(job, c), 1 if job.weight_c == NULL else job.weight_c[c]
+        if job.backward:
+            invstd = job.invstd_c[c]
+            coef[CBN_MEAN * C + c] = job.shift_c[c]
+            coef[CBN_SCALE * C + c] = invstd * w
+            coef[CBN_GRAD_MEAN * C + c] = job.sum_c[c] / n
+            coef[CBN_SLOPE * C + c] = job.square_c[c] / n * invstd * invstd * (invstd * w)
+        else:
+            job.invstd_c[c] = 1 / sqrt(job.square_c[c] / n + job.eps)
+            coef[CBN_MEAN * C + c] = job.sum_c[c]
+            coef[CBN_SCALE * C + c] = job.invstd_c[c] * w
+            coef[CBN_OFFSET * C + c] = 0 if job.bias_c == NULL else job.bias_c[c]
+
+
 cdef enum:
-    PLAIN = 1     # reductions that are to be done: of the channels that do not take an exact one,
-    EXACT = 2     # and of those that do
+    PLAIN = 1     # reductions that are to be done: of the channels that are not marked for float64,
+    IN_FLOAT64 = 2    # and of those that are
 
 
-cdef int digits_are_lost(Job *job, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
+cdef int channels_to_redo(Job *job, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
     """Which channels have lost digits of m2 = S(d*d) - S(d)^2/n, their shift being more than 2*std from their mean.
 
     Of float64 elements, whose sums have no digits to spare, more than 1.4*std: 6e-5 of channels with normal values.
@@ -1240,12 +1261,10 @@ cdef int digits_are_lost(Job *job, Py_ssize_t first, Py_ssize_t end) noexcept no
     cdef double n = <double>(job.reduction.N * job.reduction.S), d, shift
     cdef int lost = 0
     cdef bint bfloat16 = job.itemsize == 2 and job.type_num != NPY_HALF, far
-    if job.backward:
-        return 0
     for c in range(first, end):
         d = job.sum_c[c] - job.shift_c[c]
         d *= n * d    # n*R, R = ((mean - shift)/std)^2
-        if bfloat16 and not job.exact_c[c]:
+        if bfloat16 and not job.in_float64_c[c]:
             far = d > 1073741824.0 * job.square_c[c] or (
                 n < MANY_VALUES and d > job.square_c[c] and d < 64 * job.square_c[c])
         else:
@@ -1255,8 +1274,8 @@ cdef int digits_are_lost(Job *job, Py_ssize_t first, Py_ssize_t end) noexcept no
         shift = loops_shift(job, job.sum_c[c])
         if shift != job.shift_c[c]:    # else nothing would change
             job.shift_c[c] = shift
-            job.exact_c[c] = job.exact_c[c] or bfloat16
-            lost |= EXACT if job.exact_c[c] else PLAIN
+            job.in_float64_c[c] = job.in_float64_c[c] or bfloat16
+            lost |= IN_FLOAT64 if job.in_float64_c[c] else PLAIN
     return lost
 
 
@@ -1293,7 +1312,7 @@ cdef bint forward_takes_float64(double mean, double scale, double offset) noexce
 
 cdef inline double slope_of(Job *job, Py_ssize_t c) noexcept nogil:
     """Backward: what x - mean is multiplied by."""
-    return job.coef_c[3 * job.reduction.C + c] * job.coef_c[job.reduction.C + c]
+    return job.coef_c[CBN_SLOPE * job.reduction.C + c]
 
 
 cdef inline double added_of(Job *job, Py_ssize_t c) noexcept nogil:
@@ -1365,7 +1384,7 @@ cdef bint may_overflow(Job *job, Py_ssize_t first, Py_ssize_t end) noexcept nogi
 # Sizes of the caches, for one core and for all; set from the system's at import (config.py).
 cdef Py_ssize_t l2_bytes = 1 << 20
 cdef Py_ssize_t l3_bytes = 1 << 23
-cdef Py_ssize_t stream_bytes = 1 << 23    # a call that goes through so much memory stores past the caches
+cdef Py_ssize_t nontemporal_bytes = 1 << 23    # a call that goes through so much memory stores past the caches
 cdef bint prefetch = True
 
 
@@ -1376,9 +1395,11 @@ cdef void reduce(Job *job) noexcept nogil:
         choose_shifts(job, 0, job.reduction.C)
     cdef int todo = PLAIN
     while todo:
-        job.exact = not todo & PLAIN
+        job.sum_in_float64 = not todo & PLAIN
         run(reduce_items, job, n_items(&job.reduction), threads)
         todo = next_to_do(job, todo, 0, job.reduction.C)
+    if job.coef_c != NULL and (not job.backward or job.batch_statistics):
+        solve(job, 0, job.reduction.C)
 
 
 cdef void choose_tiles(Job *job) noexcept nogil:
@@ -1406,9 +1427,9 @@ cdef void choose_tiles(Job *job) noexcept nogil:
     job.copy_c = g.S if g.last else ceil_div(g.S * job.itemsize, LINE) * LINE // job.itemsize + LINE // job.itemsize
     job.copy_n = g.group * job.copy_c + 4 * LINE // job.itemsize
     job.copy_bytes = ceil_div(arrays * g.N * job.copy_n * job.itemsize, LINE) * LINE
-    if job.fused and job.copying and not job.keeps_h:
-        job.h.data = NULL
-        job.stream = stores_past(job)
+    if job.fused and job.copying and not job.keeps_dh:
+        job.dh.data = NULL
+        job.nontemporal = stores_nontemporal(job)
 
 
 cdef void reduce_and_map(Job *job) noexcept nogil:
@@ -1465,7 +1486,7 @@ def moments(Layout layout, cnp.ndarray x, cnp.ndarray y=None, cnp.ndarray weight
     job.sum_c, job.square_c, job.invstd_c = doubles(mean, C), doubles(m2, C), doubles(invstd, C)
     job.weight_c, job.bias_c, job.eps = doubles(weight, C), doubles(bias, C), eps
     job.shift_c = doubles(room, room.size)
-    job.exact_c, job.partial = job.shift_c + 4 * C, job.shift_c + 5 * C
+    job.in_float64_c, job.partial = job.shift_c + 4 * C, job.shift_c + 5 * C
     if forward:
         job.coef_c = job.shift_c + C
         activate(&job, layout, residual, negative_slope)
@@ -1533,7 +1554,7 @@ def grad_moments(Layout layout, cnp.ndarray g, cnp.ndarray x, cnp.ndarray mean, 
     job.g = layout.view(g)
     if h is not None:
         activate(&job, layout, residual, negative_slope)
-        job.h, job.keeps_h = layout.view(h), keeps_h or dx is None
+        job.dh, job.keeps_dh = layout.view(h), keeps_h or dx is None
         job.bias_c = doubles(bias, C)
         if y_dtype is not None:
             job.vanishing = vanishing(y_dtype.itemsize, y_dtype.num)
@@ -1751,7 +1772,7 @@ cdef class Plan:
         job.y.data = cnp.PyArray_BYTES(y)
         if residual is not None:
             activate(&job, self.layout, residual, job.negative_slope)
-        job.stream = stores_past(&job)
+        job.nontemporal = stores_nontemporal(&job)
         if job.n_bytes < SMALL:
             map_items(&job, 0, n_items(&job.map), 0)
             return y
@@ -1942,7 +1963,7 @@ cdef class Passes:
     cdef void moments(self, const void *x, double *mean_c, double *m2_c) noexcept nogil:
         cdef Job job = self.job[0]
         job.x.data = <char *>x
-        job.shift_c, job.exact_c, job.partial = job.coef_c, job.coef_c + self.C, job.coef_c + 5 * self.C
+        job.shift_c, job.in_float64_c, job.partial = job.coef_c, job.coef_c + self.C, job.coef_c + 5 * self.C
         job.coef_c = NULL
         job.sum_c, job.square_c = mean_c, m2_c
         reduce(&job)
@@ -1952,7 +1973,7 @@ cdef class Passes:
         job.x.data = job.g.data = <char *>x
         job.y.data = <char *>y
         job.coef_c = <double *>coef_c
-        job.stream = stores_past(&job)
+        job.nontemporal = stores_nontemporal(&job)
         run(map_items, &job, n_items(&job.map), threads_for(2 * job.n_bytes, n_items(&job.map)))
 
     cdef void normalize(self, const void *x, void *y, const double *weight_c, const double *bias_c, double eps,
@@ -1960,7 +1981,7 @@ cdef class Passes:
         cdef Job job = self.job[0]
         job.x.data = job.g.data = <char *>x
         job.y.data = <char *>y
-        job.shift_c, job.exact_c = job.coef_c + 3 * self.C, job.coef_c + 4 * self.C
+        job.shift_c, job.in_float64_c = job.coef_c + 3 * self.C, job.coef_c + 4 * self.C
         job.partial = job.coef_c + 5 * self.C
         job.weight_c, job.bias_c, job.eps = <double *>weight_c, <double *>bias_c, eps
         job.sum_c, job.square_c, job.invstd_c = mean_c, m2_c, invstd_c
@@ -1983,7 +2004,7 @@ cdef class Passes:
 cdef void with_copies(Job *job) noexcept nogil:
     """`reduce_and_map` with memory of its own for the pipeline; where there is none, in two passes."""
     cdef char *room = NULL
-    job.stream = stores_past(job)
+    job.nontemporal = stores_nontemporal(job)
     choose_tiles(job)
     if job.fused:
         room = <char *>cbn_pool_malloc(NULL, job.threads * job.copy_bytes)
