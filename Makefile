@@ -4,8 +4,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := setup.py pyproject.toml $(wildcard cbn/kernels/*.pyx cbn/kernels/*.c cbn/kernels/*.h)
-SOURCES := $(filter-out cbn/kernels/passes.c cbn/kernels/channels.c,$(SOURCES))
+MODULES := $(wildcard cbn/kernels/*.pyx)
+SOURCES := setup.py pyproject.toml $(wildcard $(foreach end,pyx pxd c h,cbn/kernels/*.$(end) cbn/kernels/*/*.$(end)))
+SOURCES := $(filter-out $(MODULES:.pyx=.c),$(SOURCES))
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow test-sdist peers accuracy readme bench bench-full bench-peers bench-compare lint sanitize self-check wheel clean
@@ -108,5 +109,5 @@ wheel: $(VENV)/.created ## a source distribution and a wheel, in dist
 	$(BIN)/python -m build
 
 clean: ## remove what the other targets made
-	rm -rf $(VENV) build dist cbn.egg-info examples/out cbn/kernels/passes.c cbn/kernels/channels.c cbn/kernels/*.so
+	rm -rf $(VENV) build dist cbn.egg-info examples/out $(MODULES:.pyx=.c) cbn/kernels/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

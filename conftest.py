@@ -2,16 +2,16 @@
 
 import pytest
 
-from cbn.kernels import passes
+from cbn.kernels import engine
 
 
 @pytest.fixture(autouse=True)
 def _process_state():
-    here, process = passes.asked_threads()
-    isa = passes.isa()
-    knobs = passes.tune(bytes_per_thread=1)  # parallel regions for small arrays too
-    passes.tune(**knobs)
+    here, process = engine.asked_threads()
+    isa = engine.isa()
+    knobs = engine.tune(bytes_per_thread=1)  # parallel regions for small arrays too
+    engine.tune(**knobs)
     yield
-    passes.ask_threads(here=here, process=process)
-    passes.use_isa(isa)
-    passes.tune(**knobs)
+    engine.ask_threads(here=here, process=process)
+    engine.use_isa(isa)
+    engine.tune(**knobs)

@@ -1,4 +1,4 @@
-"""Build of the compiled passes. Everything that is not about compiling is in pyproject.toml.
+"""Build of the compiled modules. Everything that is not about compiling is in pyproject.toml.
 
 No instruction-set flags: the sources name what they need (see cbn/kernels/instantiate.h), so that one build runs
 on every processor of its architecture.
@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -128,22 +129,25 @@ class BuildPasses(build_ext):
         for extension in self.extensions:
             extension.extra_compile_args = flags
             extension.extra_link_args = link_flags
-        # The loops of one instruction set are minutes of compiling: as many at once as there are processors
+        # The loops of one instruction set are minutes of compiling: as many sources at once as there are processors
         compile_sources = self.compiler.compile
+        processors = threading.Semaphore(os.cpu_count() or 1)
 
         def compile_one(source, options):
             if X86 and Path(source).name == "baseline.c" and not asked("CBN_DEBUG"):
                 # For processors from before 2013 alone, and nearly half of all compiling: -O3 takes 2.5 times as long,
                 # and its runs are 0 to 10 % faster, its rows 20 to 100 %
                 options = {**options, "extra_postargs": [*options["extra_postargs"], "-O1"]}
-            return compile_sources([source], **options)
+            with processors:
+                return compile_sources([source], **options)
 
         def compile_at_once(sources, **options):
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
+            with ThreadPoolExecutor(len(sources)) as pool:
                 files = pool.map(lambda source: compile_one(source, options), sources)
                 return [file for of_source in files for file in of_source]
 
         self.compiler.compile = compile_at_once
+        self.parallel = len(self.extensions)
         super().build_extensions()
 
     def check_builds(self, command, program):
@@ -159,19 +163,30 @@ class BuildPasses(build_ext):
             sys.exit(f"cbn: the C compiler {command[0]!r} cannot build {what}:\n\n{done.stderr.strip()}\n\n{remedy}")
 
 
-# Those that take longest first
-sources = ["avx2.c", "avx512.c", "avx512_bf16.c"] if X86 else []
-sources += ["baseline.c", "passes.pyx", "select.c", "threads.c", "pool.c"]
+# Extensions and their sources, those that take longest first. See cbn/kernels/__init__.py for what each is.
+EXTENSIONS = {
+    "engine": [
+        *(["avx2.c", "avx512.c", "avx512_bf16.c"] if X86 else []),
+        "baseline.c",
+        "engine.pyx",
+        "select.c",
+        "threads.c",
+    ],
+    "passes": ["passes.pyx"],
+    "arrays": ["arrays.pyx", "pool.c"],
+    "plans": ["plans.pyx"],
+    "channels": ["channels.pyx"],
+}
 
 extensions = [
     Extension(
         f"cbn.kernels.{name}",
-        sources=[str(KERNELS / source) for source in of_it],
+        sources=[str(KERNELS / source) for source in sources],
         depends=[str(path) for path in sorted(KERNELS.glob("*.h"))],
         include_dirs=[numpy.get_include(), str(KERNELS)],
         define_macros=[("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION"), ("NPY_TARGET_VERSION", "NPY_2_0_API_VERSION")],
     )
-    for name, of_it in (("passes", sources), ("channels", ["channels.pyx"]))
+    for name, sources in EXTENSIONS.items()
 ]
 
 debug = asked("CBN_DEBUG")

@@ -19,7 +19,7 @@ import cbn
 from cbn import reference
 from cbn.__main__ import run as run_command
 from cbn.functional import native_batch_norm, native_batch_norm_backward
-from cbn.kernels import passes
+from cbn.kernels import engine
 
 SHAPE = (32, 16, 28, 28)
 INPUTS = {
@@ -204,8 +204,8 @@ def main():
     (out / "accuracy.md").write_text(text)
     (out / "accuracy_summary.md").write_text(f"{summary(measured)}\n{orders}")
     print(text)
-    for isa in passes.available():
-        passes.use_isa(isa)
+    for isa in engine.available():
+        engine.use_isa(isa)
         worst = np.array([v for _, who, _, v in rows() if who == "cbn" and len(v) > 1])
         limits = " ".join(f"{r} {w:.1e}" for r, w in zip(RESULTS, worst.max(axis=0), strict=True))
         print(f"{isa}: largest error over all inputs and layouts: {limits}")

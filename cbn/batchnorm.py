@@ -1,25 +1,28 @@
 """The layers: parameters, running statistics, train and eval state, forward and backward.
 
-The arithmetic is in `cbn.functional`; what is here is what a layer remembers and when it may change.
+What normalizes is in `cbn.steps`; what is here is what a layer remembers and when it may change.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, BinaryIO, Literal, SupportsIndex, TypeVar, overload
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, BinaryIO, Literal, NamedTuple, SupportsIndex, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from . import checks, functional
+from . import checks, quantized, steps, storage
 from . import state as state_entries
+from .attributes import ChannelArray, Counter, Flag, accepted_dtype
 from .checks import Activation, Array, ArrayLike, Doubles, Number
-from .kernels import channels, passes
+from .inputs import Input, as_gradient, as_input, as_outputs
+from .kernels import arrays, channels, passes, plans
 from .memory import retried
+from .plan import EvalPlan
+from .quantized import Quantization
+from .steps import Affine, Context, Epilogue
 
 __all__ = ["BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
 
@@ -82,80 +85,9 @@ def digest(a: Array | None) -> bytes | None:
     """A digest of an array's values."""
     if a is None:
         return None
+    import hashlib  # 3 ms, which an import of cbn need not take
+
     return hashlib.blake2b(np.ascontiguousarray(a).reshape(-1).view(np.uint8).data, digest_size=16).digest()
-
-
-class _ChannelArray:
-    """Attribute that holds a (C,) array of the layer's dtype, or None where it is switched off."""
-
-    name: str
-    key: str
-
-    def __set_name__(self, owner: type[BatchNorm], name: str) -> None:
-        self.name, self.key = name, "_" + name
-
-    @overload
-    def __get__(self, layer: None, owner: type[BatchNorm]) -> _ChannelArray: ...
-    @overload
-    def __get__(self, layer: BatchNorm, owner: type[BatchNorm] | None = None) -> Array | Any: ...
-    def __get__(self, layer: BatchNorm | None, owner: type[BatchNorm] | None = None) -> _ChannelArray | Array | Any:
-        return self if layer is None else layer.__dict__[self.key]
-
-    def __set__(self, layer: BatchNorm, value: Array | None) -> None:
-        layer.__dict__[self.key] = passes.with_room(self.checked, layer, value)
-
-    def checked(self, layer: BatchNorm, value: Array | None) -> Array | None:
-        if value is None:
-            return None
-        if not isinstance(value, np.ndarray):
-            raise TypeError(f"{self.name} must be a numpy array or None, not {type(value).__name__}")
-        if value.shape != (layer.num_features,):
-            raise ValueError(f"{self.name} has shape {value.shape}; expected ({layer.num_features},)")
-        value = checks.per_channel(value, self.name, layer.num_features)
-        return value if value.dtype == layer.dtype else value.astype(layer.dtype)
-
-
-class _Counter(_ChannelArray):
-    """The same for num_batches_tracked: an int64 array without dimensions."""
-
-    def checked(self, layer: BatchNorm, value: Array | None) -> Array | None:
-        if value is None:
-            return None
-        if isinstance(value, np.ndarray) and type(value) is not np.ndarray:
-            value = np.ndarray.view(value, np.ndarray)  # of a subclass, which can say of itself what it likes
-        if not isinstance(value, np.ndarray) or value.shape != () or value.dtype.kind not in "iu":
-            raise TypeError(f"{self.name} must be an integer array without dimensions, or None, not {value!r}")
-        if not 0 <= int(value) < 1 << 63:
-            raise ValueError(f"{self.name} must be an integer from 0 to 2^63 - 1, but got {value}")
-        return value if value.dtype == np.int64 else value.astype(np.int64)
-
-
-class _Flag:
-    """Attribute that is a bool and nothing else."""
-
-    name: str
-    key: str
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name, self.key = name, "_" + name
-
-    def __get__(self, layer: Any, owner: type | None = None) -> bool:
-        return self if layer is None else layer.__dict__[self.key]  # type: ignore[return-value]
-
-    def __set__(self, layer: Any, value: bool) -> None:
-        layer.__dict__[self.key] = checks.boolean(value, self.name)
-
-
-def accepted_dtype(dtype: Any, native: Callable[[np.dtype[Any]], np.dtype[Any] | None], expected: str) -> np.dtype[Any]:
-    """A dtype that `native` accepts; None, which numpy takes for float64, is none."""
-    words = repr(dtype)
-    if dtype is not None:
-        with contextlib.suppress(TypeError):
-            found = checks.dtype_of(dtype)
-            words = str(found)
-            if accepted := native(found):
-                return accepted
-    raise TypeError(f"dtype must be {expected}, not {words}")
 
 
 def shortest(value: float) -> str:
@@ -165,7 +97,23 @@ def shortest(value: float) -> str:
     return f"np.float32({narrow!s})" if float(f"{value:.9g}") != value == float(narrow) else repr(value)
 
 
-class BatchNorm(passes.Planned):
+class Snapshot(NamedTuple):
+    """What one call reads of a layer: its mode and attributes, and copies of its arrays, all of one moment."""
+
+    training: bool
+    batch_statistics: bool  # the batch's normalize, else the running ones
+    tracked: bool  # the batch moves the running ones
+    eps: float
+    sources: tuple[Array | None, ...]  # running mean and variance, weight and bias themselves,
+    values: tuple[Doubles | Any, ...]  # and as float64
+    counter: Array | None
+
+    @property
+    def affine(self) -> Affine:
+        return Affine(self.values[2], self.values[3])
+
+
+class BatchNorm(plans.Planned):
     """Batch normalization over any input of two or more dimensions.
 
     In training: ``y = (x - mean) / sqrt(var + eps) * weight + bias`` per channel, with the mean and the biased variance
@@ -227,16 +175,16 @@ class BatchNorm(passes.Planned):
 
     _ranks: tuple[int, ...] | None = None  # numbers of dimensions that the class accepts; None: any from 2
 
-    weight: _ChannelArray = _ChannelArray()
-    bias: _ChannelArray = _ChannelArray()
-    weight_grad: _ChannelArray = _ChannelArray()
-    bias_grad: _ChannelArray = _ChannelArray()
-    running_mean: _ChannelArray = _ChannelArray()
-    running_var: _ChannelArray = _ChannelArray()
-    num_batches_tracked: _Counter = _Counter()
-    training: _Flag = _Flag()
-    affine: _Flag = _Flag()
-    track_running_stats: _Flag = _Flag()
+    weight: ChannelArray = ChannelArray()
+    bias: ChannelArray = ChannelArray()
+    weight_grad: ChannelArray = ChannelArray()
+    bias_grad: ChannelArray = ChannelArray()
+    running_mean: ChannelArray = ChannelArray()
+    running_var: ChannelArray = ChannelArray()
+    num_batches_tracked: Counter = Counter()
+    training: Flag = Flag()
+    affine: Flag = Flag()
+    track_running_stats: Flag = Flag()
 
     @retried
     def __init__(
@@ -272,7 +220,7 @@ class BatchNorm(passes.Planned):
         self._unbiased = running_var == "unbiased"
         self.training = True
         self._frozen = False
-        self._saved: str | functional.Forward = NO_FORWARD
+        self._saved: str | Context = NO_FORWARD
         shape = (self._num_features,)
         self.weight = np.ones(shape, self._dtype) if affine else None
         self.bias = np.zeros(shape, self._dtype) if affine and bias else None
@@ -394,23 +342,49 @@ class BatchNorm(passes.Planned):
             As `cbn.functional.batch_norm`, and for another number of dimensions or channels. The layer and `out` are
             then as they were.
         """
+        inp, quantization = self._input(x, x_scale, x_zero_point, out_dtype)
+        given, (out, residual) = out, as_outputs(inp, out, residual)
+        version = self._version  # before anything that a plan would stand for is read
+        epilogue = Epilogue(residual, checks.negative_slope(self._activation))
+        now = self._read(inp, quantization)
+        if now.batch_statistics:
+            y, context = steps.forward_batch(inp, now.affine, now.eps, epilogue, out)
+        else:
+            mean, var, *affine = now.values
+            invstd = passes.inverse_std(var, now.eps)
+            coef = passes.coefficients(mean, invstd, *affine)
+            if quantization is None:
+                y = steps.forward_fixed(inp, coef, epilogue, out)
+            else:
+                y = quantized.forward_quantized(inp, coef, epilogue, out, quantization)
+        if not now.training:
+            self._remember(AFTER_EVAL)
+            if not now.batch_statistics and quantization is None and not self._has_plan(x):
+                plan = plans.Plan.of(inp, x, now.sources, now.values, coef, epilogue.negative_slope)
+                self._keep(plan, version)
+        else:
+            if not now.batch_statistics:
+                context = Context(inp, now.affine, epilogue, False, mean, invstd)
+            self._finish_training(context, now, out)
+        return y if given is None else given
+
+    def _input(
+        self, x: ArrayLike, x_scale: Any, x_zero_point: Any, out_dtype: Any
+    ) -> tuple[Input, Quantization | None]:
+        """x for the passes; of 8 bits, also what its values stand for."""
         quantization = None
         if x_scale is None and x_zero_point is None and out_dtype is None:
-            inp = passes.Input(x, self._channel_axis, ranks=self._ranks)
+            inp = as_input(x, self._channel_axis, ranks=self._ranks)
         else:
             of_bytes = x_scale, x_zero_point, out_dtype
-            inp, quantization = functional.quantized(x, self.training, self._channel_axis, self._ranks, *of_bytes)
-        inp.meets(self._dtype)
-        given = out
-        out, residual = functional.check_output(inp, out, residual)
-        version = self._version  # before anything that a plan would stand for is read
-        training, frozen, slope = self.training, self._frozen, checks.negative_slope(self._activation)
-        running_mean, running_var, weight, bias = sources = (
-            self.running_mean,
-            self.running_var,
-            self.weight,
-            self.bias,
-        )
+            inp, quantization = quantized.quantized(x, self.training, self._channel_axis, self._ranks, *of_bytes)
+        inp.promote_for(self._dtype)
+        return inp, quantization
+
+    def _read(self, inp: Input, quantization: Quantization | None) -> Snapshot:
+        """What a forward of this input reads of the layer, checked."""
+        training, frozen = self.training, self._frozen
+        sources = running_mean, running_var, _, _ = self.running_mean, self.running_var, self.weight, self.bias
         batch_statistics = not frozen and (training or (running_mean is None and running_var is None))
         if quantization is not None:
             batch_statistics = False
@@ -421,40 +395,33 @@ class BatchNorm(passes.Planned):
             checks.buffers_for_batch(running_mean, running_var)
         self._check_channels(inp, running_mean, batch_statistics and not tracked)
         eps = checks.epsilon_for(self._eps, batch_statistics)
-        values = self._doubles(sources)  # what this call reads of the layer, all of one moment
-        mean, var, weight, bias = values
+        values = self._doubles(sources)
+        counter = self.num_batches_tracked
         if batch_statistics:
             checks.more_than_one_value(inp.x, inp.n_channels)
-            counter = self.num_batches_tracked
             if tracked:
                 self._check_writable(running_mean=running_mean, running_var=running_var, num_batches_tracked=counter)
-            y, mean, m2, invstd = functional.normalize_batch(inp, weight, bias, eps, out, residual, slope)
-        else:
-            coef = functional.coefficients(mean, var, weight, bias, eps)
-            y = functional.normalize(inp, coef, out, residual, slope, quantization)
-        if not training:
-            self._remember(AFTER_EVAL)
-            if not batch_statistics and quantization is None and not self._has_plan(x):
-                self._keep(passes.Plan.of(inp, x, sources, values, coef, slope), version)
-            return y if given is None else given
-        if not batch_statistics:
-            invstd = functional.inverse_std(var, eps)
-        saved: Any = functional.Forward(inp, weight, bias, mean, invstd, batch_statistics, residual, slope)
+        return Snapshot(training, batch_statistics, tracked, eps, sources, values, counter)
+
+    def _finish_training(self, context: Context, now: Snapshot, out: Array | None) -> None:
+        """Remember what backward needs, and move the running statistics, at one moment."""
+        saved: str | Context = context
         if _checks_inputs:
-            saved.digests = digest(inp.x), digest(residual)
-        if out is not None and any(passes.overlaps(a, out) for a in saved.read):
+            context.digests = digest(context.inp.x), digest(context.epilogue.residual)
+        if out is not None and any(arrays.overlaps(a, out) for a in context.read):
             saved = OVERWRITTEN
-        if batch_statistics and tracked and inp.layout is not None:
-            moved = running_mean, running_var, counter
-            momentum = 0.0 if self._momentum is None and counter is None else self._momentum
+        if now.batch_statistics and now.tracked and context.inp.layout is not None:
+            momentum = 0.0 if self._momentum is None and now.counter is None else self._momentum
+            running_mean, running_var, *_ = now.sources
+            statistics = context.mean, context.m2, context.inp.count
             channels.move_running(
-                *moved, mean, m2, inp.count, momentum, self._unbiased, attributes=self.__dict__, saved=saved
-            )
+                running_mean, running_var, now.counter, *statistics, momentum, self._unbiased,
+                attributes=self.__dict__, saved=saved,
+            )  # fmt: skip
         else:
             self._remember(saved)
-        return y if given is None else given
 
-    def _remember(self, saved: str | functional.Forward) -> None:
+    def _remember(self, saved: str | Context) -> None:
         """Keep what backward needs, and the plan, which an assignment would drop: evaluation does not read it."""
         self.__dict__["_saved"] = saved
 
@@ -501,9 +468,25 @@ class BatchNorm(passes.Planned):
         >>> plan
         <EvalPlan of BatchNorm1d(3) for float64 of shape (2, 3)>
         """
-        return EvalPlan(self, shape, dtype, x_scale, x_zero_point, out_dtype)
+        of_bytes = any(given is not None for given in (x_scale, x_zero_point, out_dtype))
+        expected = "uint8 or int8, with x_scale"
+        if not of_bytes:
+            expected = f"float32, float64, float16 or bfloat16; or {expected}"
+        wanted = accepted_dtype(dtype, checks.native_bytes if of_bytes else checks.native_input, expected)
+        sizes, quantization, y_dtype = checks.shape(shape), None, None
+        if of_bytes:
+            one = np.empty(1, wanted)
+            scale, zero_point, y_dtype = checks.quantization(one, x_scale, x_zero_point, out_dtype)
+            quantization = scale, zero_point
+        refuse_overrides(self, "a plan")
+        example = arrays.with_room(np.empty, sizes, wanted)
+        inp = as_input(example, self._channel_axis, ranks=self._ranks, y_dtype=y_dtype)
+        inp.promote_for(self._dtype)
+        self._check_channels(inp, self.running_mean, False)
+        name, slope = f"{type(self).__name__}({self._num_features})", checks.negative_slope(self._activation)
+        return EvalPlan(name, self._coefficients(), slope, inp, self._channel_axis, self._ranks, quantization)
 
-    def _check_channels(self, inp: passes.Input, mean: Array | None, untracked: bool) -> None:
+    def _check_channels(self, inp: Input, mean: Array | None, untracked: bool) -> None:
         """Refuse an input with another number of channels, in PyTorch's words for what is compared with it first."""
         n = self._num_features
         if inp.n_channels == n:
@@ -553,30 +536,29 @@ class BatchNorm(passes.Planned):
         """
         if isinstance(self._saved, str):
             raise RuntimeError(self._saved)
-        forward = self._saved
-        inp = forward.inp
-        if forward.digests is not None:
-            for name, a, before in zip(("input", "residual"), (inp.x, forward.residual), forward.digests, strict=True):
+        context = self._saved
+        inp = context.inp
+        if context.digests is not None:
+            read = (inp.x, context.epilogue.residual)
+            for name, a, before in zip(("input", "residual"), read, context.digests, strict=True):
                 if digest(a) != before:
                     raise RuntimeError(MODIFIED.format(name))
-        dy = passes.with_room(checks.float_array, dy, "dy")
-        if dy.shape != inp.x.shape:
-            raise ValueError(f"dy has shape {dy.shape}; expected {inp.x.shape}, as the input")
+        dy = as_gradient(inp, dy)
         given, out = out, checks.output(out, inp.x.shape, inp.x.dtype)
-        weight_grad = None if forward.weight is None else self.weight_grad
+        weight_grad = None if context.affine.weight is None else self.weight_grad
         bias_grad = None if self.bias is None else self.bias_grad
         want_sums = weight_grad is not None or bias_grad is not None
         self._check_writable(weight_grad=weight_grad, bias_grad=bias_grad)
-        if out is not None and any(passes.overlaps(a, out) for a in forward.read):
+        if out is not None and any(arrays.overlaps(a, out) for a in context.read):
             self._remember(OVERWRITTEN)  # before the pass: an exception behind it must not leave an input that is none
         try:
-            dx, dresidual, dbias, dweight = functional.gradients(dy, forward, True, want_sums, out)
+            dx, dresidual, dweight, dbias = steps.backward(dy, context, True, want_sums, out)
         except MemoryError:  # before the pass
-            self._remember(forward)
+            self._remember(context)
             raise
         channels.add((weight_grad, bias_grad), (dweight, dbias), ("weight_grad", "bias_grad"))
         dx = dx if given is None else given
-        return dx if forward.residual is None else (dx, dresidual)
+        return dx if context.epilogue.residual is None else (dx, dresidual)
 
     # ---- parameters ------------------------------------------------------------------------------------------------
 
@@ -718,8 +700,6 @@ class BatchNorm(passes.Planned):
         ImportError
             For the safetensors format, without the package of that name.
         """
-        from . import storage
-
         storage.save(self, file, allow_nonfinite=allow_nonfinite, allow_negative_var=allow_negative_var)
 
     def _doubles(self, arrays: tuple[Array | None, ...]) -> tuple[Doubles | Any, ...]:
@@ -752,7 +732,7 @@ class BatchNorm(passes.Planned):
         """(3, C): mean, scale and offset of evaluation now."""
         checks.buffers_for_eval(self.running_mean, self.running_var)
         mean, var, weight, bias = self._doubles((self.running_mean, self.running_var, self.weight, self.bias))
-        return functional.coefficients(mean, var, weight, bias, self._eps)
+        return passes.coefficients(mean, passes.inverse_std(var, self._eps), weight, bias)
 
     def __copy__(self: Layer) -> Layer:
         other = type(self).__new__(type(self))
@@ -809,125 +789,7 @@ class BatchNorm(passes.Planned):
         )
 
 
-class EvalPlan(passes.Planned):
-    """A layer's evaluation, prepared for inputs of one shape and dtype; `BatchNorm.plan` makes it.
-
-    Parameters
-    ----------
-    layer : BatchNorm
-    shape : sequence of int
-    dtype : float32, float64, float16 or bfloat16; with `x_scale` uint8 or int8
-    x_scale, x_zero_point, out_dtype
-        For inputs of 8 bits, as in `cbn.functional.batch_norm`.
-
-    Attributes
-    ----------
-    shape : tuple of int
-    dtype : numpy.dtype
-    """
-
-    def __init__(
-        self,
-        layer: BatchNorm,
-        shape: Sequence[SupportsIndex],
-        dtype: npt.DTypeLike,
-        x_scale: Number | None = None,
-        x_zero_point: SupportsIndex | None = None,
-        out_dtype: npt.DTypeLike | None = None,
-    ) -> None:
-        of_bytes = any(given is not None for given in (x_scale, x_zero_point, out_dtype))
-        native = checks.native_bytes if of_bytes else checks.native_input
-        expected = "float32, float64, float16 or bfloat16; or uint8 or int8, with x_scale"
-        if of_bytes:
-            expected = "uint8 or int8, with x_scale"
-        self._dtype = accepted_dtype(dtype, native, expected)
-        self._shape = checks.shape(shape)
-        self._quantization, self._y_dtype = None, None
-        if of_bytes:
-            one = np.empty(1, self._dtype)
-            scale, zero_point, self._y_dtype = checks.quantization(one, x_scale, x_zero_point, out_dtype)
-            self._quantization = scale, zero_point
-        refuse_overrides(layer, "a plan")
-        self._axis, self._ranks = layer.channel_axis, layer._ranks
-        inp = self._input(passes.with_room(np.empty, self._shape, self._dtype))
-        inp.meets(layer.dtype)
-        self._wide = inp.wide
-        layer._check_channels(inp, layer.running_mean, False)
-        self._coef, self._slope = layer._coefficients(), checks.negative_slope(layer.activation)
-        self._name = f"{type(layer).__name__}({layer.num_features})"
-        self._prepare(inp)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the inputs."""
-        return self._shape
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """Of the inputs."""
-        return self._dtype
-
-    def __getstate__(self) -> dict[str, Any]:
-        return dict(self.__dict__)
-
-    def __setstate__(self, attributes: dict[str, Any]) -> None:
-        self.__dict__.update(attributes)
-        self._prepare(self._input(passes.with_room(np.empty, self._shape, self._dtype)))
-
-    def _input(self, x: ArrayLike) -> passes.Input:
-        if self._y_dtype is not None:
-            x = checks.array(x, "input").view()
-            if x.dtype != self._dtype:
-                raise TypeError(f"input has dtype {x.dtype}; this plan is for {self._dtype}")
-        return passes.Input(x, self._axis, ranks=self._ranks, y_dtype=self._y_dtype)
-
-    def _prepare(self, inp: passes.Input) -> None:
-        """Plan for inputs that lie in memory as this one does."""
-        coef = self._coef if self._quantization is None else functional.dequantizing(self._coef, self._quantization)
-        if coef is not None and not self._has_plan(inp.x):
-            inp.wide = self._wide
-            self._keep(passes.Plan.of(inp, inp.x, (), (), coef, self._slope), self._version)
-
-    def forward(self, x: ArrayLike, *, out: Array | None = None, residual: ArrayLike | None = None) -> Array:
-        """Normalize x; what a call does.
-
-        Parameters
-        ----------
-        x : array_like
-            Of the plan's shape and dtype. Any strides; those of the last call, or C order at first, are fastest.
-        out : ndarray, optional
-            Of the same shape, and of y's dtype; receives y. ``out=x`` works in place.
-        residual : array_like, optional
-            Of the same shape, and of y's dtype; added before the activation.
-
-        Returns
-        -------
-        ndarray
-            y, in x's order in memory.
-
-        Raises
-        ------
-        TypeError, ValueError
-            For an x, an `out` or a residual of another dtype or shape.
-        """
-        inp = self._input(x)
-        if inp.x.dtype != self._dtype:
-            raise TypeError(f"input has dtype {inp.x.dtype}; this plan is for {self._dtype}")
-        if inp.x.shape != self._shape:
-            raise ValueError(f"input has shape {inp.x.shape}; this plan is for {self._shape}")
-        inp.wide = self._wide
-        given = out
-        out, residual = functional.check_output(inp, out, residual)
-        y = functional.normalize(inp, self._coef, out, residual, self._slope, self._quantization)
-        self._prepare(inp)
-        return y if given is None else given
-
-    def __repr__(self) -> str:
-        return f"<EvalPlan of {self._name} for {self._dtype} of shape {self._shape}>"
-
-
-passes.plans_stand_for(BatchNorm, "_ranks")
-passes.plans_stand_for(EvalPlan)
+plans.plans_stand_for(BatchNorm, "_ranks")
 
 # What an evaluation goes by.
 _EVALUATION = (
@@ -996,3 +858,6 @@ class BatchNorm3d(BatchNorm):
     """
 
     _ranks = (5,)
+
+
+storage.CLASSES.update({c.__name__: c for c in (BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d)})

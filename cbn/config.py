@@ -11,7 +11,7 @@ import numpy as np
 
 from . import checks, memory, reference, threads
 from .functional import native_batch_norm, native_batch_norm_backward
-from .kernels import passes
+from .kernels import engine
 
 __all__ = ["show_config"]
 
@@ -30,14 +30,14 @@ def openmp_runtime() -> list[str]:
 
 def config() -> dict[str, str]:
     """What show_config prints, as a dict of strings."""
-    info = passes.build_info()
+    info = engine.build_info()
     runtimes = openmp_runtime()
     openmp = "none: built with CBN_WITHOUT_OPENMP"
     if info["openmp"]:
         openmp = f"{info['openmp']}, {', '.join(runtimes) or 'runtime not found'}"
         if len(runtimes) > 1:
             openmp += " (more than one: parallel calls of different libraries will slow each other down)"
-    knobs = passes.tune()
+    knobs = engine.tune()
     why = "CBN_ISA" if os.environ.get("CBN_ISA") else "the highest available"
     return {
         "cbn": __version__,
@@ -46,8 +46,8 @@ def config() -> dict[str, str]:
         "platform": f"{platform.system()} {platform.machine()}",
         "compiler": info["compiler"],
         "OpenMP": openmp,
-        "instruction sets": f"built {', '.join(passes.built())}; available {', '.join(passes.available())}",
-        "in use": f"{passes.isa()} ({why})",
+        "instruction sets": f"built {', '.join(engine.built())}; available {', '.join(engine.available())}",
+        "in use": f"{engine.isa()} ({why})",
         "threads": f"{threads.get_num_threads()} ({threads.explain()})",
         "caches": f"L2 {knobs['l2_bytes'] >> 10} KB a core, L3 {knobs['l3_bytes'] >> 20} MB",
         "output memory": memory.explain(),
@@ -75,11 +75,11 @@ def self_check(report: Callable[[str], object] = print) -> bool:
     """
     rng = np.random.default_rng(0)
     good = True
-    before = passes.isa()
-    region = passes.tune(bytes_per_thread=1)
+    before = engine.isa()
+    region = engine.tune(bytes_per_thread=1)
     try:
-        for isa in passes.available():
-            passes.use_isa(isa)
+        for isa in engine.available():
+            engine.use_isa(isa)
             for dtype, limit in _types():
                 for layout, shape, axis in (("first", (7, 5, 113), 1), ("last", (211, 37), 1)):
                     # Of 16 bits, 1000 ± 1 would be a handful of values
@@ -94,17 +94,17 @@ def self_check(report: Callable[[str], object] = print) -> bool:
                     verdict = "ok" if worst <= limit else f"WRONG, more than {limit:.0e}"
                     report(f"{isa:11} {dtype.name:8} channels {layout:5}  largest error {worst:.1e}  {verdict}")
     finally:
-        passes.use_isa(before)
-        passes.tune(**region)
+        engine.use_isa(before)
+        engine.tune(**region)
     return good
 
 
 def unchecked() -> list[str]:
     """What `self_check` leaves out here, each with the reason."""
-    lines = [f"{isa}, which this processor does not have" for isa in passes.built() if isa not in passes.available()]
+    lines = [f"{isa}, which this processor does not have" for isa in engine.built() if isa not in engine.available()]
     if not any(dtype.name == "bfloat16" for dtype, _ in _types()):
         lines.append("bfloat16, as ml_dtypes is not installed: pip install 'cbn[bfloat16]'")
-    if not passes.build_info()["openmp"]:
+    if not engine.build_info()["openmp"]:
         lines.append("several threads, as this is a build without OpenMP")
     return lines
 

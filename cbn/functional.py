@@ -1,276 +1,42 @@
-"""Batch normalization without state: check, allocate, call the passes.
+"""Batch normalization without state, under PyTorch's names and in its order of arguments: check, one step, return.
 
-The public functions are `batch_norm`, `native_batch_norm` and `native_batch_norm_backward`, named and ordered as
-PyTorch's. What the layers share with them (`normalize_batch`, `normalize`, `gradients`) stands above them; `Input` is
-compiled.
+`batch_norm`, `native_batch_norm` and `native_batch_norm_backward` normalize an array. The five verbs below them do the
+same step by step, for data in parts: statistics, their merge, normalization; backward sums, and the gradient.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from typing import Any, SupportsIndex
+from typing import Any, NamedTuple, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
 
-from . import checks
+from . import checks, steps
 from .checks import Activation, Array, ArrayLike, Doubles, Number
-from .kernels import channels, passes
+from .inputs import Input, as_gradient, as_input, as_outputs
+from .kernels import arrays, channels, passes
+from .moments import GradMoments, Moments, measure
+from .quantized import BYTES, Quantization, forward_quantized, quantized
+from .steps import NO_EPILOGUE, Affine, Context, Epilogue
 
-__all__ = ["batch_norm", "native_batch_norm", "native_batch_norm_backward"]
-
-
-def delivered(y: Array, out: Array | None) -> Array:
-    """y, put into `out` if it was computed beside it."""
-    if out is None or y is out:
-        return y
-    np.copyto(out, y)
-    return out
-
-
-def inverse_std(var: Array, eps: float) -> Doubles:
-    """1/sqrt(var + eps) in float64; inf and NaN without a warning."""
-    with np.errstate(all="ignore"):
-        return 1 / np.sqrt(np.asarray(var, dtype=np.float64) + eps)
-
-
-def normalize_batch(
-    inp: passes.Input,
-    weight: Doubles | None,
-    bias: Doubles | None,
-    eps: float,
-    out: Array | None,
-    residual: Array | None = None,
-    negative_slope: float = 1,
-) -> tuple[Array, Doubles, Doubles, Doubles]:
-    """(y, mean, m2, invstd), normalized with the batch's own statistics; arguments are checked."""
-    if inp.layout is None:
-        y = passes.empty_like(inp.x) if out is None else out
-        return y, np.zeros(inp.n_channels), np.zeros(inp.n_channels), np.zeros(inp.n_channels)
-    y = inp.destination(out, inp.x, *(() if residual is None else (residual,)))
-    mean, m2, invstd = passes.moments(inp.layout, inp.x, y, weight, bias, eps, inp.wide, residual, negative_slope)
-    return delivered(y, out), mean, m2, invstd
+__all__ = [
+    "batch_norm",
+    "batch_norm_backward_elemt",
+    "batch_norm_backward_reduce",
+    "batch_norm_elemt",
+    "batch_norm_gather_stats_with_counts",
+    "batch_norm_stats",
+    "native_batch_norm",
+    "native_batch_norm_backward",
+]
 
 
-def coefficients(mean: Array, var: Array, weight: Array | None, bias: Array | None, eps: float) -> Doubles:
-    """(3, C): mean, scale and offset of the map that normalizes with the statistics given."""
-    coef = np.empty((3, len(mean)))
-    with np.errstate(all="ignore"):
-        coef[0] = mean
-        coef[1] = inverse_std(var, eps)
-        if weight is not None:
-            coef[1] *= weight
-        coef[2] = 0 if bias is None else bias
-    return coef
+class Running(NamedTuple):
+    """Running statistics as the caller gave them."""
 
-
-Quantization = tuple[float, int]  # scale, zero point
-BYTES = (np.dtype(np.uint8), np.dtype(np.int8))
-
-
-def quantized(
-    x: ArrayLike,
-    training: bool,
-    channel_axis: SupportsIndex,
-    ranks: tuple[int, ...] | None,
-    scale: Any,
-    zero_point: Any,
-    out_dtype: Any,
-) -> tuple[passes.Input, Quantization]:
-    """An 8-bit input, and what its values stand for; checked but for its channels."""
-    a = checks.array(x, "input").view()  # whose dtype nobody else can change
-    if a.dtype not in BYTES or training:
-        given = {"x_zero_point": zero_point, "out_dtype": out_dtype}
-        name = next((name for name, value in given.items() if scale is None and value is not None), "x_scale")
-        words = f"{'training' if training else 'evaluation'} with input of dtype {a.dtype}"
-        raise TypeError(f"{name} is for evaluation with 8-bit input (uint8, int8), and this is {words}")
-    scale, zero_point, dtype = checks.quantization(a, scale, zero_point, out_dtype)
-    return passes.Input(a, channel_axis, ranks=ranks, y_dtype=dtype), (scale, zero_point)
-
-
-def dequantizing(coef: Doubles, quantization: Quantization) -> Doubles | None:
-    """Coefficients for 8-bit values in place of what they stand for; None where float32 cannot hold them.
-
-    (scale*(x - zero_point) - mean)*invstd = (x - (zero_point + mean/scale))*(scale*invstd)
-    """
-    scale, zero_point = quantization
-    coef = coef.copy()
-    with np.errstate(all="ignore"):
-        coef[0] = zero_point + coef[0] / scale
-        coef[1] *= scale
-    return coef if passes.fits_in_float32(coef) else None
-
-
-def check_output(inp: passes.Input, out: Array | None, residual: ArrayLike | None) -> tuple[Array | Any, Array | Any]:
-    """Refuse an output or a residual that does not fit the input; returns both as the loops can use them."""
-    dtype = inp.x.dtype if inp.y_dtype is None else inp.y_dtype
-    expected = "as the input" if inp.y_dtype is None else "as out_dtype"
-    out = checks.output(out, inp.x.shape, dtype, expected)
-    if residual is None:
-        return out, None
-    return out, inp.lies_as(passes.with_room(checks.residual, residual, inp.x, dtype, expected))
-
-
-def normalize(
-    inp: passes.Input,
-    coef: Doubles,
-    out: Array | None,
-    residual: Array | None = None,
-    negative_slope: float = 1,
-    quantization: Quantization | None = None,
-) -> Array:
-    """The array normalized with the `coefficients` given; arguments are checked."""
-    if inp.layout is None:
-        return inp.destination(None) if out is None else out
-    if quantization is not None:
-        folded = dequantizing(coef, quantization)
-        if folded is None:
-            return delivered(
-                passes.with_room(normalize_dequantized, inp, coef, residual, negative_slope, quantization), out
-            )
-        coef = folded
-    y = inp.destination(out, inp.x, *(() if residual is None else (residual,)))
-    passes.apply(inp.layout, inp.x, y, coef, inp.wide, residual, negative_slope)
-    return delivered(y, out)
-
-
-def normalize_dequantized(
-    inp: passes.Input, coef: Doubles, residual: Array | None, negative_slope: float, quantization: Quantization
-) -> Array:
-    """8-bit input normalized in float64, where float32 cannot hold the coefficients."""
-    scale, zero_point = quantization
-    wide = passes.Input(scale * (inp.x.astype(np.float64) - zero_point), inp.axis)
-    z = None if residual is None else wide.lies_as(residual.astype(np.float64))
-    with np.errstate(all="ignore"):
-        return normalize(wide, coef, None, z, negative_slope).astype(inp.y_dtype)
-
-
-@dataclass(slots=True)
-class Forward:
-    """What backward needs of a forward pass: input and residual by reference, what it read per channel as copies.
-
-    mean and invstd are those of the batch, with `batch_statistics`; else the running ones.
-    """
-
-    inp: passes.Input
-    weight: Doubles | None
-    bias: Doubles | None
-    mean: Doubles
-    invstd: Doubles
-    batch_statistics: bool
-    residual: Array | None = None
-    negative_slope: float = 1
-    digests: tuple[bytes | None, bytes | None] | None = None  # of input and residual, where they are to be checked
-
-    @property
-    def read(self) -> list[Array]:
-        """The arrays that backward reads, element by element."""
-        return [self.inp.x] if self.residual is None or self.negative_slope == 1 else [self.inp.x, self.residual]
-
-
-def before_activation(forward: Forward) -> Array:
-    """What the activation of a forward pass was given, in its own arithmetic, rounded to its dtype."""
-    with np.errstate(all="ignore"):
-        scale = forward.invstd if forward.weight is None else forward.invstd * forward.weight
-    bias = np.zeros_like(scale) if forward.bias is None else forward.bias
-    coef = np.stack([forward.mean, scale, bias])
-    residual = None if forward.residual is None else forward.inp.lies_as(forward.residual)
-    return normalize(forward.inp, coef, None, residual)
-
-
-def gradients(
-    dy: Array,
-    forward: Forward,
-    want_dx: bool,
-    want_sums: bool,
-    out: Array | None,
-    y_dtype: np.dtype[Any] | None = None,
-) -> tuple[Array | Any, Array | Any, Doubles | Any, Doubles | Any]:
-    """(dx or None, dresidual or None, S(h), S(h*(x - mean))*invstd) per channel, h = dy*act'; all is checked.
-
-    The sums are None unless wanted. Where dy's dtype differs from x's, both are taken as float64. act' is decided as
-    the forward pass decided, in its arithmetic; `y_dtype` is its dtype where `forward` has wider copies of its arrays.
-    """
-    inp, residual = forward.inp, forward.residual
-    n_channels = inp.n_channels
-    if inp.layout is None:
-        dx = (passes.empty_like(inp.x) if out is None else out) if want_dx else None
-        return dx, None if residual is None else passes.empty_like(inp.x), np.zeros(n_channels), np.zeros(n_channels)
-    dtype, work = inp.x.dtype, inp.x.dtype
-    if dy.dtype != dtype:
-        work = np.dtype(np.float64)
-    elif dtype.itemsize == 2 and forward.negative_slope not in (0, 1):
-        work = np.dtype(np.float32)  # h = dy*slope, which is kept in between, has more digits than 16 bits hold
-    if work != dtype or dy.dtype != dtype:
-        wider = passes.Input(passes.with_room(inp.x.astype, work, order="K", copy=False), inp.axis)
-        wider.wide = inp.wide
-        dh, slope, z = passes.with_room(dy.astype, work), forward.negative_slope, residual
-        if dy.dtype != dtype and slope != 1:
-            # Not the kernels' affair: they would decide in float64
-            with np.errstate(all="ignore"):
-                below = before_activation(forward) <= 0
-                dh[below] = dh[below] * slope if slope else 0
-            slope = 1
-        wider_residual = None if z is None else passes.with_room(z.astype, work, copy=False)
-        forward = replace(forward, inp=wider, negative_slope=slope, residual=wider_residual)
-        dx, dresidual, sums, products = gradients(dh, forward, want_dx, want_sums, None, dtype)
-        with np.errstate(all="ignore"):
-            if want_dx:
-                dx = delivered(passes.with_room(dx.astype, dtype, order="K"), out)
-            if residual is not None:
-                dresidual = passes.with_room(dresidual.astype, dtype, order="K")
-        return dx, dresidual, sums, products
-    dy = inp.lies_as(dy)
-    residual = None if residual is None else inp.lies_as(residual)
-    dx = inp.destination(out, dy, *forward.read) if want_dx else None
-    mean, invstd, weight, bias = forward.mean, forward.invstd, forward.weight, forward.bias
-    # The pass that finds the sums leaves h in the memory of dresidual; or of dx, unless it has to read x once more
-    h = dresidual = None
-    if forward.negative_slope != 1:
-        if residual is not None:
-            h = dresidual = passes.empty_like(inp.x)
-        elif dx is not None and inp.has_beside(dx) and not passes.overlaps(dx, inp.x):
-            h = dx
-        else:
-            h = passes.empty_like(inp.x)
-    elif residual is not None:
-        dresidual = passes.with_room(dy.copy, order="K")
-    sums = products = None
-    if want_sums or h is not None or (forward.batch_statistics and want_dx):
-        through = dx if forward.batch_statistics else None
-        activation: tuple[Any, ...] = ()
-        if h is not None:
-            activation = (bias, residual, forward.negative_slope, h, dresidual is not None, y_dtype)
-        sums, products = passes.grad_moments(
-            inp.layout, dy, inp.x, mean, invstd, through, weight, inp.wide, *activation
-        )
-    if dx is not None and not forward.batch_statistics:
-        # dx = h*scale: apply with mean 0, and with offset -0, which keeps the sign of a zero
-        with np.errstate(all="ignore"):
-            scale = invstd if weight is None else invstd * weight
-        coef = np.stack([np.zeros(n_channels), scale, np.full(n_channels, -0.0)])
-        passes.apply(inp.layout, dy if h is None else h, dx, coef, inp.wide)
-    return (None if dx is None else delivered(dx, out)), dresidual, sums, products
-
-
-def check_parameters(
-    x: Array,
-    n: int,
-    running_mean: ArrayLike | None,
-    running_var: ArrayLike | None,
-    weight: ArrayLike | None,
-    bias: ArrayLike | None,
-    *,
-    updated: bool,
-) -> tuple[Array | Any, Array | Any, Array | Any, Array | Any]:
-    """The four per-channel arguments for the n channels of x, checked in PyTorch's order."""
-    return (
-        checks.per_channel(running_mean, "running_mean", n, written=updated, x=x),
-        checks.per_channel(running_var, "running_var", n, written=updated, x=x),
-        checks.per_channel(weight, "weight", n, x=x),
-        checks.per_channel(bias, "bias", n, x=x),
-    )
+    mean: Array | Any
+    var: Array | Any
 
 
 def batch_norm(
@@ -358,7 +124,6 @@ def batch_norm(
     (array([0.2, 0.1]), array([1.7, 0.9]))
     """
     slope = checks.negative_slope(activation)
-    arrays = (weight, bias, running_mean, running_var)
     a = checks.array(x, "input")
     quantization: Quantization | None = None
     if (a.dtype in BYTES and not training) or any(given is not None for given in (x_scale, x_zero_point, out_dtype)):
@@ -366,51 +131,58 @@ def batch_norm(
     elif a is not x and checks.native_input(a.dtype) is None:
         raise checks.dtype_error(a, x, "input", checks.INPUTS)
     else:
-        inp = passes.Input(a, channel_axis)
-    return _batch_norm(inp, *arrays, training, momentum, eps, out, residual, slope, quantization)[0]
+        inp = as_input(a, channel_axis)
+    affine, running = Affine(weight, bias), Running(running_mean, running_var)
+    return _batch_norm(inp, affine, running, training, momentum, eps, Epilogue(residual, slope), out, quantization)[0]
 
 
 def _batch_norm(
-    inp: passes.Input,
-    weight: ArrayLike | None,
-    bias: ArrayLike | None,
-    running_mean: Array | None,
-    running_var: Array | None,
+    inp: Input,
+    affine: Affine,
+    running: Running,
     training: bool,
     momentum: Number,
     eps: Number,
+    epilogue: Epilogue,
     out: Array | None,
-    residual: ArrayLike | None = None,
-    negative_slope: float = 1,
     quantization: Quantization | None = None,
 ) -> tuple[Array, Doubles, Doubles]:
-    """(y, save_mean, save_invstd): both functions that users call."""
+    """(y, save_mean, save_invstd): both functions that users call. All but the input is as the caller gave it."""
     given = out
-    out, residual = check_output(inp, out, residual)
+    out, residual = as_outputs(inp, out, epilogue.residual)
+    epilogue = Epilogue(residual, epilogue.negative_slope)
     fraction = checks.momentum_fraction(momentum)
-    if training:
-        checks.buffers_for_batch(running_mean, running_var)
-    else:
-        checks.buffers_for_eval(running_mean, running_var)
-    running_mean, running_var, weight, bias = check_parameters(
-        inp.x, inp.n_channels, running_mean, running_var, weight, bias, updated=bool(training)
-    )
+    (checks.buffers_for_batch if training else checks.buffers_for_eval)(*running)
+    running, affine = _per_channel(inp, running, affine, updated=bool(training))
     epsilon = checks.epsilon_for(eps, training)
-    statistics = () if training else (running_mean, running_var)
-    inp.meets(*[a.dtype for a in (weight, bias, *statistics) if a is not None])
-    old_mean, old_var, weight, bias = channels.as_doubles(inp.n_channels, running_mean, running_var, weight, bias)
+    statistics = () if training else running
+    inp.promote_for(*[a.dtype for a in (*affine, *statistics) if a is not None])
+    mean, var, weight, bias = channels.as_doubles(inp.n_channels, *running, *affine)
+    affine = Affine(weight, bias)
     if not training:
-        coef = coefficients(old_mean, old_var, weight, bias, epsilon)
-        y = normalize(inp, coef, out, residual, negative_slope, quantization)
+        coef = steps.coefficients(mean, passes.inverse_std(var, epsilon), affine)
+        if quantization is None:
+            y = steps.forward_fixed(inp, coef, epilogue, out)
+        else:
+            y = forward_quantized(inp, coef, epilogue, out, quantization)
         return y if given is None else given, np.empty(0), np.empty(0)
     checks.more_than_one_value(inp.x, inp.n_channels)
-    y, mean, m2, invstd = normalize_batch(inp, weight, bias, epsilon, out, residual, negative_slope)
-    if running_mean is not None and inp.layout is not None:
+    y, context = steps.forward_batch(inp, affine, epsilon, epilogue, out)
+    if running.mean is not None and inp.layout is not None:
         # Those of the moment, which other threads may have moved; not where y has been written over them
-        written = out is not None and (passes.overlaps(out, running_mean) or passes.overlaps(out, running_var))
-        old = (old_mean, old_var) if written else None
-        channels.move_running(running_mean, running_var, None, mean, m2, inp.count, fraction, old=old)
-    return y if given is None else given, mean, invstd
+        written = out is not None and any(arrays.overlaps(out, a) for a in running)
+        old = (mean, var) if written else None
+        channels.move_running(*running, None, context.mean, context.m2, inp.count, fraction, old=old)
+    return y if given is None else given, context.mean, context.invstd
+
+
+def _per_channel(inp: Input, running: Running, affine: Affine, *, updated: bool) -> tuple[Running, Affine]:
+    """The four per-channel arguments, checked in PyTorch's order."""
+    n, x = inp.n_channels, inp.x
+    mean = checks.per_channel(running.mean, "running_mean", n, written=updated, x=x)
+    var = checks.per_channel(running.var, "running_var", n, written=updated, x=x)
+    weight = checks.per_channel(affine.weight, "weight", n, x=x)
+    return Running(mean, var), Affine(weight, checks.per_channel(affine.bias, "bias", n, x=x))
 
 
 def native_batch_norm(
@@ -457,8 +229,8 @@ def native_batch_norm(
     >>> mean, invstd
     (array([2.]), array([0.49999938]))
     """
-    inp = passes.Input(x, channel_axis)
-    return _batch_norm(inp, weight, bias, running_mean, running_var, training, momentum, eps, out)
+    inp, affine, running = as_input(x, channel_axis), Affine(weight, bias), Running(running_mean, running_var)
+    return _batch_norm(inp, affine, running, training, momentum, eps, NO_EPILOGUE, out)
 
 
 def native_batch_norm_backward(
@@ -531,7 +303,7 @@ def native_batch_norm_backward(
     >>> dbias
     array([1.])
     """
-    inp = passes.Input(x, channel_axis)
+    inp = as_input(x, channel_axis)
     if not isinstance(output_mask, Iterable):
         raise TypeError(f"output_mask must be three bools, for dx, dweight and dbias, not {output_mask!r}")
     mask = [checks.boolean(wanted, "an element of output_mask") for wanted in output_mask]
@@ -541,9 +313,7 @@ def native_batch_norm_backward(
     written = checks.output(out, inp.x.shape, inp.x.dtype)
     if out is not None and not want_dx:
         raise ValueError("out was given, but output_mask leaves out dx")
-    dy = passes.with_room(checks.float_array, dy, "dy")
-    if dy.shape != inp.x.shape:
-        raise ValueError(f"dy has shape {dy.shape}; expected {inp.x.shape}, as the input")
+    dy = as_gradient(inp, dy)
     weight = checks.per_channel(weight, "weight", inp.n_channels, x=inp.x)
     epsilon = checks.epsilon_for(eps, train)
     if train:
@@ -555,13 +325,350 @@ def native_batch_norm_backward(
         checks.buffers_for_eval(running_mean, running_var)
         mean = checks.per_channel(running_mean, "running_mean", inp.n_channels, x=inp.x)
         invstd = checks.per_channel(running_var, "running_var", inp.n_channels, x=inp.x)
-    inp.meets(*[a.dtype for a in (weight, *(() if train else (mean, invstd))) if a is not None])
+    inp.promote_for(*[a.dtype for a in (weight, *(() if train else (mean, invstd))) if a is not None])
     mean, invstd, scale = channels.as_doubles(inp.n_channels, mean, invstd, weight)
-    forward = Forward(inp, scale, None, mean, invstd if train else inverse_std(invstd, epsilon), train)
-    dx, _, dbias, dweight = gradients(dy, forward, want_dx, want_dweight or want_dbias, written)
-    dtype = checks.parameter_dtype(inp.x.dtype) if weight is None else weight.dtype.newbyteorder("=")
+    if not train:
+        invstd = passes.inverse_std(invstd, epsilon)
+    context = Context(inp, Affine(scale, None), NO_EPILOGUE, bool(train), mean, invstd)
+    dx, _, dweight, dbias = steps.backward(dy, context, want_dx, want_dweight or want_dbias, written)
+    dtype = _parameter_dtype(inp, weight)
     return (
         dx if out is None else out,
         channels.rounded(dweight, dtype) if want_dweight else None,
         channels.rounded(dbias, dtype) if want_dbias else None,
     )
+
+
+def _parameter_dtype(inp: Input, weight: Array | None) -> np.dtype[Any]:
+    """Of the gradients of weight and bias."""
+    return checks.parameter_dtype(inp.x.dtype) if weight is None else weight.dtype.newbyteorder("=")
+
+
+# ---- the verbs by themselves -----------------------------------------------------------------------------------------
+
+
+def batch_norm_stats(x: ArrayLike, eps: Number, *, channel_axis: SupportsIndex = 1) -> tuple[Doubles, Doubles]:
+    """Measure: mean and 1/sqrt(var + eps) of every channel of one part of a batch.
+
+    Parameters
+    ----------
+    x : array_like
+        As for `batch_norm`; it may be empty.
+    eps : float
+        Added to the variance, which has 1/n; positive.
+    channel_axis : int
+
+    Returns
+    -------
+    mean, invstd : (C,) ndarray of float64
+        Zeros for an empty part.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `batch_norm`, but for one value per channel: a part may have one.
+
+    Examples
+    --------
+    Two parts of a batch, as two processes have them, normalized as the whole batch would be:
+
+    >>> import numpy as np
+    >>> from cbn.functional import batch_norm_stats, batch_norm_gather_stats_with_counts, batch_norm_elemt
+    >>> parts = [np.array([[0.0], [2.0]]), np.array([[7.0]])]
+    >>> stats = [batch_norm_stats(x, 1e-5) for x in parts]
+    >>> mean, invstd = batch_norm_gather_stats_with_counts(
+    ...     None, [m for m, _ in stats], [r for _, r in stats], None, None, 0.1, 1e-5, [len(x) for x in parts])
+    >>> mean
+    array([3.])
+    >>> [batch_norm_elemt(x, None, None, mean, invstd, 1e-5).round(4) for x in parts]
+    [array([[-1.019 ],
+           [-0.3397]]), array([[1.3587]])]
+    """
+    inp = as_input(x, channel_axis)
+    epsilon = checks.epsilon_for(eps, True)
+    found = measure(inp)
+    if inp.layout is None:
+        return found.mean, np.zeros(inp.n_channels)
+    return found.mean, passes.inverse_std(found.var(), epsilon)
+
+
+def batch_norm_gather_stats_with_counts(
+    x: ArrayLike | None,
+    mean: ArrayLike,
+    invstd: ArrayLike,
+    running_mean: Array | None,
+    running_var: Array | None,
+    momentum: Number,
+    eps: Number,
+    counts: ArrayLike,
+) -> tuple[Doubles, Doubles]:
+    """Merge: mean and 1/sqrt(var + eps) of a batch from those of its parts, in the order given.
+
+    The running statistics move as in `batch_norm`, once, by the whole batch. invstd and eps give the variance back to
+    about 1e-16*(1 + eps/var); `cbn.Moments` merges without that loss.
+
+    Parameters
+    ----------
+    x : array_like or None
+        Not read; it is there for PyTorch's order of arguments.
+    mean, invstd : (K, C) array_like
+        From `batch_norm_stats`, of K parts.
+    running_mean, running_var : (C,) ndarray or None
+        Updated in place after all else has succeeded; both or none.
+    momentum : float in [0, 1]
+    eps : float
+        That which `batch_norm_stats` was given.
+    counts : (K,) array_like
+        Values per channel of each part; 0 for an empty one, whose statistics are not read.
+
+    Returns
+    -------
+    mean, invstd : (C,) ndarray of float64
+        Zeros where all parts are empty; then the running statistics stay.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For shapes that do not fit, negative counts, and one value per channel in all. Nothing has been changed.
+
+    References
+    ----------
+    .. [1] T. F. Chan, G. H. Golub and R. J. LeVeque, "Updating formulae and a pairwise algorithm for computing sample
+       variances", 1979.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cbn.functional import batch_norm_gather_stats_with_counts
+    >>> running_mean, running_var = np.zeros(1), np.ones(1)
+    >>> batch_norm_gather_stats_with_counts(
+    ...     None, [[1.0], [7.0]], [[1.0], [0.0]], running_mean, running_var, 0.5, 0.0, [2, 0])
+    (array([1.]), array([1.]))
+    >>> running_mean, running_var
+    (array([0.5]), array([1.5]))
+    """
+    means, invstds = checks.doubles(mean, "mean"), checks.doubles(invstd, "invstd")
+    if means.ndim != 2 or not len(means):
+        raise ValueError(f"mean has shape {means.shape}; expected (K, C), one row for each part")
+    if invstds.shape != means.shape:
+        raise ValueError(f"invstd has shape {invstds.shape}; expected {means.shape}, as mean")
+    n_parts, n_channels = means.shape
+    values = _counts(counts, "counts")
+    if values.shape != (n_parts,):
+        raise ValueError(f"counts has shape {values.shape}; expected ({n_parts},), one for each part")
+    fraction = checks.momentum_fraction(momentum)
+    checks.buffers_for_batch(running_mean, running_var)
+    running_mean = checks.per_channel(running_mean, "running_mean", n_channels, written=True)
+    running_var = checks.per_channel(running_var, "running_var", n_channels, written=True)
+    epsilon = checks.epsilon(eps)
+    count = float(values.sum())
+    if count == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got counts {values.tolist()}")
+    if count == 0:
+        return np.zeros(n_channels), np.zeros(n_channels)
+    with np.errstate(all="ignore"):
+        m2 = np.maximum(1 / (invstds * invstds) - epsilon, 0) * values[:, None]
+    parts = [Moments._of(n, *of_part) for n, *of_part in zip(values, means, m2, strict=True) if n]
+    merged = Moments.merge(parts)
+    if running_mean is not None:
+        channels.move_running(running_mean, running_var, None, merged.mean, merged.m2, count, fraction)
+    return merged.mean, passes.inverse_std(merged.var(), epsilon)
+
+
+def _counts(counts: ArrayLike | Number, name: str) -> Doubles:
+    """Numbers of values, as float64, that are not negative."""
+    values = checks.doubles(counts, name)
+    if not np.all((values >= 0) & np.isfinite(values)):
+        raise ValueError(f"{name} must be finite and not negative, but got {values.tolist()}")
+    return values
+
+
+def _statistics(inp: Input, mean: ArrayLike, invstd: ArrayLike, *others: Array | None) -> tuple[Any, ...]:
+    """Float64 copies of mean, invstd and other per-channel arrays that have been checked."""
+    given = []
+    for a, name in ((mean, "mean"), (invstd, "invstd")):
+        given.append(checks.per_channel(a, name, inp.n_channels, x=inp.x))
+        if given[-1] is None:
+            raise TypeError(f"{name} must be an array, not None")
+    return channels.as_doubles(inp.n_channels, *given, *others)
+
+
+def batch_norm_elemt(
+    x: ArrayLike,
+    weight: ArrayLike | None,
+    bias: ArrayLike | None,
+    mean: ArrayLike,
+    invstd: ArrayLike,
+    eps: Number,
+    *,
+    channel_axis: SupportsIndex = 1,
+    out: Array | None = None,
+    activation: Activation = None,
+    residual: ArrayLike | None = None,
+) -> Array:
+    """Solve and apply: ``y = act((x - mean)*invstd*weight + bias + residual)``, with the statistics given.
+
+    Parameters
+    ----------
+    x, weight, bias, channel_axis, out, activation, residual
+        As for `batch_norm`.
+    mean, invstd : (C,) array_like
+        From `batch_norm_gather_stats_with_counts`, or from `batch_norm_stats` for a batch in one part.
+    eps : float
+        Not read, since invstd has it in it; it is there for PyTorch's order of arguments.
+
+    Returns
+    -------
+    y : ndarray
+        Of x's shape and dtype, in x's order in memory; `out` if given.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `batch_norm`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cbn
+    >>> cbn.functional.batch_norm_elemt(np.array([[1.0, 2.0]]), None, None, [1.0, 1.0], [2.0, 2.0], 1e-5)
+    array([[0., 2.]])
+    """
+    slope = checks.negative_slope(activation)
+    inp = as_input(x, channel_axis)
+    given, (out, residual) = out, as_outputs(inp, out, residual)
+    weight = checks.per_channel(weight, "weight", inp.n_channels, x=inp.x)
+    bias = checks.per_channel(bias, "bias", inp.n_channels, x=inp.x)
+    inp.promote_for(*[a.dtype for a in (weight, bias) if a is not None])
+    means, invstds, *affine = _statistics(inp, mean, invstd, weight, bias)
+    coef = steps.coefficients(means, invstds, Affine(*affine))
+    y = steps.forward_fixed(inp, coef, Epilogue(residual, slope), out)
+    return y if given is None else given
+
+
+def batch_norm_backward_reduce(
+    dy: ArrayLike,
+    x: ArrayLike,
+    mean: ArrayLike,
+    invstd: ArrayLike,
+    weight: ArrayLike | None,
+    input_g: bool = True,
+    weight_g: bool = True,
+    bias_g: bool = True,
+    *,
+    channel_axis: SupportsIndex = 1,
+) -> tuple[Doubles | Any, Doubles | Any, Array | Any, Array | Any]:
+    """Measure, backward: the sums of one part of a batch.
+
+    Parameters
+    ----------
+    dy, x, weight, channel_axis
+        As for `native_batch_norm_backward`; x may be empty.
+    mean, invstd : (C,) array_like
+        Of the whole batch.
+    input_g, weight_g, bias_g : bool
+        Which results are wanted; the others are None.
+
+    Returns
+    -------
+    sum_dy, sum_dy_xmu : (C,) ndarray of float64
+        S(dy) and S(dy*(x - mean)). The sums of all parts are what `batch_norm_backward_elemt` takes.
+    dweight, dbias : (C,) ndarray
+        This part's own: S(dy*(x - mean))*invstd and S(dy), of weight's dtype; without one of x's, float32 at least.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `native_batch_norm_backward`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cbn
+    >>> x, dy = np.array([[1.0], [3.0]]), np.array([[1.0], [0.0]])
+    >>> cbn.functional.batch_norm_backward_reduce(dy, x, [2.0], [1.0], None)
+    (array([1.]), array([-1.]), array([-1.]), array([1.]))
+    """
+    wanted = [
+        checks.boolean(flag, name) for flag, name in ((input_g, "input_g"), (weight_g, "weight_g"), (bias_g, "bias_g"))
+    ]
+    inp = as_input(x, channel_axis)
+    dy = as_gradient(inp, dy)
+    weight = checks.per_channel(weight, "weight", inp.n_channels, x=inp.x)
+    means, invstds = _statistics(inp, mean, invstd)
+    sums = steps.measure_gradients(dy, Context(inp, Affine(None, None), NO_EPILOGUE, True, means, invstds))
+    dtype = _parameter_dtype(inp, weight)
+    return (
+        sums.sum_dh if wanted[0] else None,
+        sums.sum_dh_xmu if wanted[0] else None,
+        channels.rounded(passes.product(sums.sum_dh_xmu, invstds), dtype) if wanted[1] else None,
+        channels.rounded(sums.sum_dh, dtype) if wanted[2] else None,
+    )
+
+
+def batch_norm_backward_elemt(
+    dy: ArrayLike,
+    x: ArrayLike,
+    mean: ArrayLike,
+    invstd: ArrayLike,
+    weight: ArrayLike | None,
+    sum_dy: ArrayLike,
+    sum_dy_xmu: ArrayLike,
+    count: ArrayLike | Number,
+    *,
+    channel_axis: SupportsIndex = 1,
+    out: Array | None = None,
+) -> Array:
+    """Solve and apply, backward: dx of one part of a batch, from the sums of all parts.
+
+    ``dx = (dy - sum_dy/n - (x - mean)*sum_dy_xmu*invstd^2/n)*invstd*weight``
+
+    Parameters
+    ----------
+    dy, x, weight, channel_axis, out
+        As for `native_batch_norm_backward`.
+    mean, invstd : (C,) array_like
+        Of the whole batch, this part included.
+    sum_dy, sum_dy_xmu : (C,) array_like
+        Sums over all parts of what `batch_norm_backward_reduce` returns.
+    count : float or (K,) array_like
+        n, the values per channel of the whole batch; or of each part.
+
+    Returns
+    -------
+    dx : ndarray
+        Of x's dtype, in x's order in memory.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `native_batch_norm_backward`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cbn
+    >>> x, dy = np.array([[1.0], [3.0]]), np.array([[1.0], [0.0]])
+    >>> cbn.functional.batch_norm_backward_elemt(dy, x, [2.0], [1.0], None, [1.0], [-0.5], 2)
+    array([[ 0.25],
+           [-0.25]])
+    """
+    inp = as_input(x, channel_axis)
+    given, out = out, checks.output(out, inp.x.shape, inp.x.dtype)
+    dy = as_gradient(inp, dy)
+    weight = checks.per_channel(weight, "weight", inp.n_channels, x=inp.x)
+    inp.promote_for(*[a.dtype for a in (weight,) if a is not None])
+    sums = [
+        checks.per_channel(a, name, inp.n_channels, x=inp.x)
+        for a, name in ((sum_dy, "sum_dy"), (sum_dy_xmu, "sum_dy_xmu"))
+    ]
+    if any(a is None for a in sums):
+        raise TypeError("sum_dy and sum_dy_xmu must be arrays, not None")
+    n = float(_counts(count, "count").sum())
+    if n == 0 and inp.layout is not None:
+        raise ValueError("count is 0, and x has values")
+    means, invstds, scale, *totals = _statistics(inp, mean, invstd, weight, *sums)
+    context = Context(inp, Affine(scale, None), NO_EPILOGUE, True, means, invstds)
+    total = GradMoments(np.full(inp.n_channels, n), *totals)
+    dx = steps.apply_gradients(dy, context, total, out)
+    return dx if given is None else given

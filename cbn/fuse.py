@@ -14,7 +14,7 @@ import numpy as np
 from . import checks
 from .batchnorm import BatchNorm, refuse_overrides
 from .checks import Array, ArrayLike, Doubles
-from .kernels import passes
+from .kernels import arrays
 
 __all__ = ["fuse_bn_linear", "fuse_conv_bn", "fuse_linear_bn"]
 
@@ -78,7 +78,7 @@ def fuse_linear_bn(
            [0.25, 0.25, 0.25]], dtype=float32), array([-0.5, -0.5], dtype=float32))
     """
     w, b = _arrays(weight, bias, 2, 2, "a linear layer's is (out_features, in_features)")
-    return passes.with_room(_after, w, b, bn, 1, False, flush_subnormals, return_error)
+    return arrays.with_room(_after, w, b, bn, 1, False, flush_subnormals, return_error)
 
 
 def fuse_conv_bn(
@@ -133,7 +133,7 @@ def fuse_conv_bn(
     if transpose:
         words = "a transposed convolution's is (in_channels, out_channels/groups, ...)"
     w, b = _arrays(weight, bias, 3, 64, words)
-    return passes.with_room(_after, w, b, bn, groups, transpose, flush_subnormals, return_error)
+    return arrays.with_room(_after, w, b, bn, groups, transpose, flush_subnormals, return_error)
 
 
 def fuse_bn_linear(
@@ -190,7 +190,7 @@ def fuse_bn_linear(
             f"a batch norm before a convolution with padding={padding!r} cannot be folded into it: the zeros around "
             "the input stand behind the batch norm, and would then stand before it"
         )
-    return passes.with_room(_before, bn, w, b, groups, flush_subnormals, return_error)
+    return arrays.with_room(_before, bn, w, b, groups, flush_subnormals, return_error)
 
 
 # ---- steps -----------------------------------------------------------------------------------------------------------

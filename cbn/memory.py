@@ -13,8 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
-from .kernels import passes
-from .kernels.passes import empty_cache
+from .kernels import arrays, engine
+from .kernels.arrays import empty_cache
 
 __all__ = ["empty_cache"]
 
@@ -30,7 +30,7 @@ def retried(function: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        return passes.with_room(function, *args, **kwargs)
+        return arrays.with_room(function, *args, **kwargs)
 
     return call
 
@@ -73,7 +73,7 @@ def memory_bytes(cgroup: str | Path = "/sys/fs/cgroup") -> int:
 
 def explain() -> str:
     """What show_config says of the cache of outputs."""
-    kept, limit = passes.cache_state()
+    kept, limit = arrays.cache_state()
     why = "CBN_CACHE_BYTES" if os.environ.get("CBN_CACHE_BYTES") else f"1/{SHARE} of the memory"
     return f"{kept / 1e6:.0f} MB kept, at most {limit / 1e6:.0f} MB ({why})"
 
@@ -81,13 +81,13 @@ def explain() -> str:
 def _at_import() -> None:
     l2, l3 = cache_sizes()
     # What fills three quarters of a cache that others use too does not stay in it (measured at 24 to 32 MB of 32).
-    passes.tune(l2_bytes=l2, l3_bytes=l3, nontemporal_bytes=l3 * 3 // 4)
+    engine.tune(l2_bytes=l2, l3_bytes=l3, nontemporal_bytes=l3 * 3 // 4)
     limit = memory_bytes() // SHARE
     if asked := os.environ.get("CBN_CACHE_BYTES"):
         if not asked.isascii() or not asked.isdigit():
             raise ValueError(f"CBN_CACHE_BYTES must be a number of bytes, 0 or more, not {asked!r}")
         limit = int(asked) if len(asked) < 19 else 1 << 62
-    passes.set_cache_limit(limit)
+    arrays.set_cache_limit(limit)
 
 
 _at_import()

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from . import checks
 from .checks import ArrayLike, Doubles, Number
+from .inputs import Input, as_input
 from .kernels import passes
 
 __all__ = ["Moments", "moments"]
@@ -73,10 +74,12 @@ class Moments:
             object.__setattr__(self, name, value)
 
     @classmethod
-    def _of(cls, count: float, mean: Doubles, m2: Doubles) -> Moments:
+    def _of(cls, count: float | Doubles, mean: Doubles, m2: Doubles) -> Moments:
         """Those of arrays that nobody else has, and that need no check."""
         self = cls.__new__(cls)
-        for name, value in (("count", np.full(mean.shape, float(count))), ("mean", mean), ("m2", m2)):
+        if not isinstance(count, np.ndarray):
+            count = np.full(mean.shape, float(count))
+        for name, value in (("count", count), ("mean", mean), ("m2", m2)):
             object.__setattr__(self, name, value)
         return self
 
@@ -133,6 +136,29 @@ class Moments:
         return total
 
 
+@dataclass(frozen=True, eq=False)
+class GradMoments:
+    """Sums that a gradient through the statistics of a batch needs, in the form that can be merged: they add up.
+
+    They are S(dh) and S(dh*(x - mean)) over `count` values of each channel. dh is the gradient of what the activation
+    was given, and mean is the one that normalized, of all parts.
+
+    Attributes
+    ----------
+    count, sum_dh, sum_dh_xmu : (C,) ndarray of float64
+    """
+
+    count: npt.NDArray[np.float64]
+    sum_dh: npt.NDArray[np.float64]
+    sum_dh_xmu: npt.NDArray[np.float64]
+
+    def __add__(self, other: GradMoments) -> GradMoments:
+        if not isinstance(other, GradMoments):
+            return NotImplemented
+        with np.errstate(all="ignore"):
+            return GradMoments(self.count + other.count, self.sum_dh + other.sum_dh, self.sum_dh_xmu + other.sum_dh_xmu)
+
+
 def moments(x: ArrayLike, *, channel_axis: SupportsIndex = 1) -> Moments:
     """Moments of every channel of an array, in one pass over it.
 
@@ -159,7 +185,11 @@ def moments(x: ArrayLike, *, channel_axis: SupportsIndex = 1) -> Moments:
     >>> cbn.moments(np.array([[1.0, 2.0, 6.0]]), channel_axis=0)
     Moments(count=array([3.]), mean=array([3.]), m2=array([14.]))
     """
-    inp = passes.Input(x, channel_axis)
+    return measure(as_input(x, channel_axis))
+
+
+def measure(inp: Input) -> Moments:
+    """The moments of an input that has been checked."""
     if inp.layout is None:
-        return Moments(0, np.zeros(inp.n_channels), np.zeros(inp.n_channels))
-    return Moments._of(inp.count, *passes.moments(inp.layout, inp.x)[:2])
+        return Moments._of(0, *np.zeros((2, inp.n_channels)))
+    return Moments._of(inp.count, *passes.moments(inp.layout, inp.x, inp.in_float64))

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 
-from . import batchnorm, checks, state
+from . import checks, state
 from .checks import Array
 from .memory import empty_cache, retried
 
@@ -27,8 +27,8 @@ __all__ = ["load", "save"]
 
 HEADER = "cbn"
 FORMAT = 1
-CLASSES: dict[str, type[batchnorm.BatchNorm]] = {name: getattr(batchnorm, name) for name in batchnorm.__all__}
-ARRAYS = batchnorm.BatchNorm._array_names
+CLASSES: dict[str, type[Any]] = {}  # of the layers, which know this module, and not the other way round
+ARRAYS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked", "weight_grad", "bias_grad")
 ARGUMENTS = (
     *("num_features", "eps", "momentum", "affine", "track_running_stats"),
     *("bias", "dtype", "channel_axis", "running_var", "activation"),
@@ -41,7 +41,7 @@ Content = tuple[Any, Described, Callable[[], Iterable[tuple[str, Array]]]]  # he
 
 
 def save(
-    layer: batchnorm.BatchNorm,
+    layer: Any,
     file: Path | BinaryIO,
     *,
     allow_nonfinite: bool = False,
@@ -99,7 +99,7 @@ def load(
     *,
     allow_nonfinite: bool = False,
     allow_negative_var: bool = False,
-) -> batchnorm.BatchNorm:
+) -> Any:
     """Read a layer from a file that `BatchNorm.save` wrote.
 
     Parameters
@@ -147,7 +147,7 @@ def load(
         source = cast(BinaryIO, file) if path is None else stack.enter_context(open(path, "rb"))
         reader = _Reader(source, name)
 
-        def read() -> batchnorm.BatchNorm:
+        def read() -> Any:
             return _load(reader, name, allow_nonfinite, allow_negative_var)
 
         try:
@@ -422,7 +422,7 @@ def _some(keys: list[str], most: int = 10) -> str:
 # ---- layers ----------------------------------------------------------------------------------------------------------
 
 
-def _load(reader: _Reader, name: str, allow_nonfinite: bool, allow_negative_var: bool) -> batchnorm.BatchNorm:
+def _load(reader: _Reader, name: str, allow_nonfinite: bool, allow_negative_var: bool) -> Any:
     start = reader.read(9)
     zipped = start[:2] == b"PK"
     if zipped and not reader.seekable():
@@ -446,7 +446,7 @@ def _build(
     read: Callable[[], Iterable[tuple[str, Array]]],
     allow_nonfinite: bool,
     allow_negative_var: bool,
-) -> batchnorm.BatchNorm:
+) -> Any:
     """The layer; its arrays are read once their shapes and dtypes are known to be right."""
     layer = _without_arrays(header)
     problems = []
@@ -473,7 +473,7 @@ def _build(
     return layer
 
 
-def _without_arrays(header: Any) -> batchnorm.BatchNorm:
+def _without_arrays(header: Any) -> Any:
     """The layer that a header describes, before it has arrays."""
     if isinstance(header, dict) and (header.get("format") != FORMAT or header["format"] is True):
         raise ValueError(f"format {header.get('format')!r}, and this version reads {FORMAT}")

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from . import checks
-from .kernels import passes
+from .kernels import engine
 
 __all__ = ["get_num_threads", "num_threads", "set_num_threads"]
 
@@ -26,8 +26,8 @@ def checked(n: int | None, name: str = "n") -> int:
     if n is None:
         return 0
     n = checks.integer(n, name, "a number of threads or None")
-    if not 1 <= n <= passes.MAX_THREADS:
-        raise ValueError(f"{name} must be a number of threads from 1 to {passes.MAX_THREADS}, but got {n}")
+    if not 1 <= n <= engine.MAX_THREADS:
+        raise ValueError(f"{name} must be a number of threads from 1 to {engine.MAX_THREADS}, but got {n}")
     return n
 
 
@@ -51,7 +51,7 @@ def set_num_threads(n: int | None) -> None:
     >>> cbn.get_num_threads()
     2
     """
-    passes.ask_threads(process=checked(n) or environment)
+    engine.ask_threads(process=checked(n) or environment)
 
 
 def get_num_threads() -> int:
@@ -60,7 +60,7 @@ def get_num_threads() -> int:
     Whether so many can be created is seen at that call. Where they cannot, this number is smaller from then on, until a
     call finds more; one a second tries.
     """
-    return passes.get_threads()
+    return engine.get_threads()
 
 
 def num_threads(n: int | None) -> contextlib.AbstractContextManager[None]:
@@ -88,12 +88,12 @@ def num_threads(n: int | None) -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def _num_threads(n: int) -> Iterator[None]:
-    before, _ = passes.asked_threads()
-    passes.ask_threads(here=n)
+    before, _ = engine.asked_threads()
+    engine.ask_threads(here=n)
     try:
         yield
     finally:
-        passes.ask_threads(here=before)
+        engine.ask_threads(here=before)
 
 
 def cgroup_quota(root: str | Path = "/sys/fs/cgroup", own: str | Path = "/proc/self/cgroup") -> int:
@@ -123,9 +123,9 @@ def cgroup_quota(root: str | Path = "/sys/fs/cgroup", own: str | Path = "/proc/s
 
 def explain() -> str:
     """Why `get_num_threads` says what it says."""
-    n = passes.get_threads()
-    here, process = passes.asked_threads()
-    info = passes.build_info()
+    n = engine.get_threads()
+    here, process = engine.asked_threads()
+    info = engine.build_info()
     if info["pool_lost"]:
         return "forked child: the OpenMP threads of this thread stayed in the parent; new threads have their own"
     if not info["openmp"]:
@@ -142,14 +142,14 @@ def explain() -> str:
 
 def _at_import() -> None:
     global environment
-    passes.set_cgroup_threads(cgroup_quota())
+    engine.set_cgroup_threads(cgroup_quota())
     if asked := os.environ.get("CBN_NUM_THREADS", "").strip():
-        if not (asked.isascii() and asked.isdigit() and len(asked) < 20 and 1 <= int(asked) <= passes.MAX_THREADS):
+        if not (asked.isascii() and asked.isdigit() and len(asked) < 20 and 1 <= int(asked) <= engine.MAX_THREADS):
             raise ValueError(
-                f"CBN_NUM_THREADS must be a number of threads from 1 to {passes.MAX_THREADS}, not {asked!r}"
+                f"CBN_NUM_THREADS must be a number of threads from 1 to {engine.MAX_THREADS}, not {asked!r}"
             )
         environment = int(asked)
-    passes.ask_threads(process=environment)
+    engine.ask_threads(process=environment)
 
 
 _at_import()

@@ -13,7 +13,7 @@ except ModuleNotFoundError as error:
 import numpy as np
 import pytest
 
-from cbn.kernels import passes
+from cbn.kernels import engine
 
 DTYPES = (np.float32, np.float64)  # of parameters
 HALVES = (np.float16, ml_dtypes.bfloat16)
@@ -85,17 +85,17 @@ def repeats(callspec):
     )
 
 
-@pytest.fixture(params=passes.available())
+@pytest.fixture(params=engine.available())
 def isa(request):
     """Each instruction set of this processor in turn."""
-    passes.use_isa(request.param)
+    engine.use_isa(request.param)
     return request.param
 
 
 @pytest.fixture
 def parallel():
     """Parallel regions however small the array is."""
-    passes.tune(bytes_per_thread=1)
+    engine.tune(bytes_per_thread=1)
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ import pytest
 
 import cbn
 from cbn.functional import batch_norm, native_batch_norm, native_batch_norm_backward
-from cbn.kernels import passes
 
 from .test_errors import f32, refused
 
@@ -117,7 +116,6 @@ def entries(value):
         "weight": [lambda: batch_norm(x, v, v, value), lambda: cbn.fuse_linear_bn(value, None, fused)],
         "bias": [lambda: batch_norm(x, v, v, None, value), lambda: cbn.fuse_linear_bn(f32(2, 3), value, fused)],
         "save_mean": [lambda: native_batch_norm_backward(x, x, None, None, None, value, v, True, 1e-5)],
-        "like": [lambda: passes.Passes(value)],
         "count": [lambda: cbn.Moments(value, v, v)],
         "mean": [lambda: cbn.Moments(1, value, v)],
         "m2": [lambda: cbn.Moments(1, v, value)],
@@ -394,7 +392,6 @@ def calls_with_counting():
         "convolution": (cbn.fuse_conv_bn, [np.ones((3, 2, 1)), v, evaluated], {}),
         "after": (cbn.fuse_bn_linear, [evaluated, linear.T, np.ones(2)], {}),
         "state": (lambda w: cbn.BatchNorm1d(3).load_state_dict({"weight": w}, strict=False), [v], {}),
-        "Passes": (passes.Passes, [x], {}),
     }
 
 

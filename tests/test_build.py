@@ -1,5 +1,6 @@
 """What is built, and from what: flags, lints of the sources, the source distribution, wheels, compilers refused."""
 
+import importlib
 import os
 import re
 import shutil
@@ -12,14 +13,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cbn.kernels import channels, passes
+from cbn import kernels
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted(
     p
     for p in (ROOT / "cbn").rglob("*")
-    if p.suffix in (".py", ".pyi", ".pyx", ".c", ".h") and p.name not in ("passes.c", "channels.c")
+    if p.suffix in (".py", ".pyi", ".pyx", ".pxd", ".c", ".h")
+    and not (p.suffix == ".c" and p.with_suffix(".pyx").exists())
 )
+MODULES = [importlib.import_module(f"cbn.kernels.{name}") for name in kernels.__all__]
 
 
 def test_no_build_file_asks_for_instructions_or_fast_math():
@@ -53,11 +56,18 @@ def test_imports_run_one_way():
         "reference": set(),
         "threads": {"checks", "kernels"},
         "memory": {"kernels"},
-        "functional": {"checks", "kernels"},
-        "moments": {"checks", "functional", "kernels"},
+        "inputs": {"checks", "kernels"},
+        "moments": {"checks", "inputs", "kernels"},
+        "steps": {"checks", "inputs", "kernels", "moments"},
+        "quantized": {"checks", "inputs", "kernels", "steps"},
+        "functional": {"checks", "inputs", "kernels", "moments", "quantized", "steps"},
+        "plan": {"checks", "inputs", "kernels", "quantized", "steps"},
+        "attributes": {"checks", "kernels"},
         "state": {"checks"},
-        "batchnorm": {"checks", "functional", "kernels", "memory", "state", "storage"},
-        "storage": {"batchnorm", "checks", "memory", "state"},
+        "storage": {"checks", "memory", "state"},
+        "batchnorm": {
+            *("attributes", "checks", "inputs", "kernels", "memory", "plan", "quantized", "state", "steps", "storage")
+        },
         "fuse": {"batchnorm", "checks", "kernels"},
         "config": {"checks", "functional", "kernels", "memory", "reference", "threads"},
     }
@@ -77,7 +87,29 @@ def test_imports_run_one_way():
         assert path.stem == "__init__" or set(beside) <= {"common"}, path
 
 
-@pytest.mark.parametrize("module", [passes, channels], ids=["passes", "channels"])
+def test_cimports_run_one_way():
+    allowed = {
+        "kernels": set(),
+        "partition": {"kernels"},
+        "coefficients": {"kernels"},
+        "job": {"coefficients", "kernels", "partition"},
+        "statistics": {"coefficients", "job", "partition"},
+        "tiles": {"coefficients", "job", "kernels", "partition"},
+        "engine": {"job", "kernels", "partition", "statistics", "tiles"},
+        "arrays": {"engine", "job", "kernels", "partition"},
+        "passes": {"arrays", "coefficients", "engine", "job", "kernels", "partition"},
+        "plans": {"arrays", "coefficients", "engine", "job", "kernels"},
+        "channels": {"arrays"},
+    }
+    paths = [p for p in SOURCES if p.suffix in (".pyx", ".pxd")]
+    assert {path.stem for path in paths} == set(allowed)
+    for path in paths:
+        found = set(re.findall(r"^from \.(\w*) c?import", path.read_text(), re.M))
+        assert found - {path.stem} <= allowed[path.stem], path
+        assert "cbn" not in re.findall(r"^(?:from|c?import) (\w+)", path.read_text(), re.M), path
+
+
+@pytest.mark.parametrize("module", MODULES, ids=kernels.__all__)
 def test_symbols_are_hidden(module):
     try:
         done = subprocess.run(["nm", "-D", "--defined-only", module.__file__], capture_output=True, text=True)
@@ -107,7 +139,7 @@ ONLY_PACKED = {"PKG-INFO", "setup.cfg"} | {
 }
 # What work leaves in a checkout, and git ignores
 LITTER = (
-    "cbn/kernels/passes.c", "cbn/kernels/channels.c", "cbn/kernels/passes.so", "cbn/__pycache__/a.pyc",
+    *(f"cbn/kernels/{name}.c" for name in kernels.__all__), "cbn/kernels/passes.so", "cbn/__pycache__/a.pyc",
     "examples/out/a.md", "benchmarks/out/accuracy.md", "benchmarks/out/native/limits.so", "examples/extension/frames.c",
     "examples/extension/build/a.c", "build/a.py", ".venv/a.py", "dist/a.md", ".hypothesis/a.py",
 )  # fmt: skip
@@ -176,13 +208,9 @@ def test_the_readmes_install_lines_work_and_what_they_install_passes_the_tests(s
     done = run("python", "-I", "-c", code)
     files, requirements = done.stdout.split("\n\n")
     installed = {name for name in files.splitlines() if name.startswith("cbn/") and not name.endswith(".pyc")}
-    libraries = {f"cbn/kernels/{name}{sysconfig.get_config_var('EXT_SUFFIX')}" for name in ("passes", "channels")}
-    needed = {
-        "cbn/py.typed",
-        "cbn/kernels/passes.pyi",
-        "cbn/kernels/channels.pyi",
-        "cbn/kernels/passes.pxd",
-    } | libraries
+    libraries = {f"cbn/kernels/{name}{sysconfig.get_config_var('EXT_SUFFIX')}" for name in kernels.__all__}
+    stubs = {f"cbn/kernels/{name}.pyi" for name in kernels.__all__}
+    needed = {"cbn/py.typed", "cbn/kernels/passes.pxd"} | stubs | libraries
     assert installed == needed | {str(p.relative_to(ROOT)) for p in SOURCES if p.suffix == ".py"}
     wanted = [r.split(";")[0] for r in requirements.splitlines() if r.endswith('extra == "test"')]
     done = run("python", "-m", "pip", "install", "-q", *wanted, "cython", "setuptools")

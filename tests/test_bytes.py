@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 import cbn
+from cbn import plan as plan_module
 from cbn import reference
 from cbn.functional import batch_norm
-from cbn.kernels import passes
+from cbn.kernels import engine
 
 from .conftest import LAYOUTS, LIMIT, error, in_memory_order
 from .test_guard_pages import guarded
@@ -41,7 +42,7 @@ def exact(x, arrays, scale, zero_point, axis=1):
 def test_values(isa, parallel, rng, layout, dtype, out_dtype, past):
     shape, axis, order = LAYOUTS[layout]
     x, arrays = drawn(rng, dtype, shape, order), parameters(rng, shape[axis])
-    passes.tune(nontemporal_bytes=0 if past else 1 << 40)
+    engine.tune(nontemporal_bytes=0 if past else 1 << 40)
     for scale, zero_point in ((1 / 255, 0), (0.05, np.iinfo(dtype).max), (3.0, 7)):
         results = []
         for n_threads in (1, 3):
@@ -61,7 +62,7 @@ def test_values(isa, parallel, rng, layout, dtype, out_dtype, past):
 def test_borders(isa, parallel, rng, dtype, shape):
     x, arrays = drawn(rng, dtype, shape), parameters(rng, shape[1])
     for past in (0, 1 << 40):
-        passes.tune(nontemporal_bytes=past)
+        engine.tune(nontemporal_bytes=past)
         for out_dtype in OUTPUTS:
             for offset in (0, 3):
                 out = np.empty(x.size + 3, out_dtype)[offset : offset + x.size].reshape(shape)
@@ -121,7 +122,7 @@ def test_residual(isa, parallel, rng, dtype, out_dtype, layout, slope):
     kwargs = {"channel_axis": axis, "x_scale": 0.02, "x_zero_point": 5, "activation": ("leaky_relu", slope)}
     expected = reference.activate(exact(x, arrays, 0.02, 5, axis % x.ndim), z, slope)
     for past in (0, 1 << 40):
-        passes.tune(nontemporal_bytes=past)
+        engine.tune(nontemporal_bytes=past)
         for n_threads in (1, 3):
             with cbn.num_threads(n_threads):
                 y = batch_norm(x, *arrays, residual=z, out_dtype=out_dtype, **kwargs)
@@ -150,7 +151,7 @@ def test_nothing_outside_an_array_is_touched(isa, parallel, rng, dtype, shape, a
     for out_dtype in OUTPUTS:
         y = guarded(shape, out_dtype, at_end)
         for past in (0, 1 << 40):
-            passes.tune(nontemporal_bytes=past)
+            engine.tune(nontemporal_bytes=past)
             for axis in {1, len(shape) - 1}:
                 arrays = np.zeros(shape[axis]), np.ones(shape[axis])
                 batch_norm(x, *arrays, channel_axis=axis, x_scale=1.0, out=y, out_dtype=out_dtype)
@@ -243,7 +244,7 @@ def test_a_plan_of_8_bits_is_used(rng):
     x = drawn(rng, np.uint8, (4, 5, 6))
     plan = evaluating(rng, 5).plan(x.shape, np.uint8, x_scale=1 / 255)
     y = plan(x)
-    with mock.patch.object(passes, "Input", side_effect=AssertionError("the plan was not used")):
+    with mock.patch.object(plan_module, "as_input", side_effect=AssertionError("the plan was not used")):
         assert plan(x).tobytes() == y.tobytes()
         assert plan(x, out=np.empty_like(y), residual=np.zeros_like(y)).tobytes() == y.tobytes()
     # Over its own input

@@ -1,6 +1,7 @@
 """show_config, `python -m cbn`, the self-check, and the stubs of the compiled module."""
 
 import ast
+import importlib
 import shlex
 import subprocess
 import sys
@@ -10,8 +11,8 @@ import pytest
 
 import cbn
 from cbn import __main__ as command
-from cbn import config
-from cbn.kernels import passes
+from cbn import config, kernels
+from cbn.kernels import engine
 
 from .conftest import closed_pipe
 
@@ -22,7 +23,7 @@ def test_show_config_says_all(capsys):
     cbn.show_config()
     text = capsys.readouterr().out
     assert cbn.__version__ in text
-    for isa in passes.available():
+    for isa in engine.available():
         assert isa in text
     for name in ("numpy", "compiler", "OpenMP", "instruction sets", "in use", "threads"):
         assert name in text
@@ -31,25 +32,25 @@ def test_show_config_says_all(capsys):
 def test_self_check_passes_and_can_fail(monkeypatch):
     lines = []
     assert config.self_check(lines.append)
-    assert len(lines) == 2 * len(config._types()) * len(passes.available())
+    assert len(lines) == 2 * len(config._types()) * len(engine.available())
     assert all(line.endswith("ok") for line in lines)
     monkeypatch.setattr(config, "_largest_error", lambda *arguments: 1.0)
     lines.clear()
     assert not config.self_check(lines.append)
     assert all("WRONG" in line for line in lines)
-    assert passes.isa() == passes.available()[-1]
+    assert engine.isa() == engine.available()[-1]
 
 
 def test_unchecked_names_what_the_self_check_leaves_out_and_why(monkeypatch):
-    expected = [f"{isa}, which this processor does not have" for isa in passes.built()[len(passes.available()) :]]
-    if not passes.build_info()["openmp"]:
+    expected = [f"{isa}, which this processor does not have" for isa in engine.built()[len(engine.available()) :]]
+    if not engine.build_info()["openmp"]:
         expected.append("several threads, as this is a build without OpenMP")
     assert config.unchecked() == expected
-    monkeypatch.setattr(passes, "available", lambda: ["baseline"])
-    monkeypatch.setattr(passes, "build_info", lambda: {"openmp": None})
+    monkeypatch.setattr(engine, "available", lambda: ["baseline"])
+    monkeypatch.setattr(engine, "build_info", lambda: {"openmp": None})
     monkeypatch.setitem(sys.modules, "ml_dtypes", None)
     assert config.unchecked() == [
-        *(f"{isa}, which this processor does not have" for isa in passes.built()[1:]),
+        *(f"{isa}, which this processor does not have" for isa in engine.built()[1:]),
         "bfloat16, as ml_dtypes is not installed: pip install 'cbn[bfloat16]'",
         "several threads, as this is a build without OpenMP",
     ]
@@ -107,15 +108,21 @@ def test_a_closed_output_is_no_traceback():
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_stubs_name_what_the_compiled_module_has():
-    stub = ast.parse(Path(passes.__file__).with_name("passes.pyi").read_text())
-    declared = {node.name for node in stub.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+@pytest.mark.parametrize("name", kernels.__all__)
+def test_stubs_name_what_the_compiled_modules_have(name):
+    module = importlib.import_module(f"cbn.kernels.{name}")
+    stub = ast.parse(Path(module.__file__).with_name(f"{name}.pyi").read_text())
+    classes = {node.name: node for node in stub.body if isinstance(node, ast.ClassDef)}
+    declared = {node.name for node in stub.body if isinstance(node, ast.FunctionDef)} | set(classes)
     declared -= {"_HasForward"}  # for type checkers alone
-    actual = {name for name, value in vars(passes).items() if callable(value) and not name.startswith("_")}
-    assert declared == actual
-    layout = next(node for node in stub.body if isinstance(node, ast.ClassDef))
-    members = {getattr(node, "name", None) or node.target.id for node in layout.body if not isinstance(node, ast.Expr)}
-    assert members == {name for name in vars(passes.Layout) if not name.startswith("_")}
+    actual = {n for n, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__}
+    assert declared == {n for n in actual if not n.startswith("_")}
+    for class_name, node in classes.items():
+        if class_name.startswith("_"):
+            continue
+        members = {getattr(n, "name", None) or n.target.id for n in node.body if not isinstance(n, ast.Expr)}
+        own = {n for n in vars(getattr(module, class_name)) if not n.startswith("_")}
+        assert own == {n for n in members if not n.startswith("_")}, class_name
 
 
 def test_public_names():

@@ -13,7 +13,7 @@ import pytest
 
 import cbn
 from cbn import reference
-from cbn.kernels import passes
+from cbn.kernels import engine, passes
 
 from .conftest import error
 
@@ -70,7 +70,7 @@ def test_frames_are_normalized(frames, parallel, rng, shape, threads):
 def test_gradient(frames, parallel, rng, shape):
     x, dy = rng.standard_normal((2, *shape)).astype(np.float32)
     n, mean, m2 = reference.moments(x)
-    passes.tune(l2_bytes=1 << 12, l3_bytes=1 << 24, nontemporal_bytes=0)  # the pipeline, which has copies of its own
+    engine.tune(l2_bytes=1 << 12, l3_bytes=1 << 24, nontemporal_bytes=0)  # the pipeline, which has copies of its own
     assert error(frames.gradient(dy, x), reference.backward(dy, x, mean, m2 / n)[0]) <= 1e-5
 
 
@@ -109,6 +109,13 @@ def test_what_is_refused(frames):
         frames.normalize_frames(np.zeros((0, 3, 4), np.float32), np.zeros((0, 3, 4), np.float32))
     with pytest.raises(ValueError, match=r"like is empty, of shape \(0, 4\)"):
         passes.Passes(np.zeros((0, 4)))
+    for value in (None, [[1.0, 2.0]], np.ma.masked_less(np.zeros((2, 4)), 1)):
+        with pytest.raises(TypeError, match=f"^like must be a numpy array, not {type(value).__name__}$"):
+            passes.Passes(value)
+    with pytest.raises(TypeError, match=r"like has dtype >f4; expected float32, .* in native byte order"):
+        passes.Passes(np.zeros((2, 4), ">f4"))
+    with pytest.raises(ValueError, match="like has 1 dimensions; expected 2 or more"):
+        passes.Passes(np.zeros(4))
     with pytest.raises(TypeError, match="like has dtype int64"):
         passes.Passes(np.zeros((2, 4), np.int64))
     with pytest.raises(ValueError, match=r"like has strides \(64, 16\), which no loop reads: expected rows or runs"):

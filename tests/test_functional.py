@@ -257,7 +257,8 @@ def test_gradients_by_central_differences(rng, shape, axis, train):
 
 
 def test_import_of_the_package_names():
-    assert cbn.functional.__all__ == ["batch_norm", "native_batch_norm", "native_batch_norm_backward"]
+    names = {name for name in vars(cbn.functional) if "batch_norm" in name and not name.startswith("_")}
+    assert set(cbn.functional.__all__) == names
 
 
 @pytest.mark.parametrize("x_dtype", INPUT_DTYPES)

@@ -6,7 +6,7 @@ import pytest
 import cbn
 from cbn import reference
 from cbn.functional import batch_norm
-from cbn.kernels import passes
+from cbn.kernels import engine
 
 from .conftest import GRADIENT_LIMIT, INPUT_DTYPES, LARGE_RANGE, LAYOUTS, LIMIT, PARAMETERS, error, in_memory_order
 from .test_kernels import KNOBS, PATH_SHAPES
@@ -85,10 +85,10 @@ def test_every_path_gives_the_same_bits(isa, parallel, rng, dtype, shape, with_r
         dresidual = found[1] if with_residual else dx
         return [a.tobytes() for a in (y, dx, dresidual, bn.weight_grad, bn.bias_grad)]
 
-    passes.tune(bytes_per_thread=1 << 40, **KNOBS["two passes"])
+    engine.tune(bytes_per_thread=1 << 40, **KNOBS["two passes"])
     first = results(0)
     for name, knobs in KNOBS.items():
-        passes.tune(bytes_per_thread=1, **{"nontemporal_bytes": 1 << 40, "prefetch": True} | knobs)
+        engine.tune(bytes_per_thread=1, **{"nontemporal_bytes": 1 << 40, "prefetch": True} | knobs)
         for n_threads, offset in ((1, 0), (2, 3)):
             with cbn.num_threads(n_threads):
                 assert results(offset) == first, (name, n_threads)

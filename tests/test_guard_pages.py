@@ -9,7 +9,7 @@ import pytest
 
 import cbn
 from cbn.functional import batch_norm, native_batch_norm, native_batch_norm_backward
-from cbn.kernels import passes
+from cbn.kernels import engine
 
 from .conftest import INPUT_DTYPES, PARAMETERS
 
@@ -19,7 +19,11 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="mprotect as Lin
 SHAPES = [(2, 3, 17), (9, 5, 49), (33, 7), (40, 70), (3, 130), (5, 3, 200), (12, 40, 7, 7), (70, 1030), (1, 5, 33),
           (64, 9, 129), (300, 3)]  # fmt: skip
 PIPELINE, TWO_PASSES = {"l2_bytes": 1 << 15, "l3_bytes": 0}, {"l2_bytes": 0, "l3_bytes": 0}
-PATHS = [PIPELINE | {"nontemporal_bytes": 0}, PIPELINE | {"nontemporal_bytes": 1 << 40}, TWO_PASSES | {"nontemporal_bytes": 0}]
+PATHS = [
+    PIPELINE | {"nontemporal_bytes": 0},
+    PIPELINE | {"nontemporal_bytes": 1 << 40},
+    TWO_PASSES | {"nontemporal_bytes": 0},
+]
 
 
 def guarded(shape, dtype, at_end):
@@ -42,7 +46,7 @@ def test_nothing_outside_an_array_is_touched(isa, parallel, rng, dtype, shape, a
     x, y, g, z = (guarded(shape, dtype, at_end) for _ in range(4))
     x[...], g[...], z[...] = rng.standard_normal((3, *shape)).astype(dtype)
     for knobs in PATHS:
-        passes.tune(**knobs)
+        engine.tune(**knobs)
         for axis in {1, len(shape) - 1}:
             mean, var = np.zeros(shape[axis]), np.ones(shape[axis])
             for parameters in {np.float64, PARAMETERS[dtype]}:

@@ -7,7 +7,7 @@ import pytest
 import cbn
 from cbn import reference
 from cbn.functional import batch_norm, native_batch_norm, native_batch_norm_backward
-from cbn.kernels import passes
+from cbn.kernels import engine
 
 from .conftest import HALVES, LAYOUTS, ROUNDING, STATISTICS_LIMIT, error, in_memory_order
 
@@ -173,10 +173,10 @@ def test_what_follows_may_be_subnormal(isa, dtype, layout):
 @pytest.mark.parametrize("path", ["two passes", "pipeline", "pipeline, past the caches"])
 def test_sums_that_leave_the_range_of_float32(isa, parallel, rng, dtype, shape, path):
     """Channels whose squares float32 holds not at all, beside others that keep the bits they have without them."""
-    passes.tune(
+    engine.tune(
         **({"l2_bytes": 0, "l3_bytes": 0} if path == "two passes" else {"l2_bytes": 1 << 12, "l3_bytes": 1 << 24})
     )
-    passes.tune(nontemporal_bytes=0 if path == "pipeline, past the caches" else 1 << 40)
+    engine.tune(nontemporal_bytes=0 if path == "pipeline, past the caches" else 1 << 40)
     plain = rng.standard_normal(shape).astype(dtype)
     x = plain.copy()
     # float16 stays within that range; the same has to hold for its own largest and smallest numbers

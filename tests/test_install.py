@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import cbn
-from cbn.kernels import passes
+from cbn.kernels import engine
 
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 
@@ -23,7 +23,7 @@ def clone(tmp_path):
         target = tmp_path / "clone" / "cbn" / path.relative_to(package)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, target)
-    (tmp_path / "clone" / "cbn" / "kernels" / "passes.pyx").touch()
+    (tmp_path / "clone" / "cbn" / "kernels" / "engine.pyx").touch()
     return tmp_path / "clone"
 
 
@@ -55,22 +55,22 @@ def test_pytest_in_an_uncompiled_source_folder_says_what_to_do(clone):
 
 
 def test_a_source_folder_compiled_for_another_python_says_so(clone):
-    (clone / "cbn" / "kernels" / "passes.cpython-39-x86_64-linux-gnu.so").touch()
+    (clone / "cbn" / "kernels" / "engine.cpython-39-x86_64-linux-gnu.so").touch()
     last = failure(clone, "-c", "import cbn").splitlines()[-1]
     assert f"source folder {clone}, which was compiled for another Python" in last
-    assert f"(passes.cpython-39-x86_64-linux-gnu.so; this one is {sysconfig.get_config_var('SOABI')})" in last
+    assert f"(engine.cpython-39-x86_64-linux-gnu.so; this one is {sysconfig.get_config_var('SOABI')})" in last
     assert f"`pip install -e {clone}`" in last
 
 
 def test_a_library_that_is_missing_is_named(clone):
     """The compiled module is there: its own words stay, and nothing is said about source folders."""
-    compiled = Path(passes.__file__).read_bytes()
+    compiled = Path(engine.__file__).read_bytes()
     library = re.search(rb"lib(gomp|omp|c)\.so\.\d", compiled)[0]
     absent = library[:-1] + b"9"
-    (clone / "cbn" / "kernels" / f"passes{SUFFIX}").write_bytes(compiled.replace(library, absent))
+    (clone / "cbn" / "kernels" / f"engine{SUFFIX}").write_bytes(compiled.replace(library, absent))
     error = failure(clone, "-c", "import cbn")
     last = error.splitlines()[-1]
-    assert last.startswith(f"ImportError: cbn's compiled module {clone}/cbn/kernels/passes{SUFFIX} cannot be loaded: ")
+    assert last.startswith(f"ImportError: cbn's compiled module {clone}/cbn/kernels/engine{SUFFIX} cannot be loaded: ")
     assert f"{absent.decode()}: cannot open shared object file" in last
     assert ("install OpenMP's runtime: libgomp1 on Debian" in last) == (b"gomp" in library)
     assert "source folder" not in last
@@ -79,13 +79,13 @@ def test_a_library_that_is_missing_is_named(clone):
 
 
 def test_a_numpy_that_is_too_old_is_named(clone):
-    (clone / "cbn" / "kernels" / f"passes{SUFFIX}").write_text("not a library")
+    (clone / "cbn" / "kernels" / f"engine{SUFFIX}").write_text("not a library")
     last = failure(clone, "-c", "import numpy; numpy.__version__ = '1.26.4'; import cbn").splitlines()[-1]
     assert last.endswith(" (cbn needs numpy 2.0 or newer, and this one is 1.26.4)")
 
 
 def test_an_installation_without_the_compiled_module_is_not_called_a_source_folder(clone):
-    (clone / "cbn" / "kernels" / "passes.pyx").unlink()
+    (clone / "cbn" / "kernels" / "engine.pyx").unlink()
     last = failure(clone, "-c", "import cbn").splitlines()[-1]
     assert last == f"ImportError: cbn in {clone} has no compiled module: install it again"
 

@@ -6,7 +6,7 @@ import pytest
 import cbn
 from cbn import reference
 from cbn.functional import native_batch_norm, native_batch_norm_backward
-from cbn.kernels import passes
+from cbn.kernels import arrays, engine
 
 from .conftest import (
     GRADIENT_LIMIT,
@@ -178,10 +178,10 @@ def test_every_path_gives_the_same_bits(isa, parallel, rng, dtype, shape, wide):
         assert found[:2] == found[2:4]
         return found
 
-    passes.tune(bytes_per_thread=1 << 40, **KNOBS["two passes"])
+    engine.tune(bytes_per_thread=1 << 40, **KNOBS["two passes"])
     expected = results(0)
     for name, knobs in KNOBS.items():
-        passes.tune(bytes_per_thread=1, **{"nontemporal_bytes": 1 << 40, "prefetch": True} | knobs)
+        engine.tune(bytes_per_thread=1, **{"nontemporal_bytes": 1 << 40, "prefetch": True} | knobs)
         for n_threads, offset in ((1, 0), (2, 3), (3, 1), (1, 8)):
             with cbn.num_threads(n_threads):
                 assert results(offset) == expected, (name, n_threads)
@@ -189,7 +189,7 @@ def test_every_path_gives_the_same_bits(isa, parallel, rng, dtype, shape, wide):
 
 def test_the_paths_agree_with_the_reference(isa, parallel, rng):
     """What all paths agree on is right: the pipeline, against float64."""
-    passes.tune(**KNOBS["pipeline, past the caches"])
+    engine.tune(**KNOBS["pipeline, past the caches"])
     for shape in PATH_SHAPES.values():
         x = (rng.standard_normal(shape) + 100).astype(np.float32)
         dy = rng.standard_normal(shape).astype(np.float32)
@@ -202,10 +202,10 @@ def test_the_paths_agree_with_the_reference(isa, parallel, rng):
 
 
 def test_unknown_knobs_are_refused():
-    before = passes.tune()
+    before = engine.tune()
     with pytest.raises(TypeError, match="no knob 'blocking'; there are bytes_per_thread, nontemporal_bytes"):
-        passes.tune(blocking=1, prefetch=False)
-    assert passes.tune() == before
+        engine.tune(blocking=1, prefetch=False)
+    assert engine.tune() == before
 
 
 @pytest.mark.parametrize("dtype", INPUT_DTYPES)
@@ -241,8 +241,8 @@ def test_an_element_has_the_same_bits_in_a_vector_and_in_a_tail(isa, rng):
 
 def test_layouts_are_recognized():
     def layout(x, axis=1):
-        found = passes.Layout.of(x, axis)
-        return None if found is None else (found.last, found.N, found.C, found.S)
+        found = arrays.Layout.of(x, axis)
+        return None if found is None else (found.rows, found.N, found.C, found.S)
 
     x = np.zeros((2, 3, 4, 5), np.float32)
     assert layout(x) == (False, 2, 3, 20)
@@ -262,16 +262,16 @@ def test_layouts_are_recognized():
     assert layout(np.zeros((6, 3), order="F")) == (False, 1, 3, 6)
     assert layout(np.zeros((1, 3))) == (True, 1, 3, 1)
     assert layout(np.zeros((1, 3, 1, 1))) == (True, 1, 3, 1)
-    assert "first: 2 runs of 20" in repr(passes.Layout.of(x, 1))
+    assert "2 runs of 20" in repr(arrays.Layout.of(x, 1))
 
 
 @pytest.mark.parametrize("order", [None, (0, 2, 3, 1)])
 def test_known_layouts_run_without_a_copy(rng, order):
     x = in_memory_order(rng.standard_normal((2, 3, 4, 5)).astype(np.float32), order)
-    assert passes.Input(x, 1).x.ctypes.data == x.ctypes.data
+    assert arrays.Input(x, 1).x.ctypes.data == x.ctypes.data
 
 
-@pytest.mark.skipif("avx512_bf16" not in passes.available(), reason="a processor without it")
+@pytest.mark.skipif("avx512_bf16" not in engine.available(), reason="a processor without it")
 def test_other_types_have_the_loops_of_avx512(rng):
     """Each type's place in the table; the tests leave those of avx512_bf16 out otherwise."""
     x, g = rng.standard_normal((2, 40, 9, 70))
@@ -289,16 +289,16 @@ def test_other_types_have_the_loops_of_avx512(rng):
             found.append(cbn.functional.batch_norm((x * 20).astype(np.int8).view(dtype), mean, var, x_scale=0.1))
         return [a.tobytes() for a in found]
 
-    passes.use_isa("avx512")
+    engine.use_isa("avx512")
     expected = results()
-    passes.use_isa("avx512_bf16")
+    engine.use_isa("avx512_bf16")
     assert results() == expected
 
 
 def test_use_isa_refuses_unknown_and_lists_what_is_available():
     with pytest.raises(ValueError, match=r"CBN_ISA: instruction set 'sse9' is not known; available: baseline"):
-        passes.use_isa("sse9")
-    assert passes.isa() == passes.available()[-1]
+        engine.use_isa("sse9")
+    assert engine.isa() == engine.available()[-1]
 
 
 def test_arrays_that_overlap_themselves_are_copied(rng):

@@ -13,17 +13,17 @@ import pytest
 
 import cbn
 from cbn import memory
-from cbn.kernels import passes
+from cbn.kernels import arrays
 
 LARGE = (16, 8, 64, 64)  # 2 MB of float32
 
 
 @pytest.fixture(autouse=True)
 def _cache():
-    before = passes.set_cache_limit(1 << 26)
+    before = arrays.set_cache_limit(1 << 26)
     cbn.empty_cache()
     yield
-    passes.set_cache_limit(before)
+    arrays.set_cache_limit(before)
 
 
 def address(a):
@@ -38,7 +38,7 @@ def test_a_dead_output_is_the_next_one():
         where = address(y)
         assert address(layer(x)) != where, "y is alive"
         del y
-        assert passes.cache_state()[0] >= x.nbytes
+        assert arrays.cache_state()[0] >= x.nbytes
         again = layer(x)
         assert address(again) == where
         cbn.empty_cache()
@@ -63,52 +63,52 @@ def test_an_output_outlives_its_layer():
 
 
 def test_the_limit_holds_and_the_oldest_go_first():
-    passes.set_cache_limit(5 << 20)
-    arrays = [passes.empty_like(np.empty(1 << 21, np.int8)) for _ in range(4)]
-    last = address(arrays[-1])
-    while arrays:
-        arrays.pop(0)
-        assert passes.cache_state()[0] <= 5 << 20
-    assert passes.cache_state()[0] >= 1 << 22
-    assert address(passes.empty_like(np.empty(1 << 21, np.int8))) == last
-    passes.set_cache_limit(0)
-    assert passes.cache_state() == (0, 0)
-    del arrays
-    a = passes.empty_like(np.empty(1 << 21, np.int8))
+    arrays.set_cache_limit(5 << 20)
+    held = [arrays.empty_like(np.empty(1 << 21, np.int8)) for _ in range(4)]
+    last = address(held[-1])
+    while held:
+        held.pop(0)
+        assert arrays.cache_state()[0] <= 5 << 20
+    assert arrays.cache_state()[0] >= 1 << 22
+    assert address(arrays.empty_like(np.empty(1 << 21, np.int8))) == last
+    arrays.set_cache_limit(0)
+    assert arrays.cache_state() == (0, 0)
+    del held
+    a = arrays.empty_like(np.empty(1 << 21, np.int8))
     del a
-    assert passes.cache_state() == (0, 0)
+    assert arrays.cache_state() == (0, 0)
 
 
 def test_what_is_much_too_large_is_left():
-    passes.set_cache_limit(1 << 30)
-    large = passes.empty_like(np.empty(64 << 20, np.int8))
+    arrays.set_cache_limit(1 << 30)
+    large = arrays.empty_like(np.empty(64 << 20, np.int8))
     del large
-    kept = passes.cache_state()[0]
-    small = passes.empty_like(np.empty(1 << 20, np.int8))
-    assert passes.cache_state()[0] == kept
+    kept = arrays.cache_state()[0]
+    small = arrays.empty_like(np.empty(1 << 20, np.int8))
+    assert arrays.cache_state()[0] == kept
     del small
 
 
 def test_many_small_limits():
     """More blocks than the list has places."""
-    passes.set_cache_limit(1 << 30)
-    arrays = [passes.empty_like(np.empty((1 << 20) + 4096 * i, np.int8)) for i in range(100)]
-    for i, a in enumerate(arrays):
+    arrays.set_cache_limit(1 << 30)
+    held = [arrays.empty_like(np.empty((1 << 20) + 4096 * i, np.int8)) for i in range(100)]
+    for i, a in enumerate(held):
         a.fill(i)
     del a
-    arrays.clear()
-    assert 0 < passes.cache_state()[0] <= 1 << 30
+    held.clear()
+    assert 0 < arrays.cache_state()[0] <= 1 << 30
     cbn.empty_cache()
-    assert passes.cache_state() == (0, 1 << 30)
+    assert arrays.cache_state() == (0, 1 << 30)
 
 
 def test_order_in_memory_and_resize():
     x = np.asfortranarray(np.empty((1000, 700), np.float32))
-    y = passes.empty_like(x)
+    y = arrays.empty_like(x)
     assert y.flags.f_contiguous
     assert y.dtype == np.float32
     y.fill(3)
-    z = passes.empty_like(np.empty(1 << 20, np.int8))
+    z = arrays.empty_like(np.empty(1 << 20, np.int8))
     z.fill(5)
     z.resize(3 << 20, refcheck=False)  # numpy asks our realloc, and fills the rest with zeros
     assert z[: 1 << 20].min() == 5
@@ -120,7 +120,7 @@ def test_order_in_memory_and_resize():
 
 def test_what_grows_keeps_its_alignment_and_its_huge_pages():
     """The C library's realloc keeps neither; and what came from it was the next output."""
-    z = passes.empty_like(np.empty(1 << 20, np.int8))
+    z = arrays.empty_like(np.empty(1 << 20, np.int8))
     for megabytes in (3, 4, 6, 7, 20, 33, 5, 2, 60):
         before = len(z)
         z.fill(megabytes)
@@ -132,7 +132,7 @@ def test_what_grows_keeps_its_alignment_and_its_huge_pages():
         if megabytes >= 4 and sys.platform.startswith("linux"):
             assert "hg" in flags_of_mapping(address(z) + (2 << 20)), megabytes
     del z
-    again = passes.empty_like(np.empty(60 << 20, np.int8))
+    again = arrays.empty_like(np.empty(60 << 20, np.int8))
     assert address(again) % 64 == 0
 
 
@@ -149,11 +149,11 @@ def flags_of_mapping(where):
 
 def test_what_shrinks_gives_its_memory_up():
     for size in (1 << 21, 1000):
-        z = passes.empty_like(np.empty(40 << 20, np.int8))
+        z = arrays.empty_like(np.empty(40 << 20, np.int8))
         z.fill(7)
         cbn.empty_cache()
         z.resize(size, refcheck=False)
-        assert passes.cache_state()[0] >= 40 << 20, size
+        assert arrays.cache_state()[0] >= 40 << 20, size
         assert (z == 7).all(), size
         del z
         cbn.empty_cache()
@@ -162,16 +162,16 @@ def test_what_shrinks_gives_its_memory_up():
 def test_sizes_that_no_memory_has():
     for size in (1 << 46, (1 << 62) + 1, *((1 << 63) - k for k in (1, 64, 65, 128, 1 << 21, (1 << 21) + 65))):
         with pytest.raises(MemoryError):
-            passes.empty_like(np.broadcast_to(np.int8(0), (size,)))
+            arrays.empty_like(np.broadcast_to(np.int8(0), (size,)))
 
 
 def test_tracemalloc_counts_the_living():
     x = np.empty(1 << 22, np.int8)
-    passes.empty_like(x)
+    arrays.empty_like(x)
     tracemalloc.start()
     try:
         before = tracemalloc.get_traced_memory()[0]
-        y = passes.empty_like(x)
+        y = arrays.empty_like(x)
         assert tracemalloc.get_traced_memory()[0] - before >= x.nbytes
         del y
         assert tracemalloc.get_traced_memory()[0] - before < x.nbytes
@@ -186,7 +186,7 @@ def test_threads_share_it():
         rng = np.random.default_rng(seed)
         alive = []
         for i in range(200):
-            a = passes.empty_like(np.empty(int(rng.integers(1 << 20, 1 << 21)), np.uint8))
+            a = arrays.empty_like(np.empty(int(rng.integers(1 << 20, 1 << 21)), np.uint8))
             a[:: 1 << 12] = seed
             a[-1] = seed
             alive.append(a)
@@ -205,7 +205,7 @@ def test_threads_share_it():
 def test_the_handler_of_other_arrays_stays():
     name = np._core.multiarray.get_handler_name
     before = name(np.empty(10))
-    y = passes.empty_like(np.empty(1 << 21, np.int8))
+    y = arrays.empty_like(np.empty(1 << 21, np.int8))
     assert name(y) == "cbn"
     assert name(np.empty(10)) == before
 
@@ -215,17 +215,17 @@ import copy, io, resource
 import numpy as np
 import cbn
 from cbn.functional import batch_norm
-from cbn.kernels import passes
+from cbn.kernels import arrays, engine
 cbn.set_num_threads(1)
-passes.set_cache_limit(1 << 30)
+arrays.set_cache_limit(1 << 30)
 rng = np.random.default_rng(0)
 x = rng.standard_normal((64, 8, 64, 64)).astype(np.float32)     # 8 MB
 bn = cbn.BatchNorm2d(8)
 SETUP
 def starve():
-    arrays = [passes.empty_like(np.empty(100 << 20, np.int8)) for _ in range(3)]
-    del arrays
-    assert passes.cache_state()[0] >= 300 << 20
+    held = [arrays.empty_like(np.empty(100 << 20, np.int8)) for _ in range(3)]
+    del held
+    assert arrays.cache_state()[0] >= 300 << 20
     used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + (2 << 20), resource.RLIM_INFINITY))
 
@@ -237,7 +237,7 @@ before = out.tobytes()
 out[...] = 0
 starve()
 found = call()
-assert passes.cache_state()[0] < 300 << 20, "there was memory enough"
+assert arrays.cache_state()[0] < 300 << 20, "there was memory enough"
 resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
 found, expected = (a if isinstance(a, (tuple, list)) else (a,) for a in (found, expected))
 for a, b in zip(found, expected, strict=True):
@@ -261,7 +261,7 @@ STARVED_CALLS = {  # what allocates: (set up, call); `out` is where it does not 
     "gradient in native order": (f"{TO_OUT}; bn(x); dy = x.astype('>f4')", "bn.backward(dy, out=out)"),
     "scratch of the pipeline": (
         "x = np.tile(x, (1, 1, 2, 2)); out = np.empty_like(x); "
-        "passes.tune(l2_bytes=1 << 20, l3_bytes=1 << 28, nontemporal_bytes=0)", "bn(x, out=out)"),
+        "engine.tune(l2_bytes=1 << 20, l3_bytes=1 << 28, nontemporal_bytes=0)", "bn(x, out=out)"),
     "statistics": ("x = x.reshape(2, -1)", "(lambda m: (m.mean, m.m2))(cbn.moments(x))"),
     "gradient": ("bn(x); dy = x + 1", "bn.backward(dy)"),
     "gradient of a dtype of its own": (f"{TO_OUT}; bn(x); dy = x.astype(np.float64)", "bn.backward(dy, out=out)"),
@@ -314,7 +314,7 @@ def run(code, **environment):
 
 
 def test_environment():
-    code = "import cbn; from cbn.kernels import passes; print(passes.cache_state()[1])"
+    code = "import cbn; from cbn.kernels import arrays, engine; print(arrays.cache_state()[1])"
     assert run(code, CBN_CACHE_BYTES="0").stdout == "0\n"
     assert run(code, CBN_CACHE_BYTES="123456").stdout == "123456\n"
     assert run(code, CBN_CACHE_BYTES="9" * 5000).stdout == f"{1 << 62}\n"

@@ -7,7 +7,7 @@ import pytest
 import cbn
 from cbn import reference
 from cbn.functional import batch_norm, native_batch_norm, native_batch_norm_backward
-from cbn.kernels import passes
+from cbn.kernels import engine
 
 from .conftest import INPUT_DTYPES, LARGE_RANGE, PARAMETERS, ROUNDING, in_memory_order
 from .test_kernels import KNOBS
@@ -115,7 +115,7 @@ def test_how_it_is_done_decides_no_bit(isa, parallel, rng, dtype, name):
     kwargs = {"eps": 0, "activation": ("leaky_relu", 0.01)}
     expected = None
     for knobs in KNOBS.values():
-        passes.tune(**{"nontemporal_bytes": 1 << 40, "prefetch": True} | knobs)
+        engine.tune(**{"nontemporal_bytes": 1 << 40, "prefetch": True} | knobs)
         y = batch_norm(x, *arrays, residual=z, **kwargs)
         expected = expected or y.tobytes()
         assert y.tobytes() == expected
@@ -186,7 +186,7 @@ def test_the_gradient_decides_as_such_a_result_does(isa, rng, dtype, shape):
 @pytest.mark.parametrize("path", ["two passes", "pipeline", "pipeline, past the caches"])
 def test_gradients_whose_parts_are_too_large(isa, parallel, rng, dtype, name, path):
     """dx = (dy - S(dy)/n - ...)*scale of a dy that is a multiple of y, and of one far from zero."""
-    passes.tune(**{"nontemporal_bytes": 1 << 40} | KNOBS[path])
+    engine.tune(**{"nontemporal_bytes": 1 << 40} | KNOBS[path])
     shape, axis, order = SHAPES[name]
     x = in_memory_order(rng.uniform(-1, 1, shape).astype(dtype), order)
     weight = np.full(shape[axis], 10, PARAMETERS[dtype])

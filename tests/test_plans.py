@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 import cbn
-from cbn.kernels import passes
+from cbn import batchnorm
+from cbn.kernels import engine
 
 from .conftest import DTYPES, LAYOUTS, in_memory_order
 
@@ -202,8 +203,8 @@ def test_copies_have_plans_of_their_own(rng):
 def test_an_instruction_set_chosen_later_is_used(rng):
     bn = trained(rng, 5)
     x = rng.standard_normal((3, 5)).astype(np.float32)
-    for isa in passes.available():
-        passes.use_isa(isa)
+    for isa in engine.available():
+        engine.use_isa(isa)
         assert bn(x).tobytes() == fresh(bn, x).tobytes()
         assert bn(x).tobytes() == fresh(bn, x).tobytes()
 
@@ -271,12 +272,12 @@ def test_a_plan_survives_another_instruction_set(rng):
     x = rng.standard_normal((40, 70)).astype(np.float32)
     plan = bn.plan(x.shape)
     plan(x)
-    for isa in passes.available():
-        before = passes.use_isa(isa)
+    for isa in engine.available():
+        before = engine.use_isa(isa)
         try:
             assert plan(x).tobytes() == fresh(bn, x).tobytes()
         finally:
-            passes.use_isa(before)
+            engine.use_isa(before)
 
 
 def test_one_plan_from_many_threads(rng):
@@ -527,7 +528,7 @@ def test_one_plan_is_made_and_used(rng, how):
         assert out.tobytes() == y.tobytes(), f"call {call}"
         assert bn(x).strides == y.strides
         assert bn._plans == 1, f"call {call}"
-    with mock.patch.object(passes, "Input", side_effect=AssertionError("no plan was used")):
+    with mock.patch.object(batchnorm, "as_input", side_effect=AssertionError("no plan was used")):
         assert bn(x).tobytes() == y.tobytes()
         bn(x, out=out)
     assert bn(x, out=x) is x, "in place"

@@ -14,9 +14,9 @@ import pytest
 import cbn
 from cbn import threads
 from cbn.functional import native_batch_norm, native_batch_norm_backward
-from cbn.kernels import passes
+from cbn.kernels import engine
 
-HAS_OPENMP = passes.build_info()["openmp"] != 0
+HAS_OPENMP = engine.build_info()["openmp"] != 0
 
 
 def in_a_new_process(code, **environment):
@@ -70,7 +70,7 @@ def test_who_decides():
 
 @pytest.mark.parametrize("n", [0, -1, 1025, 1 << 17, 10**30, pytest.param(10**5000, id="huge")])
 def test_numbers_out_of_range(n):
-    before = passes.asked_threads()
+    before = engine.asked_threads()
     for call in (cbn.set_num_threads, cbn.num_threads):
         words = (
             f"n must be a number of threads from 1 to 1024, but got {n}$"
@@ -79,7 +79,7 @@ def test_numbers_out_of_range(n):
         )
         with pytest.raises(ValueError, match=words):
             call(n)
-    assert passes.asked_threads() == before
+    assert engine.asked_threads() == before
 
 
 def test_the_largest_number():
@@ -222,8 +222,8 @@ import ctypes, os, resource, signal, sys, threading, time
 import numpy as np
 import cbn
 from cbn import config, threads
-from cbn.kernels import passes
-passes.tune(bytes_per_thread=1)
+from cbn.kernels import arrays, engine
+engine.tune(bytes_per_thread=1)
 x = np.random.default_rng(0).standard_normal((2, 16, 20000)).astype(np.float32)     # an item for each channel
 
 def right():
@@ -374,10 +374,10 @@ assert threads.explain() == "set_num_threads()", threads.explain()
 @linux_alone
 def test_memory_that_nobody_uses_goes_to_stacks():
     good("""
-passes.set_cache_limit(1 << 30)
-arrays = [passes.empty_like(np.empty(100 << 20, np.int8)) for _ in range(3)]
+arrays.set_cache_limit(1 << 30)
+arrays = [arrays.empty_like(np.empty(100 << 20, np.int8)) for _ in range(3)]
 del arrays
-assert passes.cache_state()[0] >= 300 << 20
+assert arrays.cache_state()[0] >= 300 << 20
 cbn.set_num_threads(8)
 before = count()
 spare(1)
@@ -538,8 +538,8 @@ FORK = """
 import os, sys, threading
 import numpy as np
 import cbn
-from cbn.kernels import passes
-passes.tune(bytes_per_thread=1)
+from cbn.kernels import arrays, engine
+engine.tune(bytes_per_thread=1)
 cbn.set_num_threads(4)
 x = np.random.default_rng(0).standard_normal((64, 32, 100)).astype(np.float32)
 bn = cbn.BatchNorm1d(32)
@@ -635,13 +635,15 @@ def test_subnormal_values_are_computed(isa):
 
 def test_no_source_sets_the_threads_of_the_process():
     for path in Path(cbn.__file__).parent.rglob("*"):
-        if path.suffix in (".pyx", ".pxd", ".c", ".h", ".py") and path.name != "passes.c":
+        if path.suffix in (".pyx", ".pxd", ".c", ".h", ".py") and not (
+            path.suffix == ".c" and path.with_suffix(".pyx").exists()
+        ):
             assert not re.search(r"\bomp_set_\w+\s*\(", path.read_text()), path
 
 
 def test_instruction_set_by_environment():
-    for isa in passes.available():
-        assert in_a_new_process("from cbn.kernels import passes; print(passes.isa())", CBN_ISA=isa) == isa
+    for isa in engine.available():
+        assert in_a_new_process("from cbn.kernels import engine; print(engine.isa())", CBN_ISA=isa) == isa
     with pytest.raises(AssertionError, match="'mmx' is not known; available: baseline"):
         in_a_new_process("import cbn", CBN_ISA="mmx")
 

@@ -1,6 +1,6 @@
 """The compiled modules: passes over arrays, and reads and writes of arrays per channel."""
 
-__all__ = ["channels", "passes"]
+__all__ = ["arrays", "channels", "engine", "passes", "plans"]
 
 
 def _is_compiled() -> bool:
@@ -8,7 +8,7 @@ def _is_compiled() -> bool:
     from importlib.machinery import EXTENSION_SUFFIXES
     from pathlib import Path
 
-    return any((Path(__file__).parent / f"passes{suffix}").exists() for suffix in EXTENSION_SUFFIXES)
+    return any((Path(__file__).parent / f"engine{suffix}").exists() for suffix in EXTENSION_SUFFIXES)
 
 
 def _explain(error: ImportError) -> str:
@@ -21,9 +21,9 @@ def _explain(error: ImportError) -> str:
 
     folder = Path(__file__).resolve().parent
     root = folder.parents[1]
-    compiled = sorted(path.name for path in folder.glob("passes*.so"))
+    compiled = sorted(path.name for path in folder.glob("engine*.so"))
     for name in compiled:
-        if name.removeprefix("passes") in EXTENSION_SUFFIXES:
+        if name.removeprefix("engine") in EXTENSION_SUFFIXES:
             text = f"cbn's compiled module {folder / name} cannot be loaded: {error}"
             if "libgomp" in str(error):
                 text += " (install OpenMP's runtime: libgomp1 on Debian and Ubuntu, libgomp on Fedora and conda)"
@@ -34,7 +34,7 @@ def _explain(error: ImportError) -> str:
     if compiled:
         here = sysconfig.get_config_var("SOABI")
         lacks = f"was compiled for another Python ({', '.join(compiled)}; this one is {here})"
-    if (folder / "passes.pyx").exists():
+    if (folder / "engine.pyx").exists():
         return (
             f"cbn is imported from its source folder {root}, which {lacks}: run from another folder, "
             "where Python finds the cbn that `pip install .` has installed, or compile in place with "
@@ -44,6 +44,6 @@ def _explain(error: ImportError) -> str:
 
 
 try:
-    from . import channels, passes
+    from . import arrays, channels, engine, passes, plans
 except ImportError as error:
-    raise ImportError(_explain(error), name="cbn.kernels.passes") from (error if _is_compiled() else None)
+    raise ImportError(_explain(error), name="cbn.kernels.engine") from (error if _is_compiled() else None)

@@ -15,7 +15,7 @@ from libc.string cimport memcpy
 
 import numpy as np
 
-from .passes import empty_cache
+from .arrays import empty_cache
 
 cnp.import_array()
 

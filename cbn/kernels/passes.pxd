@@ -1,12 +1,9 @@
-# What other compiled tools may `cimport`: the passes over memory of their own, without the GIL; see examples/extension.
-
-cdef struct Job
-
+# What C and Cython extensions may cimport: the passes over memory of their own, without the GIL (examples/extension).
 
 cdef class Passes:
-    cdef Job *job                   # what does not change from call to call
-    cdef object layout
-    cdef object room                # statistics and coefficients of the call that runs
+    cdef void *job                  # what does not change from call to call
+    cdef object room                # statistics and coefficients of the call that runs,
+    cdef double *room_c             # and where they are
     cdef readonly Py_ssize_t C      # channels
     cdef readonly Py_ssize_t count  # values of each
 

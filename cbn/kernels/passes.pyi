@@ -1,150 +1,83 @@
 """Types of the compiled passes; see passes.pyx."""
 
-from collections.abc import Callable
-from typing import Any, ParamSpec, Protocol, SupportsIndex, TypeVar, final
+from typing import Any, SupportsIndex, final
 
 import numpy as np
 import numpy.typing as npt
 
-from ..checks import ArrayLike
+from .arrays import Layout
 
-_P = ParamSpec("_P")
-_R = TypeVar("_R", covariant=True)
 _Array = npt.NDArray[Any]
 _Doubles = npt.NDArray[np.float64]
-_T = TypeVar("_T")
 
-@final
-class Layout:
-    @property
-    def last(self) -> bool: ...
-    @property
-    def C(self) -> int: ...
-    @property
-    def N(self) -> int: ...
-    @property
-    def S(self) -> int: ...
-    @property
-    def count(self) -> int: ...
-    @staticmethod
-    def of(x: _Array, channel_axis: int) -> Layout | None: ...
-    def fits(self, y: _Array) -> bool: ...
-
-@final
-class Input:
-    wide: bool
-    def __init__(
-        self,
-        x: ArrayLike,
-        channel_axis: SupportsIndex,
-        name: str = "input",
-        ranks: tuple[int, ...] | None = None,
-        y_dtype: np.dtype[Any] | None = None,
-    ) -> None: ...
-    @property
-    def y_dtype(self) -> np.dtype[Any] | None: ...
-    @property
-    def x(self) -> _Array: ...
-    @property
-    def layout(self) -> Layout | None: ...
-    @property
-    def axis(self) -> int: ...
-    @property
-    def n_channels(self) -> int: ...
-    @property
-    def count(self) -> int: ...
-    def meets(self, *dtypes: np.dtype[Any]) -> None: ...
-    def has_beside(self, a: _Array) -> bool: ...
-    def lies_as(self, a: _Array) -> _Array: ...
-    def destination(self, out: _Array | None, *read: _Array) -> _Array: ...
-
-def overlaps(a: _Array, b: _Array) -> bool: ...
-def built() -> list[str]: ...
-def available() -> list[str]: ...
-def use_isa(name: str | None = None) -> str | None: ...
-def isa() -> str | None: ...
-
-MAX_THREADS: int
-
-def get_threads() -> int: ...
-def asked_threads() -> tuple[int, int]: ...
-def ask_threads(here: int | None = None, process: int | None = None) -> None: ...
-def set_cgroup_threads(n: int) -> None: ...
-def build_info() -> dict[str, Any]: ...
-def tune(**knobs: int) -> dict[str, int]: ...
-def moments(
-    layout: Layout,
-    x: _Array,
-    y: _Array | None = None,
-    weight: _Doubles | None = None,
-    bias: _Doubles | None = None,
-    eps: float = 0,
-    wide: bool = False,
-    residual: _Array | None = None,
-    negative_slope: float = 1,
-) -> tuple[_Doubles, _Doubles, _Doubles | Any]: ...
-def fits_in_float32(coef: _Doubles) -> bool: ...
+def moments(layout: Layout, x: _Array, in_float64: bool = False) -> tuple[_Doubles, _Doubles]: ...
+def inverse_std(var: _Doubles, eps: float) -> _Doubles: ...
+def product(a: _Doubles, b: _Doubles) -> _Doubles: ...
+def coefficients(mean: _Doubles, invstd: _Doubles, weight: _Doubles | None, bias: _Doubles | None) -> _Doubles: ...
+def fits_float32(coef: _Doubles) -> bool: ...
 def apply(
     layout: Layout,
     x: _Array,
     y: _Array,
     coef: _Doubles,
-    wide: bool = False,
+    in_float64: bool = False,
     residual: _Array | None = None,
     negative_slope: float = 1,
 ) -> None: ...
+def normalize(
+    layout: Layout,
+    x: _Array,
+    y: _Array,
+    weight: _Doubles | None,
+    bias: _Doubles | None,
+    eps: float,
+    in_float64: bool = False,
+    residual: _Array | None = None,
+    negative_slope: float = 1,
+) -> tuple[_Doubles, _Doubles, _Doubles]: ...
 def grad_moments(
     layout: Layout,
-    g: _Array,
+    dy: _Array,
     x: _Array,
     mean: _Doubles,
     invstd: _Doubles,
-    dx: _Array | None = None,
     weight: _Doubles | None = None,
-    wide: bool = False,
     bias: _Doubles | None = None,
+    in_float64: bool = False,
     residual: _Array | None = None,
     negative_slope: float = 1,
-    h: _Array | None = None,
-    keeps_h: bool = False,
+    dh: _Array | None = None,
     y_dtype: np.dtype[Any] | None = None,
 ) -> tuple[_Doubles, _Doubles]: ...
-def with_room(make: Callable[..., _T], *args: Any, **kwargs: Any) -> _T: ...
-def empty_like(x: _Array, dtype: np.dtype[Any] | None = None) -> _Array: ...
-def set_cache_limit(n_bytes: int) -> int: ...
-def cache_state() -> tuple[int, int]: ...
-def empty_cache() -> None: ...
-
-@final
-class Plan:
-    @staticmethod
-    def of(
-        inp: Input,
-        x: object,
-        sources: tuple[_Array | None, ...],
-        values: tuple[_Doubles | None, ...],
-        coef: _Doubles,
-        negative_slope: float = 1,
-    ) -> Plan | None: ...
-
-def plans_stand_for(cls: type, *others: str) -> None: ...
-
-class _HasForward(Protocol[_P, _R]):
-    def forward(self, *args: _P.args, **kwargs: _P.kwargs) -> _R: ...
-
-class Planned:
-    @property
-    def _version(self) -> int: ...
-    @property
-    def _plans(self) -> int: ...
-    # What is called is the forward of the object's own class. (__setattr__ is left out: with it, any attribute goes.)
-    def __call__(self: _HasForward[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R: ...
-    def _has_plan(self, x: object) -> bool: ...
-    def _keep(self, plan: Plan | None, version: int) -> None: ...
+def gradients(
+    layout: Layout,
+    dy: _Array,
+    x: _Array,
+    dx: _Array,
+    mean: _Doubles,
+    invstd: _Doubles,
+    weight: _Doubles | None = None,
+    bias: _Doubles | None = None,
+    in_float64: bool = False,
+    residual: _Array | None = None,
+    negative_slope: float = 1,
+    dh: _Array | None = None,
+    keeps_dh: bool = False,
+    y_dtype: np.dtype[Any] | None = None,
+) -> tuple[_Doubles, _Doubles]: ...
+def grad_coefficients(
+    mean: _Doubles,
+    invstd: _Doubles,
+    weight: _Doubles | None,
+    sum_dh: _Doubles,
+    sum_dh_xmu: _Doubles,
+    count: _Doubles,
+) -> _Doubles: ...
+def grad_apply(layout: Layout, dh: _Array, x: _Array, dx: _Array, coef: _Doubles, in_float64: bool = False) -> None: ...
 
 @final
 class Passes:
-    def __init__(self, like: ArrayLike, channel_axis: SupportsIndex = 1) -> None: ...
+    def __init__(self, like: _Array, channel_axis: SupportsIndex = 1) -> None: ...
     @property
     def C(self) -> int: ...
     @property

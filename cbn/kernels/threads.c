@@ -9,6 +9,7 @@
 int cbn_process_threads = 0;
 _Thread_local cbn_thread cbn_here;
 void (*cbn_open_region)(void);
+size_t (*cbn_release_memory)(void);
 
 #if !defined(_OPENMP)
 
@@ -45,7 +46,6 @@ void cbn_region_is_open(void)
 #include <sys/syscall.h>
 #endif
 
-#include "pool.h"
 
 enum { RETRY_SECONDS = 1 }; /* for so long a refusal holds: a trial at every call would cost more than threads bring */
 
@@ -300,7 +300,7 @@ static int more_than(int have, int n)
     if (is_proven(n) && have_room(n - have))
         return n;
     int k = can_start(n - have);
-    if (k < n - have && cbn_pool_release())
+    if (k < n - have && cbn_release_memory())
         k = can_start(n - have);
     if (k < n - have) /* half: what the process does next wants memory too */
         return at_most(have + k / 2);

@@ -1,10 +1,11 @@
-/* threads.h: how many threads a parallel region can have. It decides; the region itself is `run` in passes.pyx.
+/* threads.h: how many threads a parallel region can have. It decides; the region itself is `run` in engine.pyx.
  *
  * An OpenMP runtime ends the process where a thread cannot be created, and waits for ever in a forked child for threads
  * that only the parent has. Neither can be noticed afterwards, so both are found out before a region is opened.
  */
 #ifndef CBN_THREADS_H
 #define CBN_THREADS_H
+#include <stddef.h>
 
 enum { CBN_MOST_THREADS = 1024 }; /* that can be asked for */
 
@@ -33,6 +34,8 @@ extern _Thread_local cbn_thread cbn_here;
 
 /* Opens a parallel region of two threads, by cbn_region_is_open; set before anything else is called. */
 extern void (*cbn_open_region)(void);
+/* Gives memory that nobody uses back to the system and returns how much, where a thread could not be created. */
+extern size_t (*cbn_release_memory)(void);
 
 /* How many threads, up to n, a region that is opened next can have; 1: open none. If it is more than this thread's pool,
  * the caller opens that region at once, and its first thread, the caller's own, calls cbn_region_is_open. */

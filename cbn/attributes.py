@@ -1,0 +1,102 @@
+"""Attributes of a layer that hold one kind of value, refused or converted where they are assigned."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any, Protocol, overload
+
+import numpy as np
+
+from . import checks
+from .checks import Array
+from .kernels import arrays
+
+
+class HasChannels(Protocol):
+    """What the attributes know of a layer."""
+
+    @property
+    def num_features(self) -> int: ...
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
+
+
+class ChannelArray:
+    """Attribute that holds a (C,) array of the layer's dtype, or None where it is switched off."""
+
+    name: str
+    key: str
+
+    def __set_name__(self, owner: type[Any], name: str) -> None:
+        self.name, self.key = name, "_" + name
+
+    @overload
+    def __get__(self, layer: None, owner: type[Any]) -> ChannelArray: ...
+    @overload
+    def __get__(self, layer: HasChannels, owner: type[Any] | None = None) -> Array | Any: ...
+    def __get__(self, layer: HasChannels | None, owner: type[Any] | None = None) -> ChannelArray | Array | Any:
+        return self if layer is None else layer.__dict__[self.key]
+
+    def __set__(self, layer: HasChannels, value: Array | None) -> None:
+        layer.__dict__[self.key] = arrays.with_room(self.checked, layer, value)
+
+    def checked(self, layer: HasChannels, value: Array | None) -> Array | None:
+        if value is None:
+            return None
+        if not isinstance(value, np.ndarray):
+            raise TypeError(f"{self.name} must be a numpy array or None, not {type(value).__name__}")
+        if value.shape != (layer.num_features,):
+            raise ValueError(f"{self.name} has shape {value.shape}; expected ({layer.num_features},)")
+        value = checks.per_channel(value, self.name, layer.num_features)
+        return value if value.dtype == layer.dtype else value.astype(layer.dtype)
+
+
+class Counter(ChannelArray):
+    """The same for num_batches_tracked: an int64 array without dimensions."""
+
+    def checked(self, layer: HasChannels, value: Array | None) -> Array | None:
+        if value is None:
+            return None
+        if isinstance(value, np.ndarray) and type(value) is not np.ndarray:
+            value = np.ndarray.view(value, np.ndarray)  # of a subclass, which can say of itself what it likes
+        if not isinstance(value, np.ndarray) or value.shape != () or value.dtype.kind not in "iu":
+            raise TypeError(f"{self.name} must be an integer array without dimensions, or None, not {value!r}")
+        if not 0 <= int(value) < 1 << 63:
+            raise ValueError(f"{self.name} must be an integer from 0 to 2^63 - 1, but got {value}")
+        return value if value.dtype == np.int64 else value.astype(np.int64)
+
+
+class Flag:
+    """Attribute that is a bool and nothing else."""
+
+    name: str
+    key: str
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name, self.key = name, "_" + name
+
+    def __get__(self, layer: Any, owner: type | None = None) -> bool:
+        return self if layer is None else layer.__dict__[self.key]  # type: ignore[return-value]
+
+    def __set__(self, layer: Any, value: bool) -> None:
+        layer.__dict__[self.key] = checks.boolean(value, self.name)
+
+
+def accepted_dtype(dtype: Any, native: Callable[[np.dtype[Any]], np.dtype[Any] | None], expected: str) -> np.dtype[Any]:
+    """A dtype that `native` accepts; None, which numpy takes for float64, is none."""
+    words = repr(dtype)
+    if dtype is not None:
+        with contextlib.suppress(TypeError):
+            found = checks.dtype_of(dtype)
+            words = str(found)
+            if accepted := native(found):
+                return accepted
+    raise TypeError(f"dtype must be {expected}, not {words}")
+
+
+def shortest(value: float) -> str:
+    """A number as it was given: a float32, which files of ONNX and TensorFlow hold, by the digits of float32."""
+    with np.errstate(over="ignore"):
+        narrow = np.float32(value)
+    return f"np.float32({narrow!s})" if float(f"{value:.9g}") != value == float(narrow) else repr(value)

@@ -1,0 +1,24 @@
+# The engine's C side: fill in a Job, then run it without the GIL.
+from .job cimport Element, Job
+from .kernels cimport cbn_isa, cbn_view
+from .partition cimport Extents
+
+cdef enum:
+    SMALL = 1 << 14       # bytes of an array that `apply_here` is done with before the GIL would be released
+
+cdef const cbn_isa *active    # the instruction set in use
+
+cdef Job make_job(const Extents *e, cbn_view x, Element element, Py_ssize_t itemsize, bint in_float64) noexcept nogil
+cdef void set_epilogue(Job *job, cbn_view z, double negative_slope) noexcept nogil
+cdef void set_coefficients(Job *job, double *coef_c) noexcept nogil
+cdef void set_output(Job *job, const Extents *e, cbn_view y, Py_ssize_t itemsize) noexcept nogil
+cdef double vanishing(Element element) noexcept nogil
+cdef bint stores_nontemporal(const Job *job) noexcept nogil
+cdef void choose_tiles(Job *job) noexcept nogil
+cdef Py_ssize_t copies_bytes(const Job *job) noexcept nogil
+cdef void set_copies(Job *job, char *memory) noexcept nogil
+cdef void measure(Job *job) noexcept nogil
+cdef void apply(Job *job) noexcept nogil
+cdef void apply_here(Job *job) noexcept nogil
+cdef void measure_and_apply(Job *job) noexcept nogil
+cdef void set_memory_release(size_t (*release)() noexcept nogil) noexcept

@@ -1,0 +1,62 @@
+# Job: all that one call of a pass is, in C. The engine runs it; passes.pyx and plans.pyx fill it in from arrays.
+from .coefficients cimport all_fit
+from .kernels cimport cbn_loop, cbn_loops, cbn_view
+from .partition cimport Grid
+
+cdef enum Element:    # what an array holds
+    F32, F64, F16, BF16, U8, I8
+
+cdef struct Job:
+    const cbn_loops *loops               # arithmetic in the type of the elements; 16-bit ones in float32
+    const cbn_loops *loops_in_float64    # for coefficients that float32 cannot hold
+    bint in_float64             # every channel takes these
+    bint backward               # reductions of dy and x, not of x alone
+    bint batch_statistics       # backward through them
+    bint nontemporal            # apply stores past the caches
+    bint prefetch               # the reduction fetches what comes next
+    bint fused                  # reduction and apply go through the same tiles, as a pipeline
+    Element element             # of x
+    Py_ssize_t itemsize
+    Py_ssize_t y_itemsize       # another one for 8-bit input
+    Py_ssize_t n_bytes          # of one array, the larger one
+    Grid reduction, apply
+    cbn_view x, y, g            # y is dx in backward, g is dy
+    cbn_view z                  # residual; data NULL: none
+    cbn_view dh                 # backward, activated: dy times the slope of the activation
+    bint keeps_dh               # whether somebody asks for it
+    bint sum_in_float64         # which reduction this is, see kernels.h
+    double *in_float64_c        # whether a channel takes that one
+    bint activated              # what is normalized goes through act(. + z)
+    double negative_slope
+    double vanishing            # the largest number that the type of y takes for zero
+    int threads                 # of the pipeline,
+    char *copy                  # a copy of a tile for each of them,
+    Py_ssize_t copy_bytes       # of this size
+    Py_ssize_t copy_n, copy_c   # and with these strides
+    bint copying                # apply reads the copy
+    double eps
+    double *weight_c            # C, or NULL: ones
+    double *bias_c              # C, or NULL: zeros
+    double *shift_c             # what the reductions subtract: a value of the channel, or its mean
+    double *partial             # (blocks*pieces, 2, C)
+    double *sum_c               # forward: S(d), then the mean; backward: S(dh)
+    double *square_c            # forward: S(d*d), then m2; backward: S(dh*(x - mean))
+    double *invstd_c            # forward: made, with coef_c; backward: given
+    double *coef_c              # (FORWARD_ROWS or BACKWARD_ROWS, C)
+    bint fits                   # whether all coefficients are known to fit, see `all_fit`
+    double *forward_c           # backward, activated: (4, C), see kernels.h
+
+
+cdef inline double count_of(const Job *job, Py_ssize_t c) noexcept nogil:
+    """Values of a channel."""
+    return <double>(job.reduction.N * job.reduction.S)
+
+
+cdef inline bint channels_fit(const Job *job, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
+    return all_fit(job.coef_c, job.reduction.C, first, end, job.backward, job.itemsize)
+
+
+cdef inline cbn_loop loop_of(const Job *job, const cbn_loops *loops, bint rows) noexcept nogil:
+    if job.backward:
+        return loops.backward_rows if rows else loops.backward_runs
+    return loops.forward_rows if rows else loops.forward_runs

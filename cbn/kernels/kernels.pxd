@@ -1,0 +1,39 @@
+# kernels.h for Cython; the header says what everything means.
+
+cdef extern from "kernels.h" nogil:
+    enum: CBN_ROW_BYTES
+    enum: CBN_MEAN, CBN_SCALE, CBN_OFFSET, CBN_IN_FLOAT64, CBN_GRAD_MEAN, CBN_SLOPE
+    ctypedef struct cbn_view:
+        char *data
+        Py_ssize_t n, c
+    ctypedef struct cbn_tile:
+        cbn_view x, g, z, y
+        bint activated, checked
+        double negative_slope, vanishing
+        Py_ssize_t n_runs, n_channels, length, copies, skip, drop
+        const double *coef_c
+        const double *forward_c
+        Py_ssize_t pitch
+        bint nontemporal, prefetch, sum_in_float64
+        const double *shift_c
+        double *sum_c
+        double *square_c
+        cbn_view x_copy, dh
+    ctypedef void (*cbn_loop)(const cbn_tile *apply, const cbn_tile *reduction) noexcept nogil
+    ctypedef struct cbn_loops:
+        cbn_loop forward_runs, forward_rows, backward_runs, backward_rows
+    ctypedef struct cbn_isa:
+        const char *name
+        const cbn_loops *f32
+        const cbn_loops *f32_in_f64
+        const cbn_loops *f64
+        const cbn_loops *bf16
+        const cbn_loops *bf16_in_f64
+        const cbn_loops *f16
+        const cbn_loops *f16_in_f64
+        const cbn_loops *u8_f32
+        const cbn_loops *u8_bf16
+        const cbn_loops *i8_f32
+        const cbn_loops *i8_bf16
+    const cbn_isa *cbn_built[]
+    int cbn_highest()

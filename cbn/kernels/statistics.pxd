@@ -1,0 +1,205 @@
+# Measure and merge: what a reduction subtracts, how its partial sums become the statistics of a channel, and which
+# channels have to be reduced again. A channel's own data decides all of it, so the bits of a channel depend on no other
+# channel and on no number of threads.
+from libc.math cimport isfinite, sqrt
+from libc.stdint cimport uint16_t
+
+from .coefficients cimport finite, solve_backward, solve_forward
+from .job cimport BF16, F16, Job, count_of
+from .partition cimport n_partials
+
+cdef extern from "half.h" nogil:
+    float cbn_with_digits_of_f16(float a)
+    float cbn_finite_f16(uint16_t e)
+
+cdef extern from *:
+    """
+    #define cbn_fetch(p) __builtin_prefetch(p)
+    """
+    void cbn_fetch(const void *p) nogil
+
+cdef enum:
+    SAMPLES = 8
+    MANY_VALUES = 1024    # of a channel of bfloat16: from here on the rounding of float32 sums averages out
+
+cdef enum:    # reductions that are still to be done
+    PLAIN = 1         # of the channels that are not marked for float64 sums
+    IN_FLOAT64 = 2    # and of those that are
+
+
+cdef inline double shift_for_loops(Job *job, double shift) noexcept nogil:
+    """A shift as the loops have it: of 16-bit elements a float32, for float16 with no more digits than its own numbers.
+
+    Then most differences from it and their squares are exact. It is at most std further from the mean, since values on
+    both sides of it are no nearer to each other.
+    """
+    if job.itemsize == 2:
+        return cbn_with_digits_of_f16(<float>shift) if job.element == F16 else <float>shift
+    return shift
+
+
+cdef inline Py_ssize_t sample(Job *job, Py_ssize_t k) noexcept nogil:
+    """Where one of them is, in elements from a channel's first one: pairs of neighbours, mostly in one cache line."""
+    cdef Py_ssize_t n = job.reduction.N * job.reduction.S, i = ((k | 1) * n // SAMPLES + (k & 1)) % n
+    return i // job.reduction.S * job.x.n + i % job.reduction.S
+
+
+cdef inline void fetch_samples(Job *job, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
+    """Ahead of time: each is in another page, and nothing else goes on while `choose_shifts` waits for them."""
+    cdef Py_ssize_t c, k, at
+    for k in range(0, SAMPLES, 2):
+        at = sample(job, k)
+        for c in range(first, end):
+            cbn_fetch(job.x.data + (at + c * job.x.c) * job.itemsize)
+
+
+cdef inline void choose_shifts(Job *job, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
+    """The shifts of some channels: the mean of a few values from all over each.
+
+    So it is near the mean of all, and exactly the value of a constant channel. Zero for bfloat16, and where neither the
+    mean nor the first of these values is finite.
+    """
+    cdef Py_ssize_t c, k
+    cdef Py_ssize_t at[SAMPLES]
+    cdef double *x8
+    cdef float *x4
+    cdef uint16_t *x2
+    for k in range(SAMPLES):
+        at[k] = sample(job, k)
+    for c in range(first, end):
+        job.in_float64_c[c] = False
+    # Pairs, since three times a value may be rounded
+    if job.itemsize == 8:
+        for c in range(first, end):
+            x8 = <double *>job.x.data + c * job.x.c
+            job.shift_c[c] = ((x8[at[0]] + x8[at[1]]) + (x8[at[2]] + x8[at[3]])
+                              + ((x8[at[4]] + x8[at[5]]) + (x8[at[6]] + x8[at[7]]))) / SAMPLES
+            if not isfinite(job.shift_c[c]):
+                job.shift_c[c] = finite(x8[at[0]])
+    elif job.itemsize == 4:
+        for c in range(first, end):
+            x4 = <float *>job.x.data + c * job.x.c
+            job.shift_c[c] = ((<double>x4[at[0]] + x4[at[1]]) + (<double>x4[at[2]] + x4[at[3]])
+                              + ((<double>x4[at[4]] + x4[at[5]]) + (<double>x4[at[6]] + x4[at[7]]))) / SAMPLES
+            if not isfinite(job.shift_c[c]):
+                job.shift_c[c] = finite(x4[at[0]])
+    elif job.element == F16:
+        for c in range(first, end):
+            x2 = <uint16_t *>job.x.data + c * job.x.c
+            job.shift_c[c] = cbn_with_digits_of_f16((
+                (cbn_finite_f16(x2[at[0]]) + cbn_finite_f16(x2[at[1]]))
+                + (cbn_finite_f16(x2[at[2]]) + cbn_finite_f16(x2[at[3]]))
+                + ((cbn_finite_f16(x2[at[4]]) + cbn_finite_f16(x2[at[5]]))
+                   + (cbn_finite_f16(x2[at[6]]) + cbn_finite_f16(x2[at[7]])))) / SAMPLES)
+    else:
+        for c in range(first, end):
+            job.shift_c[c] = 0    # the loops add up x itself
+
+
+cdef inline void merge_partials(Job *job, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
+    """Merge the partial sums of some channels, in an order that their number alone decides.
+
+    Takes only the channels of this pass: those marked for float64 if `job.sum_in_float64`, the others if not.
+    """
+    cdef Py_ssize_t c, k, half, C = job.reduction.C, blocks = n_partials(&job.reduction)
+    cdef double *sums = job.partial
+    cdef double *others
+    while blocks > 1:    # one half to the other: so that each has few additions
+        half = (blocks + 1) // 2
+        for k in range(blocks - half):
+            sums = job.partial + 2 * C * k
+            others = sums + 2 * C * half
+            for c in range(first, end):
+                sums[c] += others[c]
+                sums[C + c] += others[C + c]
+        blocks = half
+    sums = job.partial
+    for c in range(first, end):
+        if job.backward or job.in_float64_c[c] == job.sum_in_float64:
+            job.sum_c[c], job.square_c[c] = sums[c], sums[C + c]
+
+
+cdef inline bint moments_from_sums(Job *job, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
+    """Make mean and m2 = S(d*d) - S(d)^2/n of what `merge_partials` took, in the place of the sums.
+
+    Returns whether some channels are now marked for float64: 16-bit elements whose sums may have left float32's range.
+    """
+    cdef bint left = False
+    cdef Py_ssize_t c
+    cdef double n, s
+    for c in range(first, end):
+        if job.in_float64_c[c] != job.sum_in_float64:
+            continue
+        n, s = count_of(job, c), job.sum_c[c]
+        # All squares of float16 are within that range; of bfloat16 those of a channel that is constant, or seems to be
+        # because they are too small, are looked at again
+        if job.element == BF16 and not job.sum_in_float64 \
+                and not 1e-20 <= job.square_c[c] < 1e300:
+            job.in_float64_c[c] = left = True
+        job.sum_c[c] = job.shift_c[c] + s / n
+        # Rounding can take m2 below zero; where S(d*d) overflows it is inf and not inf - inf
+        if isfinite(job.square_c[c]) or not isfinite(s):
+            job.square_c[c] -= s * (s / n)
+        if job.square_c[c] < 0:
+            job.square_c[c] = 0
+    return left
+
+
+cdef inline void solve(Job *job, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
+    """Make the coefficients of some channels from their statistics: moments, or backward the sums of gradients."""
+    cdef Py_ssize_t c, C = job.reduction.C
+    cdef double weight
+    for c in range(first, end):
+        weight = 1 if job.weight_c == NULL else job.weight_c[c]
+        if job.backward:
+            solve_backward(job.coef_c, C, c, job.shift_c[c], job.invstd_c[c], weight, job.sum_c[c], job.square_c[c],
+                           count_of(job, c))
+        else:
+            job.invstd_c[c] = 1 / sqrt(job.square_c[c] / count_of(job, c) + job.eps)
+            solve_forward(job.coef_c, C, c, job.sum_c[c], job.invstd_c[c], weight,
+                          0 if job.bias_c == NULL else job.bias_c[c])
+
+
+cdef inline int channels_to_redo(Job *job, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
+    """Find the channels in which m2 = S(d*d) - S(d)^2/n has lost digits to cancellation, and give them a better shift.
+
+    The test is the distance of the shift from the mean: more than 2*std; for float64 elements, whose sums have no
+    digits to spare, more than 1.4*std, which 6e-5 of channels with normal values exceed.
+
+    bfloat16 has no shift. Its sums are as good as exact where the mean is large beside the spread (loops/runs.h), up to
+    2^15*std, where float64 loses digits, as if a few of millions of values differ. Where the mean is not large, float32
+    loses some; the rounding of many values averages out.
+
+    The new shift is the mean, for a second reduction (of bfloat16 in float64). The other channels keep what they have:
+    the second reduction finds the same values for them.
+    """
+    cdef Py_ssize_t c
+    cdef double n, d, shift
+    cdef int lost = 0
+    cdef bint bfloat16 = job.element == BF16, far
+    for c in range(first, end):
+        n, d = count_of(job, c), job.sum_c[c] - job.shift_c[c]
+        d *= n * d    # n*R, R = ((mean - shift)/std)^2
+        if bfloat16 and not job.in_float64_c[c]:
+            far = d > 1073741824.0 * job.square_c[c] or (
+                n < MANY_VALUES and d > job.square_c[c] and d < 64 * job.square_c[c])
+        else:
+            far = d > (2 if job.itemsize == 8 else 4) * job.square_c[c]
+        if not far or not isfinite(job.sum_c[c]):
+            continue
+        shift = shift_for_loops(job, job.sum_c[c])
+        if shift != job.shift_c[c]:    # else nothing would change
+            job.shift_c[c] = shift
+            job.in_float64_c[c] = job.in_float64_c[c] or bfloat16
+            lost |= IN_FLOAT64 if job.in_float64_c[c] else PLAIN
+    return lost
+
+
+cdef inline int merge(Job *job, int todo, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
+    """Make moments (backward: sums) of some channels that were reduced; returns the reductions that are left."""
+    cdef int left
+    merge_partials(job, first, end)
+    if job.backward:
+        return 0
+    left = IN_FLOAT64 * moments_from_sums(job, first, end) | (todo & IN_FLOAT64 if todo & PLAIN else 0)
+    return left if left else channels_to_redo(job, first, end)

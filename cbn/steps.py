@@ -1,0 +1,317 @@
+"""What a call does around the passes: measure, merge, solve, apply, forward and backward; and what backward needs.
+
+Arguments are checked (`cbn.inputs`). A layer or a function checks, calls one step, and keeps or returns what it gives.
+Where a `merge` stands between, as for the statistics of several ranks, the four are separate passes; where nobody does,
+one fused pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .checks import Array, Doubles
+from .inputs import Input
+from .kernels import arrays, passes
+from .moments import GradMoments, Moments, measure
+
+
+class Affine(NamedTuple):
+    """What is applied to the normalized values, per channel, as float64; None for ones or zeros."""
+
+    weight: Doubles | Any
+    bias: Doubles | Any
+
+
+class Epilogue(NamedTuple):
+    """What follows the normalization: act(a + residual), act(a) = a*negative_slope where a <= 0."""
+
+    residual: Array | Any = None
+    negative_slope: float = 1
+
+
+class Gradients(NamedTuple):
+    """Of the input, of the residual, and per channel of weight and bias; None for what nobody wanted."""
+
+    dx: Array | Any
+    dresidual: Array | Any
+    dweight: Doubles | Any
+    dbias: Doubles | Any
+
+
+NO_EPILOGUE = Epilogue()
+
+Merge = Callable[[Moments], Moments]
+GradMerge = Callable[[GradMoments], GradMoments]
+
+
+@dataclass(slots=True)
+class Context:
+    """What backward needs of one forward: input and residual by reference, what was read per channel as copies.
+
+    With `batch_statistics` mean, m2 and invstd are those that normalized, over `count` values of each channel (with a
+    `merge` those of all parts); else mean and invstd are the running ones.
+    """
+
+    inp: Input
+    affine: Affine
+    epilogue: Epilogue
+    batch_statistics: bool
+    mean: Doubles
+    invstd: Doubles
+    m2: Doubles | Any = None
+    count: float | Doubles = 0
+    digests: tuple[bytes | None, bytes | None] | None = None  # of input and residual, where they are to be checked
+
+    @property
+    def moments(self) -> Moments:
+        """The statistics that normalized, of a batch."""
+        return Moments._of(self.count, self.mean, self.m2)
+
+    @property
+    def read(self) -> list[Array]:
+        """The arrays that backward reads, element by element."""
+        residual, slope = self.epilogue
+        return [self.inp.x] if residual is None or slope == 1 else [self.inp.x, residual]
+
+
+def copied_into(y: Array, out: Array | None) -> Array:
+    """y, put into `out` if it was computed beside it."""
+    if out is None or y is out:
+        return y
+    np.copyto(out, y)
+    return out
+
+
+# ---- forward ---------------------------------------------------------------------------------------------------------
+
+
+def forward_batch(
+    inp: Input, affine: Affine, eps: float, epilogue: Epilogue, out: Array | None, merge: Merge | None = None
+) -> tuple[Array, Context]:
+    """y, normalized with the statistics of the batch, or with what `merge` makes of them."""
+    if merge is not None:
+        return _forward_merged(inp, affine, eps, epilogue, out, merge)
+    if inp.layout is None:
+        y = arrays.empty_like(inp.x) if out is None else out
+        mean, m2, invstd = np.zeros((3, inp.n_channels))
+        return y, Context(inp, affine, epilogue, True, mean, invstd, m2)
+    residual, slope = epilogue
+    y = inp.output(out, inp.x) if residual is None else inp.output(out, inp.x, residual)
+    mean, m2, invstd = passes.normalize(
+        inp.layout, inp.x, y, affine.weight, affine.bias, eps, inp.in_float64, residual, slope
+    )
+    return copied_into(y, out), Context(inp, affine, epilogue, True, mean, invstd, m2, inp.count)
+
+
+def _forward_merged(
+    inp: Input, affine: Affine, eps: float, epilogue: Epilogue, out: Array | None, merge: Merge
+) -> tuple[Array, Context]:
+    merged = merge(measure(inp))
+    invstd = passes.inverse_std(merged.var(), eps)
+    if inp.layout is None:
+        invstd[merged.count == 0] = 0
+        return forward_fixed(inp, None, epilogue, out), Context(
+            inp, affine, epilogue, True, merged.mean, invstd, merged.m2, merged.count
+        )
+    y = forward_fixed(inp, coefficients(merged.mean, invstd, affine), epilogue, out)
+    return y, Context(inp, affine, epilogue, True, merged.mean, invstd, merged.m2, merged.count)
+
+
+def coefficients(mean: Doubles, invstd: Doubles, affine: Affine) -> Doubles:
+    """(3, C): mean, scale and offset for `forward_fixed`."""
+    return passes.coefficients(mean, invstd, affine.weight, affine.bias)
+
+
+def forward_fixed(inp: Input, coef: Doubles | Any, epilogue: Epilogue, out: Array | None) -> Array:
+    """y, normalized with the coefficients given."""
+    if inp.layout is None:
+        return arrays.empty_like(inp.x, inp.y_dtype) if out is None else out
+    residual, slope = epilogue
+    y = inp.output(out, inp.x) if residual is None else inp.output(out, inp.x, residual)
+    passes.apply(inp.layout, inp.x, y, coef, inp.in_float64, residual, slope)
+    return copied_into(y, out)
+
+
+# ---- backward --------------------------------------------------------------------------------------------------------
+
+
+def backward(
+    dy: Array,
+    context: Context,
+    want_dx: bool,
+    want_sums: bool,
+    out: Array | None,
+    merge: GradMerge | None = None,
+) -> Gradients:
+    """Gradients of a forward pass; dweight and dbias are None unless `want_sums`, and local whatever `merge` does.
+
+    Where dy's dtype differs from x's, both are taken as float64.
+    """
+    inp = context.inp
+    if inp.layout is None:
+        zeros = np.zeros((2, inp.n_channels))
+        if merge is not None:
+            merge(_grad_moments(inp, *zeros))
+        dx = (arrays.empty_like(inp.x) if out is None else out) if want_dx else None
+        return Gradients(dx, None if context.epilogue.residual is None else arrays.empty_like(inp.x), *zeros)
+    work = _working_dtype(dy, context)
+    if work != inp.x.dtype or dy.dtype != inp.x.dtype:
+        return _backward_wider(dy, context, want_dx, want_sums, out, merge, work)
+    return _backward(dy, context, want_dx, want_sums, out, merge, None)
+
+
+def _working_dtype(dy: Array, context: Context) -> np.dtype[Any]:
+    """The dtype in which dh = dy*act' and dx are computed and kept in between."""
+    dtype = context.inp.x.dtype
+    if dy.dtype != dtype:
+        return np.dtype(np.float64)
+    if dtype.itemsize == 2 and context.epilogue.negative_slope not in (0, 1):
+        return np.dtype(np.float32)  # dy*slope, which is kept in between, has more digits than 16 bits hold
+    return dtype
+
+
+def _backward_wider(
+    dy: Array,
+    context: Context,
+    want_dx: bool,
+    want_sums: bool,
+    out: Array | None,
+    merge: GradMerge | None,
+    work: np.dtype[Any],
+) -> Gradients:
+    """`backward` with wider copies of its arrays, and its results rounded."""
+    inp, (residual, slope) = context.inp, context.epilogue
+    dtype = inp.x.dtype
+    wider = _widened(inp, work)
+    dh = arrays.with_room(dy.astype, work)
+    if dy.dtype != dtype and slope != 1:
+        # The passes would decide in float64 what the forward pass decided in its own arithmetic
+        with np.errstate(all="ignore"):
+            below = before_activation(context) <= 0
+            dh[below] = dh[below] * slope if slope else 0
+        slope = 1
+    wider_residual = None if residual is None else arrays.with_room(residual.astype, work, copy=False)
+    wide = replace(context, inp=wider, epilogue=Epilogue(wider_residual, slope))
+    dx, dresidual, dweight, dbias = _backward(dh, wide, want_dx, want_sums, None, merge, dtype)
+    with np.errstate(all="ignore"):
+        if want_dx:
+            dx = copied_into(arrays.with_room(dx.astype, dtype, order="K"), out)
+        if residual is not None:
+            dresidual = arrays.with_room(dresidual.astype, dtype, order="K")
+    return Gradients(dx, dresidual, dweight, dbias)
+
+
+def _widened(inp: Input, dtype: np.dtype[Any]) -> Input:
+    """An input with a copy of x in this dtype; itself where it has it."""
+    if inp.x.dtype == dtype:
+        return inp
+    wider = Input(arrays.with_room(inp.x.astype, dtype, order="K"), inp.axis)
+    wider.in_float64 = inp.in_float64
+    return wider
+
+
+def before_activation(context: Context) -> Array:
+    """What the activation of a forward pass was given, in its own arithmetic, rounded to its dtype."""
+    residual = context.epilogue.residual
+    epilogue = Epilogue(None if residual is None else context.inp.matched(residual))
+    return forward_fixed(context.inp, coefficients(context.mean, context.invstd, context.affine), epilogue, None)
+
+
+def _backward(
+    dy: Array,
+    context: Context,
+    want_dx: bool,
+    want_sums: bool,
+    out: Array | None,
+    merge: GradMerge | None,
+    y_dtype: np.dtype[Any] | None,
+) -> Gradients:
+    """`backward` where dy and x have one dtype; `y_dtype` is the forward pass's where they are wider copies."""
+    inp, (residual, slope) = context.inp, context.epilogue
+    dy = inp.matched(dy)
+    residual = None if residual is None else inp.matched(residual)
+    dx = inp.output(out, dy, *context.read) if want_dx else None
+    # The pass that finds the sums leaves dh in the memory of dresidual; or of dx, unless it has to read x once more
+    dh = dresidual = None
+    if slope != 1:
+        if residual is not None:
+            dh = dresidual = arrays.empty_like(inp.x)
+        elif dx is not None and inp.can_walk(dx) and not arrays.overlaps(dx, inp.x):
+            dh = dx
+        else:
+            dh = arrays.empty_like(inp.x)
+    elif residual is not None:
+        dresidual = arrays.with_room(dy.copy, order="K")
+    forward = context.mean, context.invstd, *context.affine, inp.in_float64, residual, slope, dh
+    sums: Doubles | Any = None
+    products: Doubles | Any = None
+    if dx is not None and context.batch_statistics and merge is None:
+        keeps_dh = dresidual is not None
+        sums, products = passes.gradients(inp.layout, dy, inp.x, dx, *forward, keeps_dh, y_dtype)
+    elif want_sums or dh is not None or (context.batch_statistics and dx is not None):
+        sums, products = passes.grad_moments(inp.layout, dy, inp.x, *forward, y_dtype)
+    if dx is not None:
+        if not context.batch_statistics:
+            _scale(dy if dh is None else dh, context, dx)
+        elif merge is not None:
+            total = merge(_grad_moments(inp, sums, products))
+            _solve_and_apply(dy if dh is None else dh, context, total, dx)
+        dx = copied_into(dx, out)
+    if sums is None:
+        return Gradients(dx, dresidual, None, None)
+    return Gradients(dx, dresidual, passes.product(products, context.invstd), sums)
+
+
+def _scale(dh: Array, context: Context, dx: Array) -> None:
+    """dx = dh*scale, through statistics that do not depend on x."""
+    inp = context.inp
+    zeros = np.zeros(inp.n_channels)
+    # With mean 0, and with offset -0, which keeps the sign of a zero
+    coef = passes.coefficients(zeros, context.invstd, context.affine.weight, -zeros)
+    passes.apply(inp.layout, dh, dx, coef, inp.in_float64)
+
+
+def _solve_and_apply(dh: Array, context: Context, total: GradMoments, dx: Array) -> None:
+    """dx through the statistics of a batch, with the sums of all its parts."""
+    inp = context.inp
+    sums = total.sum_dh, total.sum_dh_xmu, total.count
+    coef = passes.grad_coefficients(context.mean, context.invstd, context.affine.weight, *sums)
+    passes.grad_apply(inp.layout, dh, inp.x, dx, coef, inp.in_float64)
+
+
+def _grad_moments(inp: Input, sums: Doubles, products: Doubles) -> GradMoments:
+    return GradMoments(np.full(inp.n_channels, float(inp.count)), sums, products)
+
+
+# ---- backward without an epilogue, in two steps ----------------------------------------------------------------------
+
+
+def measure_gradients(dy: Array, context: Context) -> GradMoments:
+    """The sums of this part of a batch."""
+    inp = context.inp
+    if inp.layout is None:
+        return _grad_moments(inp, *np.zeros((2, inp.n_channels)))
+    if dy.dtype != inp.x.dtype:
+        inp, dy = _widened(inp, np.dtype(np.float64)), arrays.with_room(dy.astype, np.float64)
+    return _grad_moments(inp, *passes.grad_moments(inp.layout, inp.matched(dy), inp.x, context.mean, context.invstd))
+
+
+def apply_gradients(dy: Array, context: Context, total: GradMoments, out: Array | None) -> Array:
+    """dx of this part, from the sums of all parts."""
+    inp = context.inp
+    dtype = inp.x.dtype
+    if inp.layout is None:
+        return arrays.empty_like(inp.x) if out is None else out
+    if dy.dtype != dtype:
+        wide = replace(context, inp=_widened(inp, np.dtype(np.float64)))
+        dx = apply_gradients(arrays.with_room(dy.astype, np.float64), wide, total, None)
+        with np.errstate(all="ignore"):
+            return copied_into(arrays.with_room(dx.astype, dtype, order="K"), out)
+    dy = inp.matched(dy)
+    dx = inp.output(out, dy, inp.x)
+    _solve_and_apply(dy, context, total, dx)
+    return copied_into(dx, out)
