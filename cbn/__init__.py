@@ -1,22 +1,32 @@
 """Batch normalization for CPUs: Cython kernels, parallel with OpenMP, behind numpy-facing layers.
 
+Every operation is measure, merge, solve, apply: statistics, those of several parts as one, coefficients, an elementwise
+pass; once forward and once backward.
+
 ========================  ============================================================================
-`cbn.batchnorm`           the layers: parameters, running statistics, train and eval, forward, backward
-`cbn.functional`          the same without state: check, allocate, call the kernels
+`cbn.batchnorm`           the layers: forward and backward, in training and in evaluation
+`cbn.state`               what a layer is: arguments, arrays, modes, state dict, copies
+`cbn.attributes`          attributes that refuse what they cannot hold
+`cbn.plan`                a layer's evaluation, prepared for one shape and dtype
+`cbn.functional`          the same without state, under PyTorch's names
+`cbn.verbs`               measure, merge, solve and apply by themselves
+`cbn.quantized`           evaluation of 8-bit input
+`cbn.steps`               what a call does around the passes, and what backward needs
 `cbn.moments`             count, mean and sum of squared distances; exact merge
-`cbn.state`               entries of state dicts
+`cbn.inputs`              what a caller gives, as the passes take it
+`cbn.checks`              checks of arguments, and the words of every refusal
+`cbn.entries`             entries of state dicts and files
 `cbn.storage`             layers in files
 `cbn.convert`             layers of PyTorch, Keras, ONNX, Flax, Equinox, Haiku, MLX
 `cbn.fuse`                layers folded into linear layers and convolutions
 `cbn.threads`             how many threads
 `cbn.memory`              sizes of the caches, memory kept for large outputs
 `cbn.config`              show_config and the self-check
-`cbn.checks`              checks of arguments, and the words of every refusal
 `cbn.reference`           the specification, in float64 numpy
-`cbn.kernels`             maps and reductions over two layouts, compiled for every instruction set
+`cbn.kernels`             the compiled passes; its page is the map of that folder
 ========================  ============================================================================
 
-Imports run one way: layers → functional → kernels → checks; `reference` knows nobody.
+Imports run one way: layers and functions → steps → inputs → kernels; `checks` and `reference` know nobody.
 """
 
 from . import functional, reference

@@ -1,34 +1,29 @@
-"""The layers: parameters, running statistics, train and eval state, forward and backward.
+"""The layers: forward and backward, in training and in evaluation.
 
-What normalizes is in `cbn.steps`; what is here is what a layer remembers and when it may change.
+What a layer is (arguments, arrays, modes) is in `cbn.state`, what normalizes in `cbn.steps`. Here is what a call reads
+of the layer, what it changes, and what it remembers.
 """
 
 from __future__ import annotations
 
-import copy
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, BinaryIO, Literal, NamedTuple, SupportsIndex, TypeVar
+from collections.abc import Sequence
+from typing import Any, NamedTuple, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
 
 from . import checks, quantized, steps, storage
-from . import state as state_entries
-from .attributes import ChannelArray, Counter, Flag, accepted_dtype
-from .checks import Activation, Array, ArrayLike, Doubles, Number
+from .attributes import accepted_dtype
+from .checks import Array, ArrayLike, Doubles, Number
 from .inputs import Input, as_gradient, as_input, as_outputs
 from .kernels import arrays, channels, passes, plans
-from .memory import retried
 from .plan import EvalPlan
 from .quantized import Quantization
+from .state import State
 from .steps import Affine, Context, Epilogue
 
 __all__ = ["BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
 
-Layer = TypeVar("Layer", bound="BatchNorm")
-
-NO_FORWARD = "there is nothing to go back through: call the layer in training mode first"
 AFTER_EVAL = (
     "the last forward was in evaluation mode, which keeps nothing for backward. To train through fixed statistics, "
     "call freeze() and stay in training mode; or use cbn.functional.native_batch_norm_backward(..., train=False)"
@@ -90,13 +85,6 @@ def digest(a: Array | None) -> bytes | None:
     return hashlib.blake2b(np.ascontiguousarray(a).reshape(-1).view(np.uint8).data, digest_size=16).digest()
 
 
-def shortest(value: float) -> str:
-    """A number as it was given: a float32, which files of ONNX and TensorFlow hold, by the digits of float32."""
-    with np.errstate(over="ignore"):
-        narrow = np.float32(value)
-    return f"np.float32({narrow!s})" if float(f"{value:.9g}") != value == float(narrow) else repr(value)
-
-
 class Snapshot(NamedTuple):
     """What one call reads of a layer: its mode and attributes, and copies of its arrays, all of one moment."""
 
@@ -113,7 +101,7 @@ class Snapshot(NamedTuple):
         return Affine(self.values[2], self.values[3])
 
 
-class BatchNorm(plans.Planned):
+class BatchNorm(State):
     """Batch normalization over any input of two or more dimensions.
 
     In training: ``y = (x - mean) / sqrt(var + eps) * weight + bias`` per channel, with the mean and the biased variance
@@ -172,138 +160,6 @@ class BatchNorm(plans.Planned):
     >>> bn.eval()(np.array([[1.0, 1.0]], dtype=np.float32))
     array([[0.61357015, 0.948678  ]], dtype=float32)
     """
-
-    _ranks: tuple[int, ...] | None = None  # numbers of dimensions that the class accepts; None: any from 2
-
-    weight: ChannelArray = ChannelArray()
-    bias: ChannelArray = ChannelArray()
-    weight_grad: ChannelArray = ChannelArray()
-    bias_grad: ChannelArray = ChannelArray()
-    running_mean: ChannelArray = ChannelArray()
-    running_var: ChannelArray = ChannelArray()
-    num_batches_tracked: Counter = Counter()
-    training: Flag = Flag()
-    affine: Flag = Flag()
-    track_running_stats: Flag = Flag()
-
-    @retried
-    def __init__(
-        self,
-        num_features: SupportsIndex,
-        eps: Number = 1e-5,
-        momentum: Number | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        *,
-        bias: bool = True,
-        dtype: npt.DTypeLike = np.float32,
-        channel_axis: SupportsIndex = 1,
-        running_var: Literal["unbiased", "biased"] = "unbiased",
-        activation: Activation = None,
-    ) -> None:
-        self.activation = activation
-        if not isinstance(running_var, str) or running_var not in ("unbiased", "biased"):
-            raise ValueError(f"running_var must be 'unbiased' or 'biased', not {running_var!r}")
-        self._dtype = accepted_dtype(dtype, checks.native_float, "float32 or float64")
-        self._num_features = checks.integer(num_features, "num_features", "a number of channels")
-        if self._num_features < 1:
-            raise ValueError(f"num_features must be 1 or more, but got {num_features}")
-        self._channel_axis = checks.integer(channel_axis, "channel_axis", "an integer")
-        if self._ranks is not None:
-            widest = max(self._ranks)
-            if not -widest <= self._channel_axis < widest:
-                raise ValueError(f"channel_axis {channel_axis} is out of range for an input of {widest} dimensions")
-        self.eps = eps
-        self.momentum = momentum
-        self.affine = affine
-        self.track_running_stats = track_running_stats
-        self._unbiased = running_var == "unbiased"
-        self.training = True
-        self._frozen = False
-        self._saved: str | Context = NO_FORWARD
-        shape = (self._num_features,)
-        self.weight = np.ones(shape, self._dtype) if affine else None
-        self.bias = np.zeros(shape, self._dtype) if affine and bias else None
-        self.weight_grad = np.zeros(shape, self._dtype) if affine else None
-        self.bias_grad = np.zeros(shape, self._dtype) if affine and bias else None
-        self.running_mean = np.zeros(shape, self._dtype) if track_running_stats else None
-        self.running_var = np.ones(shape, self._dtype) if track_running_stats else None
-        self.num_batches_tracked = np.zeros((), np.int64) if track_running_stats else None
-
-    @property
-    def num_features(self) -> int:
-        """Number of channels."""
-        return self._num_features
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """dtype of parameters and statistics."""
-        return self._dtype
-
-    @property
-    def channel_axis(self) -> int:
-        """The axis with the channels."""
-        return self._channel_axis
-
-    @property
-    def eps(self) -> float:
-        """What is added to the variance."""
-        return self._eps
-
-    @eps.setter
-    def eps(self, value: Number) -> None:
-        self._eps = checks.epsilon(value)
-
-    @property
-    def momentum(self) -> float | Any:
-        """Weight of the new batch; None: a plain average."""
-        return self._momentum
-
-    @momentum.setter
-    def momentum(self, value: Number | None) -> None:
-        self._momentum = None if value is None else checks.momentum_fraction(value)
-
-    @property
-    def activation(self) -> Activation:
-        """What follows the normalization: None, "relu" or ("leaky_relu", slope)."""
-        return self._activation
-
-    @activation.setter
-    def activation(self, value: Activation) -> None:
-        slope = checks.negative_slope(value)
-        self._activation: Activation = ("leaky_relu", slope) if isinstance(value, (tuple, list)) else value
-
-    # ---- state -----------------------------------------------------------------------------------------------------
-
-    def train(self: Layer, mode: bool | np.bool_ = True) -> Layer:
-        """Switch to training mode, or to evaluation with ``mode=False``; returns the layer."""
-        if not isinstance(mode, (bool, np.bool_)):
-            raise ValueError("training mode is expected to be boolean")
-        self.training = bool(mode)
-        return self
-
-    def eval(self: Layer) -> Layer:
-        """Switch to evaluation mode; returns the layer."""
-        return self.train(False)
-
-    @property
-    def frozen(self) -> bool:
-        """Whether the running statistics normalize, and stay as they are, whatever the mode."""
-        return self._frozen
-
-    def freeze(self: Layer) -> Layer:
-        """Normalize with the running statistics and keep them, in training mode too; returns the layer.
-
-        It survives `train()`. In training mode a frozen layer remembers its input, so that gradients flow through it.
-        """
-        checks.buffers_for_eval(self.running_mean, self.running_var)
-        self._frozen = True
-        return self
-
-    def unfreeze(self: Layer) -> Layer:
-        """Undo `freeze`; returns the layer."""
-        self._frozen = False
-        return self
 
     # ---- passes ----------------------------------------------------------------------------------------------------
 
@@ -560,233 +416,11 @@ class BatchNorm(plans.Planned):
         dx = dx if given is None else given
         return dx if context.epilogue.residual is None else (dx, dresidual)
 
-    # ---- parameters ------------------------------------------------------------------------------------------------
-
-    @retried
-    def _fill(self, **values: float) -> None:
-        """Fill arrays that are there with numbers, in place; all or none."""
-        arrays = {name: getattr(self, name) for name in values}
-        new = [None if a is None else np.full(a.shape, values[name], a.dtype) for name, a in arrays.items()]
-        channels.replace(list(arrays.values()), new, list(arrays))
-
-    def zero_grad(self) -> None:
-        """Fill the gradients with zeros, in place."""
-        self._fill(weight_grad=0, bias_grad=0)
-
-    def reset_running_stats(self) -> None:
-        """Running mean 0, variance 1, no batches counted; in place."""
-        self._fill(running_mean=0, running_var=1, num_batches_tracked=0)
-
-    def reset_parameters(self) -> None:
-        """Weight 1, bias 0, and `reset_running_stats`; in place."""
-        self._fill(weight=1, bias=0, running_mean=0, running_var=1, num_batches_tracked=0)
-
-    def parameters(self) -> Iterator[Array]:
-        """Iterate over the weight and the bias, where there are any."""
-        return iter([a for a in (self.weight, self.bias) if a is not None])
-
-    # ---- state dict ------------------------------------------------------------------------------------------------
-
-    _state_names = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-    _array_names = (*_state_names, "weight_grad", "bias_grad")
-
-    def state_dict(self) -> dict[str, Array]:
-        """Copies of all parameters and statistics under PyTorch's names, without those that are None.
-
-        Examples
-        --------
-        >>> import cbn
-        >>> list(cbn.BatchNorm1d(3, affine=False).state_dict())
-        ['running_mean', 'running_var', 'num_batches_tracked']
-        """
-        return self._snapshot(self._state_names)
-
-    @retried
-    def load_state_dict(
-        self, state: Mapping[str, Any], strict: bool = True, *, prefix: str = ""
-    ) -> tuple[list[str], list[str]]:
-        """Copy parameters and statistics into the layer's arrays, all or none.
-
-        Parameters
-        ----------
-        state : mapping
-            From `state_dict` or from PyTorch's, of any floating dtype. A missing num_batches_tracked keeps the layer's.
-        strict : bool
-            Whether missing and unexpected entries are errors; wrong shapes and values always are.
-        prefix : str
-            What the layer's entries begin with in the state of a whole model, as in "layer1.0.bn1."; entries that
-            begin otherwise are not looked at.
-
-        Returns
-        -------
-        (missing_keys, unexpected_keys) : tuple of lists
-            With the prefix.
-
-        Raises
-        ------
-        TypeError
-            If state is no mapping or prefix no string.
-        ValueError
-            One error that lists everything that is wrong; the layer is then as it was.
-
-        Examples
-        --------
-        >>> import cbn
-        >>> state = {"bn1." + name: array for name, array in cbn.BatchNorm1d(3).state_dict().items()}
-        >>> cbn.BatchNorm1d(3).load_state_dict({**state, "fc.weight": 0}, prefix="bn1.")
-        ([], [])
-        """
-        if not isinstance(state, Mapping):
-            advice = "; its state_dict() is one" if callable(getattr(state, "state_dict", None)) else ""
-            raise TypeError(f"state must be a mapping of names to arrays, not {type(state).__name__}{advice}")
-        if not isinstance(prefix, str):
-            raise TypeError(f"prefix must be a string, not {type(prefix).__name__}")
-        own = {name: a for name in self._state_names if (a := getattr(self, name)) is not None}
-        required = [name for name in own if name != "num_batches_tracked"]
-        missing = [prefix + name for name in required if prefix + name not in state]
-        keys = {prefix + name for name in own}
-        within = [key for key in state if isinstance(key, str) and key.startswith(prefix)] if prefix else state
-        unexpected = [key for key in within if key not in keys]
-        problems = state_entries.differences(missing, unexpected) if strict else []
-        new = {}
-        for name, target in own.items():
-            if prefix + name in state:
-                try:
-                    value = state[prefix + name]
-                    new[name] = state_entries.entry(name, value, target.shape, target.dtype, prefix=prefix)
-                except ValueError as error:
-                    problems.append(str(error))
-                if not target.flags.writeable:
-                    problems.append(f"the layer's {name} is read-only")
-        if problems:
-            absent = strict and missing and len(missing) == len(required)
-            hint = state_entries.hint(state, required, (self._num_features,)) if absent else ""
-            raise checks.ArgumentError(
-                f"cannot load the state into {type(self).__name__}({self._num_features}): {'; '.join(problems)}{hint}"
-            )
-        channels.replace([own[name] for name in new], list(new.values()), list(new))
-        return missing, unexpected
-
-    def save(
-        self,
-        file: str | os.PathLike[str] | BinaryIO,
-        *,
-        allow_nonfinite: bool = False,
-        allow_negative_var: bool = False,
-    ) -> None:
-        """Write the layer to a file that `cbn.load` reads: class, arguments, arrays, mode.
-
-        Parameters
-        ----------
-        file : str, path-like or binary file object
-            Its name chooses the format: safetensors where it ends with .safetensors, for which the package of that name
-            is needed, else numpy's .npz. A regular file is replaced as a whole, or not at all, and keeps its mode and
-            its owner; a link stays a link, but other hard links keep the old content. A pipe or a device is written
-            to. A file object need not be one that can be sought; it is neither flushed nor closed.
-        allow_nonfinite : bool
-            Whether NaN and infinities may be written.
-        allow_negative_var : bool
-            Whether running variances below zero may be written, while their sum with eps is positive: rounding left
-            such in some converted models, which evaluate all the same. `cbn.load` needs the same switch.
-
-        Raises
-        ------
-        ValueError
-            If an array is not finite, or a running variance negative.
-        TypeError
-            For what is neither a path nor a file object that takes bytes.
-        OSError
-            If the file cannot be written.
-        ImportError
-            For the safetensors format, without the package of that name.
-        """
-        storage.save(self, file, allow_nonfinite=allow_nonfinite, allow_negative_var=allow_negative_var)
-
-    def _doubles(self, arrays: tuple[Array | None, ...]) -> tuple[Doubles | Any, ...]:
-        """Float64 copies of (C,) arrays of the layer, all of the same moment."""
-        try:
-            return channels.as_doubles(self._num_features, *arrays)
-        except ValueError as error:
-            raise self._unfit() or error from None
-
-    def _snapshot(self, names: tuple[str, ...]) -> dict[str, Array]:
-        """Copies of the arrays that are there, all of the same moment."""
-        if error := self._unfit():
-            raise error
-        arrays = channels.copies(*[getattr(self, name) for name in names])
-        return {name: a for name, a in zip(names, arrays, strict=True) if a is not None}
-
-    def _unfit(self) -> ValueError | None:
-        """The error of an array whose shape or dtype has been assigned to in place, past the layer."""
-        for name in self._array_names:
-            a, expected = getattr(self, name), f"({self._num_features},) floats"
-            if name == "num_batches_tracked":
-                fits, expected = a is None or (a.shape == () and a.dtype.kind in "iu"), "an integer"
-            else:
-                fits = a is None or (a.shape == (self._num_features,) and checks.native_input(a.dtype) is not None)
-            if not fits:
-                return ValueError(f"{name} has become an array of {a.dtype} of shape {a.shape}; expected {expected}")
-        return None
-
     def _coefficients(self) -> Doubles:
         """(3, C): mean, scale and offset of evaluation now."""
         checks.buffers_for_eval(self.running_mean, self.running_var)
         mean, var, weight, bias = self._doubles((self.running_mean, self.running_var, self.weight, self.bias))
         return passes.coefficients(mean, passes.inverse_std(var, self._eps), weight, bias)
-
-    def __copy__(self: Layer) -> Layer:
-        other = type(self).__new__(type(self))
-        other.__dict__.update(self.__dict__, _saved=NO_FORWARD)
-        return other
-
-    def __deepcopy__(self: Layer, memo: dict[int, Any]) -> Layer:
-        other = self.__copy__()
-        memo[id(self)] = other
-        own = {"_" + name for name in self._array_names}
-        for name, value in self.__getstate__().items():
-            other.__dict__[name] = value if name in own else copy.deepcopy(value, memo)
-        return other
-
-    def __getstate__(self) -> dict[str, Any]:
-        attributes = self.__dict__ | {"_saved": NO_FORWARD}
-        # The arrays too: a pickle that is written later must not see half an update
-        return attributes | {"_" + name: a for name, a in self._snapshot(self._array_names).items()}
-
-    def __repr__(self) -> str:
-        """PyTorch's; then what is not at its default, and the calls that lead to the mode, so that it can be evaluated;
-        then which arrays are there, or not, against what that says.
-        """
-        has_bias = self.affine and self.bias is not None
-        arguments: dict[str, Any] = {
-            "eps": shortest(self._eps),
-            "momentum": None if self._momentum is None else shortest(self._momentum),
-            "affine": self.affine,
-            "bias": has_bias,
-            "track_running_stats": self.track_running_stats,
-        }
-        if self._dtype != np.float32:
-            arguments["dtype"] = repr(self._dtype.name)
-        if self._channel_axis != 1:
-            arguments["channel_axis"] = self._channel_axis
-        if not self._unbiased:
-            arguments["running_var"] = "'biased'"
-        if isinstance(self._activation, str):
-            arguments["activation"] = repr(self._activation)
-        elif self._activation is not None:
-            arguments["activation"] = f"('leaky_relu', {shortest(float(self._activation[1]))})"
-        given = ", ".join([str(self._num_features), *(f"{name}={value}" for name, value in arguments.items())])
-        mode = ".freeze()" * self._frozen + ".eval()" * (not self.training)
-        expected = {"weight": self.affine, "bias": has_bias}
-        expected |= {name + "_grad": getattr(self, name) is not None for name in expected}
-        expected |= dict.fromkeys(("running_mean", "running_var", "num_batches_tracked"), self.track_running_stats)
-        there = {name: getattr(self, name) is not None for name in expected}
-        without = ", ".join(name for name in expected if expected[name] and not there[name])
-        added = ", ".join(name for name in expected if there[name] and not expected[name] and "_grad" not in name)
-        return (
-            f"{type(self).__name__}({given}){mode}"
-            + (f" without {without}" if without else "")
-            + (f" with {added}" if added else "")
-        )
 
 
 plans.plans_stand_for(BatchNorm, "_ranks")

@@ -189,6 +189,11 @@ def parameter_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
     return FLOATS[0] if dtype.itemsize == 2 else dtype
 
 
+def gradient_dtype(x: Array, weight: Array | None) -> np.dtype[Any]:
+    """Of the gradients of weight and bias: weight's; without a weight the one that goes with x."""
+    return parameter_dtype(x.dtype) if weight is None else weight.dtype.newbyteorder("=")
+
+
 def integer(value: Any, name: str, expected: str) -> int:
     """value as an int of 64 bits; bools and what is no integer are refused."""
     if not isinstance(value, (bool, np.bool_)):

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 
-from . import checks, state
+from . import checks, entries
 from .checks import Array
 from .memory import empty_cache, retried
 
@@ -462,7 +462,7 @@ def _build(
     for key, a in read():
         try:
             eps = layer.eps if allow_negative_var else None
-            setattr(layer, key, state.entry(key, a, *expected[key], allow_nonfinite=allow_nonfinite, eps=eps))
+            setattr(layer, key, entries.entry(key, a, *expected[key], allow_nonfinite=allow_nonfinite, eps=eps))
         except ValueError as error:
             problems.append(str(error))
     if problems:

@@ -1,4 +1,48 @@
-"""The compiled modules: passes over arrays, and reads and writes of arrays per channel."""
+"""The compiled passes. This page is the map of the folder.
+
+Every operation is measure → merge → solve → apply, once forward and once backward::
+
+              measure                merge              solve                  apply
+    forward   S(d), S(d*d) → mean    partial sums,      mean, scale, offset    y = (x - mean)*scale + offset
+              and m2, d = x - shift  then again with
+                                     a better shift
+    backward  S(dh), S(dh*d)         partial sums       mean, scale,           dx = (dh - grad_mean)*scale
+                                                        grad_mean, slope            - (x - mean)*slope
+
+Where each line is, from a numpy array down to an instruction:
+
+    passes.pyx        the entries: one function for each verb and for all of them fused; `Passes` for C and Cython
+    plans.pyx         calls that repeat: everything prepared that does not depend on values
+    arrays.pyx        numpy's side: how an array lies in memory (`Layout`, `Input`), memory of outputs; pool.c
+    channels.pyx      parameters and statistics of a layer, read and written as one
+    ----------------  below this line no Python object, and no GIL
+    engine.pyx        threads, instruction sets, knobs; runs a job: which items, two passes or one pipeline; threads.c
+    job.pxd           `Job`: all that one call of a pass is
+    partition.pxd     how a pass falls into items for the threads
+    statistics.pxd    shifts, merge of partial sums, moments, what has to be reduced again
+    coefficients.pxd  solve; whether float32 arithmetic does for a channel
+    tiles.pxd         an item as the loops see it
+    kernels.h         the table of loops, and what a loop is given; kernels.pxd is the same for Cython; select.c
+    loops.h           the loops over runs and rows
+    vec.h             vectors: load, store, convert, sums
+    half.h            16-bit floats, one at a time
+
+The words of this folder:
+
+    run, row       contiguous elements of one channel (NCHW); one element of each channel in turn (NHWC)
+    item           the work that a thread takes at once: a rectangle of runs (or rows) and channels
+    tile           an item as a loop gets it, with pointers and coefficients
+    block, piece   runs whose sums are added up together; a part of a long run. Each leaves one partial sum
+    copies         rows of few channels that are walked as one longer row
+    shift          what a reduction subtracts from x, near the mean, so that no digits cancel
+    dh             the gradient behind the activation: dy times the slope of act
+    coefficients   per channel, float64, (n, C): named rows in kernels.h
+    factors        the same in the arithmetic of a loop, for one channel or one column
+    pipeline       reduction and apply tile by tile, so that memory is read once
+
+So that a pass gives the same bits whatever runs it, the partition is made from shape, dtype and layout alone. What may
+change with the machine (threads, caches, kind of store, prefetch) decides no bit.
+"""
 
 __all__ = ["arrays", "channels", "engine", "passes", "plans"]
 

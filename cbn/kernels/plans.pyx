@@ -232,7 +232,8 @@ cdef object class_attribute(type cls, str name):
 
 def plans_stand_for(cls, *others):
     """Let plans answer for `forward` of a class while nothing overrides what it defines now, but for `others`."""
-    names = [name for name in vars(cls) if not name.startswith("__") and name not in others]
+    bases = cls.__mro__[:cls.__mro__.index(Planned)]
+    names = [name for base in bases for name in vars(base) if not name.startswith("__") and name not in others]
     names += ["__getattribute__", "__getattr__", "__setattr__", "__delattr__"]
     planned_classes.append((cls, {name: class_attribute(cls, name) for name in names}))
 

@@ -1,0 +1,107 @@
+"""Entries of state dicts and files: what a layer takes from them, and what to say where it takes none."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from . import checks
+from .checks import Array
+
+
+def array(value: Any, name: str) -> Array:
+    """value as an array, or a ValueError that names it. PyTorch's tensors are read without an import of PyTorch."""
+    try:
+        checks.unmasked(value, name)
+        if callable(getattr(value, "detach", None)) and callable(getattr(value, "cpu", None)):
+            value = value.detach().cpu()
+        try:
+            return np.asarray(value)
+        except TypeError:  # a tensor of bfloat16 or of 8 bits, which numpy does not know
+            if not callable(getattr(value, "float", None)) or not value.is_floating_point():
+                raise
+            return np.asarray(value.float())
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} cannot be read as an array ({error})") from None
+
+
+def entry(
+    name: str,
+    value: Any,
+    shape: tuple[int, ...],
+    dtype: np.dtype[Any],
+    *,
+    prefix: str = "",
+    allow_nonfinite: bool = False,
+    eps: float | None = None,
+) -> Array:
+    """A copy of one entry with this shape and dtype, or a ValueError that names it, prefix included.
+
+    A variance below zero is accepted where `eps` is given and their sum is positive.
+    """
+    key = prefix + name
+    a = array(value, key)
+    integers = a.dtype.kind in "iu"
+    if a.dtype.kind == "O":
+        kind = "an array of objects" if isinstance(value, np.ndarray) else f"a {type(value).__name__}"
+        raise ValueError(f"{key} is {kind}, which numpy does not read as numbers{checks.maker(value, key)}")
+    if not (integers or a.dtype.kind == "f" or a.dtype.name.startswith(("bfloat", "float"))):  # ml_dtypes' are "V"
+        raise ValueError(f"{key} has dtype {a.dtype}; expected {dtype}")
+    if a.shape != shape:
+        raise ValueError(f"{key} has shape {a.shape}; expected {shape}")
+    if dtype.kind == "i":  # the counter: a state in bfloat16 has it as a float
+        number = int(a) if integers else float(a)
+        if not (abs(number) < 2**63 and number == int(number)):
+            raise ValueError(f"{key} is {number}; expected an integer of 64 bits")
+    with np.errstate(all="ignore"):
+        a = a.astype(dtype)
+    if not allow_nonfinite and not np.all(np.isfinite(a)):
+        raise ValueError(f"{key} is not finite")
+    if name == "num_batches_tracked" and a < 0:
+        raise ValueError(f"{key} is negative: {a}")
+    if name == "running_var" and np.any(a < 0):
+        i = int(np.nanargmin(a))
+        if eps is None:
+            raise ValueError(
+                f"{key} is negative: {a[i]!s} in channel {i} (save and load accept it with allow_negative_var=True)"
+            )
+        if float(a[i]) + eps <= 0:
+            raise ValueError(f"{key} is negative: {a[i]!s} in channel {i}, and not positive even with eps, {eps}")
+    return a
+
+
+def differences(missing: list[str], unexpected: list[Any], most: int = 20) -> list[str]:
+    """The problems of a strict load, with PyTorch's words for each kind."""
+    problems = []
+    for kind, keys in (("missing", missing), ("unexpected", unexpected)):
+        if keys:
+            listed = ", ".join(f"{kind} entry {key!r}" for key in keys[:most])
+            more = f" and {len(keys) - most} more" if len(keys) > most else ""
+            problems.append(f"{listed}{more} ({kind.capitalize()} key(s) in state_dict)")
+    return problems
+
+
+def hint(state: Mapping[Any, Any], names: Sequence[str], shape: tuple[int, ...]) -> str:
+    """Words on where else in `state` the entries `names` of a layer seem to be; empty where they are not seen."""
+    if found := _prefixes(state, names, shape):
+        return f"; the state has such entries with {_listed(found)}"
+    for key, inner in state.items():
+        if not isinstance(inner, Mapping):
+            continue
+        found = _prefixes(inner, names, shape)
+        if found or any(name in inner for name in names):
+            return f"; the entries seem to be in state[{key!r}]" + (f", with {_listed(found)}" if found else "")
+    return ""
+
+
+def _prefixes(state: Mapping[Any, Any], names: Sequence[str], shape: tuple[int, ...]) -> list[str]:
+    """What all `names` begin with in `state`; if there are such of this shape, those alone."""
+    first, *others = names
+    ends = [key.removesuffix(first) for key in state if isinstance(key, str) and key.endswith(first) and key != first]
+    found = [prefix for prefix in ends if all(prefix + name in state for name in others)]
+    return [prefix for prefix in found if getattr(state[prefix + first], "shape", None) == shape] or found
+
+
+def _listed(prefixes: list[str], most: int = 3) -> str:
+    more = len(prefixes) - most
+    return " or ".join(f"prefix={p!r}" for p in prefixes[:most]) + (f" and {more} more" if more > 0 else "")
