@@ -90,7 +90,7 @@ INLINE void LOOP(factors)(const double *coef_c, ptrdiff_t pitch, ptrdiff_t n_cha
     }
 }
 
-INLINE vec LOOP(mapped)(vec x, vec g, const vec *f, const int backward)
+INLINE vec LOOP(applied)(vec x, vec g, const vec *f, const int backward)
 {
     if (backward)
         return (g - f[GHIGH]) * f[SCALE] + ((x - f[HIGH]) * f[SLOPE] + f[TERM]);
@@ -117,8 +117,8 @@ INLINE vec LOOP(before)(const elem *x, const elem *g, const elem_out *z, ptrdiff
                         const vec *f, const int kind, const int backward, vec *seen)
 {
     const int all = begin == 0 && end == LANES;
-    const vec h = backward ? all ? load(g + i) : load_part(g + i, begin, end) : f[0];
-    vec a = LOOP(mapped)(all ? load(x + i) : load_part(x + i, begin, end), h, f, backward);
+    const vec dh = backward ? all ? load(g + i) : load_part(g + i, begin, end) : f[0];
+    vec a = LOOP(applied)(all ? load(x + i) : load_part(x + i, begin, end), dh, f, backward);
     if (kind == PLAIN || (backward && !ELEM_IS_DOUBLE))
         return a;
     if (!backward && z)
@@ -149,7 +149,7 @@ TARGET static __attribute__((noinline, cold)) vec LOOP(checked)(const elem *x, c
 {
     const vec x_ = load_part(x + i, begin, end), g_ = backward ? load_part(g + i, begin, end) : x_;
     const vec z_ = !backward && z ? load_out_part(z + i, begin, end) : (vec){0};
-    const vec a = LOOP(mapped)(x_, g_, f, backward) + z_;
+    const vec a = LOOP(applied)(x_, g_, f, backward) + z_;
     vec seen = {0}, y = LOOP(unchecked)(x, g, z, i, begin, end, f, *act, CHECKED, backward, &seen);
     for (ptrdiff_t k = 0; k < LANES; k++) {
         const LOOP(larger) d = (LOOP(larger))x_[k] - f[HIGH][k], scale = f[SCALE][k], term = f[TERM][k];
@@ -204,16 +204,16 @@ INLINE int LOOP(stays_normal)(const cbn_tile *m, real term, LOOP(activation) act
  * gives d = 0 and its mean exactly; where it is too far off (`channels_to_redo` in passes.pyx), the reduction is done again
  * with the mean as shift.
  * Backward, S(h) and S(h*d). */
-INLINE void LOOP(add)(dvec *sum, dvec *square, dvec d, dvec h, const int backward)
+INLINE void LOOP(add)(dvec *sum, dvec *square, dvec d, dvec dh, const int backward)
 {
-    *sum += backward ? h : d;
-    *square += backward ? h * d : d * d;
+    *sum += backward ? dh : d;
+    *square += backward ? dh * d : d * d;
 }
 
 /* What a reduction reads, and where it puts that: runs, or rows. */
 typedef struct {
     const elem *x, *g, *z;
-    elem *x_copy, *h;
+    elem *x_copy, *dh;
 } LOOP(source);
 
 /* The input of the activation, lanes 0 to end from the i-th element on. It is computed again instead of being kept since
@@ -227,7 +227,7 @@ INLINE vec LOOP(input)(const elem *x, const elem_out *z, ptrdiff_t i, ptrdiff_t 
 }
 
 /* The same of a channel that took the wide loops, n <= DLANES lanes. */
-INLINE rvec LOOP(input_wide)(LOOP(source) p, ptrdiff_t i, ptrdiff_t n, dvec mean, dvec scale, dvec offset)
+INLINE rvec LOOP(input_in_float64)(LOOP(source) p, ptrdiff_t i, ptrdiff_t n, dvec mean, dvec scale, dvec offset)
 {
     const dvec z = !p.z ? (dvec){0} : n == DLANES ? load_d(p.z + i) : load_first_d(p.z + i, n);
     const dvec d = (n == DLANES ? load_d(p.x + i) : load_first_d(p.x + i, n)) - mean;
@@ -247,21 +247,21 @@ INLINE dvec LOOP(masked)(LOOP(source) p, ptrdiff_t i, ptrdiff_t n, const real *i
     rvec a;
     memcpy(&a, input, sizeof a);
     if (act.slope_d == 0) {
-        const rvec h = select_r(a <= act.vanishing, (rvec){0}, g);
-        store_r(p.h + i, h, n);
-        return widened(h);
+        const rvec dh = select_r(a <= act.vanishing, (rvec){0}, g);
+        store_r(p.dh + i, dh, n);
+        return widened(dh);
     }
-    const dvec g_d = widened(g), h = select_d(widened_bits(a <= act.vanishing), g_d * act.slope_d, g_d);
-    store_d(p.h + i, h, n);
-    return h;
+    const dvec g_d = widened(g), dh = select_d(widened_bits(a <= act.vanishing), g_d * act.slope_d, g_d);
+    store_d(p.dh + i, dh, n);
+    return dh;
 }
 #endif
 
 /* ---- runs: elements of one channel ---------------------------------------------------------------------- */
 
 /* Elements begin to end of a run; with `past` these are whole lines. */
-INLINE void LOOP(map_piece)(const elem *x, const elem *g, const elem_out *z, elem_out *y, ptrdiff_t begin, ptrdiff_t end,
-                            const vec *f, LOOP(activation) act, const int kind, const int backward, const int past,
+INLINE void LOOP(apply_piece)(const elem *x, const elem *g, const elem_out *z, elem_out *y, ptrdiff_t begin, ptrdiff_t end,
+                            const vec *f, LOOP(activation) act, const int kind, const int backward, const int nontemporal,
                             const int normal)
 {
     ptrdiff_t i = begin;
@@ -273,12 +273,12 @@ INLINE void LOOP(map_piece)(const elem *x, const elem *g, const elem_out *z, ele
             for (int u = 0; u < UNROLL; u++)
                 v[u] = LOOP(check)(v[u], seen, x, g, z, i + u * LANES, 0, LANES, f, act, kind, backward);
         for (int u = 0; u < UNROLL; u += 2)
-            store_two(y + i + u * LANES, v + u, past, normal);
+            store_two(y + i + u * LANES, v + u, nontemporal, normal);
     }
     for (; i + LANES <= end; i += LANES) {
         const vec v = LOOP(value)(x, g, z, i, 0, LANES, f, act, kind, backward);
-        if (past)
-            store_past(y + i, v);
+        if (nontemporal)
+            store_nontemporal(y + i, v);
         else
             store(y + i, v);
     }
@@ -302,7 +302,7 @@ INLINE void LOOP(deliver)(LOOP(shared) *s)
             return;
         const ptrdiff_t begin = MAX(s->begin - v * LANES, 0), end = MIN(s->end - v * LANES, LANES);
         if (s->begin == 0 && s->end == LINE_ELEMS)
-            store_past(s->line + v * LANES, s->value[v]);
+            store_nontemporal(s->line + v * LANES, s->value[v]);
         else if (begin < end)
             store_part(s->line + v * LANES, s->value[v], begin, end);
     }
@@ -310,7 +310,7 @@ INLINE void LOOP(deliver)(LOOP(shared) *s)
 }
 
 /* Less than a line of a run, elements begin to end. */
-INLINE void LOOP(map_shared)(const elem *x, const elem *g, const elem_out *z, elem_out *y, ptrdiff_t begin, ptrdiff_t end,
+INLINE void LOOP(apply_shared)(const elem *x, const elem *g, const elem_out *z, elem_out *y, ptrdiff_t begin, ptrdiff_t end,
                              const vec *f, LOOP(activation) act, LOOP(shared) *s, const int kind, const int backward)
 {
     const ptrdiff_t at = (ptrdiff_t)((uintptr_t)(y + begin) % LINE / sizeof(elem_out));
@@ -380,19 +380,19 @@ INLINE void LOOP(reduce_some)(LOOP(source) p, ptrdiff_t i, ptrdiff_t n, dvec shi
                               LOOP(activation) act, dvec *sum, dvec *square, const int activated, const int backward,
                               const int copying)
 {
-    dvec d = (n == DLANES ? load_d(p.x + i) : load_first_d(p.x + i, n)) - shift, h = d;
+    dvec d = (n == DLANES ? load_d(p.x + i) : load_first_d(p.x + i, n)) - shift, dh = d;
     if (copying)
         copy(p.x_copy + i, p.x + i, n);
     if (backward && activated)
-        h = LOOP(masked)(p, i, n, input, act);
+        dh = LOOP(masked)(p, i, n, input, act);
     else if (backward) {
-        h = n == DLANES ? load_d(p.g + i) : load_first_d(p.g + i, n);
+        dh = n == DLANES ? load_d(p.g + i) : load_first_d(p.g + i, n);
         if (copying)
-            copy(p.h + i, p.g + i, n);
+            copy(p.dh + i, p.g + i, n);
     }
     if (n < DLANES)
         d = first_lanes(d, n);
-    LOOP(add)(sum, square, d, h, backward);
+    LOOP(add)(sum, square, d, dh, backward);
 }
 
 #if ELEM_HALF
@@ -430,16 +430,16 @@ INLINE void LOOP(reduce_short)(LOOP(source) p, ptrdiff_t begin, ptrdiff_t end, v
 /* What the forward pass did to a channel: its factors, or where that was a wide one its coefficients. */
 typedef struct {
     vec factors[SLOPE];
-    int wide;
+    int in_float64;
     dvec scale, offset;
 } LOOP(forward);
 
 /* The inputs of the activation of elements begin to end. */
 INLINE void LOOP(inputs)(LOOP(source) p, ptrdiff_t begin, ptrdiff_t end, dvec mean, const LOOP(forward) *f, real *input)
 {
-    if (!ELEM_IS_DOUBLE && UNLIKELY(f->wide)) {
+    if (!ELEM_IS_DOUBLE && UNLIKELY(f->in_float64)) {
         for (ptrdiff_t i = begin; i < end; i += DLANES) {
-            const rvec a = LOOP(input_wide)(p, i, MIN(end - i, DLANES), mean, f->scale, f->offset);
+            const rvec a = LOOP(input_in_float64)(p, i, MIN(end - i, DLANES), mean, f->scale, f->offset);
             memcpy(input + i - begin, &a, sizeof a);
         }
         return;
@@ -460,14 +460,14 @@ INLINE void LOOP(inputs)(LOOP(source) p, ptrdiff_t begin, ptrdiff_t end, dvec me
 
 INLINE void LOOP(reduce_piece)(LOOP(source) p, ptrdiff_t begin, ptrdiff_t end, dvec shift,
                                const LOOP(forward) *f, LOOP(activation) act, LOOP(sums) *s, const int activated,
-                               const int backward, const int copying, const int exact)
+                               const int backward, const int copying, const int sum_in_float64)
 {
     real input[PIECE + LANES];
     if (backward && activated)
         LOOP(inputs)(p, begin, end, shift, f, input);
     ptrdiff_t i = begin;
 #if ELEM_HALF
-    if (!backward && !exact) {
+    if (!backward && !sum_in_float64) {
         const vec shift_ = splat((real)shift[0]);
         for (; i + SHORT * LANES <= end; i += SHORT * LANES)
             LOOP(reduce_short)(p, i, i + SHORT * LANES, shift_, s, copying);
@@ -476,7 +476,7 @@ INLINE void LOOP(reduce_piece)(LOOP(source) p, ptrdiff_t begin, ptrdiff_t end, d
         return;
     }
 #else
-    (void)exact;
+    (void)sum_in_float64;
 #endif
     /* Often, so that the compiler gives its registers to these sums */
     for (; OFTEN(i + UNROLL * DLANES <= end); i += UNROLL * DLANES)
@@ -500,23 +500,23 @@ INLINE void LOOP(fetch)(const elem *run, const elem *next, ptrdiff_t i, ptrdiff_
         __builtin_prefetch(p + l, 0, 2);
 }
 
-INLINE void LOOP(runs)(const cbn_tile *m, const cbn_tile *r, const int plain, const int backward, const int mapping,
+INLINE void LOOP(runs)(const cbn_tile *m, const cbn_tile *r, const int plain, const int backward, const int applying,
                         const int reducing)
 {
-    const int past = mapping && m->nontemporal, copying = reducing && r->x_copy.data;
-    const ptrdiff_t length = mapping ? m->length : r->length, n_runs = mapping ? m->n_runs : r->n_runs;
-    const ptrdiff_t m_channels = mapping ? m->n_channels : 0, r_channels = reducing ? r->n_channels : 0;
+    const int nontemporal = applying && m->nontemporal, copying = reducing && r->x_copy.data;
+    const ptrdiff_t length = applying ? m->length : r->length, n_runs = applying ? m->n_runs : r->n_runs;
+    const ptrdiff_t m_channels = applying ? m->n_channels : 0, r_channels = reducing ? r->n_channels : 0;
     const ptrdiff_t n_channels = MAX(m_channels, r_channels), group = GROUP;
     const ptrdiff_t piece = reducing ? PIECE : length;
     real factors[ALL_FACTORS][GROUP];
     LOOP(shared) shared = {.line = NULL};
     /* Of a map backward only that of float64 elements may be CHECKED */
     const int bare = plain || (backward && !ELEM_IS_DOUBLE);
-    const LOOP(activation) act = bare ? (LOOP(activation)){PLAIN} : LOOP(activation_of)(mapping ? m : r);
+    const LOOP(activation) act = bare ? (LOOP(activation)){PLAIN} : LOOP(activation_of)(applying ? m : r);
 #ifdef SUMS
     const LOOP(activation) act_r = plain ? (LOOP(activation)){PLAIN} : LOOP(activation_of)(reducing ? r : m);
     /* Twice as far where nothing is stored; half as far for two arrays */
-    const ptrdiff_t ahead = !reducing || !r->prefetch ? 0 : AHEAD * (mapping ? 1 : 2) / (backward ? 2 : 1);
+    const ptrdiff_t ahead = !reducing || !r->prefetch ? 0 : AHEAD * (applying ? 1 : 2) / (backward ? 2 : 1);
     LOOP(sums) sums[GROUP];
     LOOP(totals) totals[GROUP];
     const int flushing = reducing && !backward && (!ELEM_HALF || r->sum_in_float64) && n_runs * length > FLUSH;
@@ -524,7 +524,7 @@ INLINE void LOOP(runs)(const cbn_tile *m, const cbn_tile *r, const int plain, co
 #endif
     for (ptrdiff_t first = 0; first < n_channels; first += group) {
         const ptrdiff_t last = MIN(first + group, n_channels);
-        if (mapping)
+        if (applying)
             LOOP(factors)(m->coef_c + first, m->pitch, MIN(last, m_channels) - first, factors[0], GROUP, backward);
 #ifdef SUMS
         if (reducing && backward && act_r.kind != PLAIN)
@@ -532,7 +532,7 @@ INLINE void LOOP(runs)(const cbn_tile *m, const cbn_tile *r, const int plain, co
 #endif
         for (ptrdiff_t n = 0; n < n_runs; n++)
             for (ptrdiff_t c = first; c < last; c++) {
-                const int maps = mapping && c < m_channels;
+                const int applies = applying && c < m_channels;
                 const elem *mx = NULL, *mg = NULL;
                 const elem_out *mz = NULL;
                 elem_out *y = NULL;
@@ -540,19 +540,19 @@ INLINE void LOOP(runs)(const cbn_tile *m, const cbn_tile *r, const int plain, co
                 ptrdiff_t head = 0, whole = length; /* whole lines lie between these */
                 ptrdiff_t next_flush = PTRDIFF_MAX; /* elements of the run until then */
                 int normal = 0;
-                if (maps) {
+                if (applies) {
                     mx = AT(m->x, n, c), mg = AT(m->g, n, c), y = Y_AT(m->y, n, c);
                     mz = m->z.data ? Y_AT(m->z, n, c) : NULL;
                     for (int i = 0; i < FACTORS(backward); i++)
                         f[i] = splat(factors[i][c - first]);
                     normal = LOOP(stays_normal)(m, factors[TERM][c - first], act, backward);
-                    if (past || length >= LONG)
+                    if (nontemporal || length >= LONG)
                         head = MIN(TO_LINE(y), length);
-                    if (past) {
+                    if (nontemporal) {
                         whole = head + (length - head) / LINE_ELEMS * LINE_ELEMS;
-                        LOOP(map_shared)(mx, mg, mz, y, 0, head, f, act, &shared, act.kind, backward);
+                        LOOP(apply_shared)(mx, mg, mz, y, 0, head, f, act, &shared, act.kind, backward);
                     } else
-                        LOOP(map_piece)(mx, mg, mz, y, 0, head, f, act, act.kind, backward, 0, normal);
+                        LOOP(apply_piece)(mx, mg, mz, y, 0, head, f, act, act.kind, backward, 0, normal);
                 }
 #ifdef SUMS
                 const int reduces = reducing && c < r_channels;
@@ -560,7 +560,7 @@ INLINE void LOOP(runs)(const cbn_tile *m, const cbn_tile *r, const int plain, co
                 LOOP(source) p = {NULL, NULL, NULL, NULL, NULL};
                 LOOP(sums) s;
                 dvec shift = {0};
-                LOOP(forward) f_r = {.wide = 0};
+                LOOP(forward) f_r = {.in_float64 = 0};
                 const elem *mz_next = mz ? NEXT(m->z) : NULL;
                 if (reduces) {
                     p.x = AT(r->x, n, c), p.g = AT(r->g, n, c);
@@ -569,13 +569,13 @@ INLINE void LOOP(runs)(const cbn_tile *m, const cbn_tile *r, const int plain, co
                     if (copying)
                         p.x_copy = AT(r->x_copy, n, c);
                     if (backward && (copying || act_r.kind != PLAIN))
-                        p.h = AT(r->dh, n, c);
+                        p.dh = AT(r->dh, n, c);
                     if (backward && act_r.kind != PLAIN) {
                         p.z = r->z.data ? AT(r->z, n, c) : NULL;
                         z_next = p.z ? NEXT(r->z) : NULL;
                         for (int i = 0; i < SLOPE; i++)
                             f_r.factors[i] = splat(of_forward[i][c - first]);
-                        f_r.wide = r->forward_c[CBN_IN_FLOAT64 * r->pitch + c] != 0;
+                        f_r.in_float64 = r->forward_c[CBN_IN_FLOAT64 * r->pitch + c] != 0;
                         f_r.scale = splat_d(r->forward_c[CBN_SCALE * r->pitch + c]);
                         f_r.offset = splat_d(r->forward_c[CBN_OFFSET * r->pitch + c]);
                     }
@@ -597,18 +597,18 @@ INLINE void LOOP(runs)(const cbn_tile *m, const cbn_tile *r, const int plain, co
                         LOOP(fetch)(mz, mz_next, i, AHEAD, length);
 #endif
                     /* A body each: that of plain maps has no branches */
-                    if (maps && bare)
-                        LOOP(map_piece)(mx, mg, mz, y, MIN(head + i, whole), MIN(head + i + piece, whole), f, act,
-                                        PLAIN, backward, past, normal);
-                    else if (maps && !backward && act.kind == ACTIVATED)
-                        LOOP(map_piece)(mx, mg, mz, y, MIN(head + i, whole), MIN(head + i + piece, whole), f, act,
-                                        ACTIVATED, backward, past, normal);
-                    else if (maps)
-                        LOOP(map_piece)(mx, mg, mz, y, MIN(head + i, whole), MIN(head + i + piece, whole), f, act,
-                                        CHECKED, backward, past, normal);
+                    if (applies && bare)
+                        LOOP(apply_piece)(mx, mg, mz, y, MIN(head + i, whole), MIN(head + i + piece, whole), f, act,
+                                        PLAIN, backward, nontemporal, normal);
+                    else if (applies && !backward && act.kind == ACTIVATED)
+                        LOOP(apply_piece)(mx, mg, mz, y, MIN(head + i, whole), MIN(head + i + piece, whole), f, act,
+                                        ACTIVATED, backward, nontemporal, normal);
+                    else if (applies)
+                        LOOP(apply_piece)(mx, mg, mz, y, MIN(head + i, whole), MIN(head + i + piece, whole), f, act,
+                                        CHECKED, backward, nontemporal, normal);
                     /* What is left, once, before the copy of what is reduced takes its place. */
-                    if (maps && past && head + i + piece >= whole && (i == 0 || head + i < whole))
-                        LOOP(map_shared)(mx, mg, mz, y, whole, length, f, act, &shared, act.kind, backward);
+                    if (applies && nontemporal && head + i + piece >= whole && (i == 0 || head + i < whole))
+                        LOOP(apply_shared)(mx, mg, mz, y, whole, length, f, act, &shared, act.kind, backward);
 #ifdef SUMS
                     if (reduces) {
                         if (ahead)
@@ -707,7 +707,7 @@ INLINE void LOOP(fold)(const cbn_tile *t, double *column, double *sum_c)
 #endif
 
 /* Columns begin to end of some rows, less than a line. */
-INLINE void LOOP(map_part)(const cbn_tile *m, ptrdiff_t n, ptrdiff_t height, ptrdiff_t begin, ptrdiff_t end,
+INLINE void LOOP(apply_part)(const cbn_tile *m, ptrdiff_t n, ptrdiff_t height, ptrdiff_t begin, ptrdiff_t end,
                            real (*factors)[ROOM], LOOP(activation) act, const int backward)
 {
     for (ptrdiff_t j = begin; j < end; j += LANES) {
@@ -742,22 +742,22 @@ INLINE LOOP(row_of) LOOP(row_at)(const cbn_tile *m, ptrdiff_t n)
                           m->x.n, m->g.n, m->z.n, m->y.n};
 }
 
-INLINE void LOOP(store_lines)(elem_out *y, ptrdiff_t step, ptrdiff_t height, vec (*v)[LINE_ELEMS / LANES], const int past,
+INLINE void LOOP(store_lines)(elem_out *y, ptrdiff_t step, ptrdiff_t height, vec (*v)[LINE_ELEMS / LANES], const int nontemporal,
                               const int normal)
 {
     for (ptrdiff_t row = 0; row < height; row++, y += step)
         if (LINE_ELEMS / LANES % 2 == 0)
             for (int i = 0; i < LINE_ELEMS / LANES; i += 2)
-                store_two(y + i * LANES, v[row] + i, past, normal);
-        else if (past)
-            store_past(y, v[row][0]);
+                store_two(y + i * LANES, v[row] + i, nontemporal, normal);
+        else if (nontemporal)
+            store_nontemporal(y, v[row][0]);
         else
             store(y, v[row][0]);
 }
 
 /* One line of columns of some rows. */
-INLINE void LOOP(map_line)(LOOP(row_of) at, ptrdiff_t height, ptrdiff_t j, real (*factors)[ROOM],
-                           LOOP(activation) act, const int kind, const int backward, const int past,
+INLINE void LOOP(apply_line)(LOOP(row_of) at, ptrdiff_t height, ptrdiff_t j, real (*factors)[ROOM],
+                           LOOP(activation) act, const int kind, const int backward, const int nontemporal,
                            const int fetching, const int normal)
 {
     vec f[LINE_ELEMS / LANES][ALL_FACTORS] = {{{0}}};
@@ -775,7 +775,7 @@ INLINE void LOOP(map_line)(LOOP(row_of) at, ptrdiff_t height, ptrdiff_t j, real 
                 __builtin_prefetch(g + ROWS * at.g_n, 0, 2);
             if (z)
                 __builtin_prefetch(z + ROWS * at.z_n, 0, 2);
-            if (!past)
+            if (!nontemporal)
                 __builtin_prefetch(at.y + (row + ROWS) * at.y_n + j, 1, 2);
         }
         UNROLLED for (int v = 0; v < LINE_ELEMS / LANES; v++)
@@ -788,9 +788,9 @@ INLINE void LOOP(map_line)(LOOP(row_of) at, ptrdiff_t height, ptrdiff_t j, real 
                                           at.z ? at.z + row * at.z_n + j : NULL, v * LANES, 0, LANES, f[v], act,
                                           kind, backward);
     /* Constants, so that each body has one kind of store. */
-    if (past && normal)
+    if (nontemporal && normal)
         LOOP(store_lines)(at.y + j, at.y_n, height, out, 1, 1);
-    else if (past)
+    else if (nontemporal)
         LOOP(store_lines)(at.y + j, at.y_n, height, out, 1, 0);
     else
         LOOP(store_lines)(at.y + j, at.y_n, height, out, 0, normal);
@@ -799,7 +799,7 @@ INLINE void LOOP(map_line)(LOOP(row_of) at, ptrdiff_t height, ptrdiff_t j, real 
 #ifdef SUMS
 /* Elements from row to row. */
 typedef struct {
-    ptrdiff_t x, g, z, h;
+    ptrdiff_t x, g, z, dh;
 } LOOP(steps);
 
 /* What a value of each channel becomes for each column. */
@@ -815,10 +815,10 @@ typedef struct {
         real short_shift[ROOM];
         struct { /* backward: factors of the forward pass, and coefficients of the channels that took the wide loops */
             real of_forward[SLOPE][ROOM];
-            int some_wide;
+            int some_in_float64;
 #if !ELEM_IS_DOUBLE
-            lane_int wide[ROOM];
-            double wide_scale[ROOM], wide_offset[ROOM];
+            lane_int in_float64[ROOM];
+            double float64_scale[ROOM], float64_offset[ROOM];
 #endif
         };
     };
@@ -885,14 +885,14 @@ INLINE void LOOP(inputs_of_columns)(LOOP(source) p, ptrdiff_t j, ptrdiff_t n, co
     const vec a = LOOP(input)(p.x, p.z, j, n, f, kind);
     memcpy(input, &a, sizeof a);
 #if !ELEM_IS_DOUBLE
-    for (ptrdiff_t i = 0; UNLIKELY(k->some_wide) && i < n; i += DLANES) {
+    for (ptrdiff_t i = 0; UNLIKELY(k->some_in_float64) && i < n; i += DLANES) {
         rvec narrow;
-        rvec_bits wide;
+        rvec_bits in_float64;
         memcpy(&narrow, input + i, sizeof narrow);
-        memcpy(&wide, k->wide + j + i, sizeof wide);
-        const dvec mean = load_double(k->shift + j + i), scale = load_double(k->wide_scale + j + i);
-        const dvec offset = load_double(k->wide_offset + j + i);
-        narrow = select_r(wide, LOOP(input_wide)(p, j + i, MIN(n - i, DLANES), mean, scale, offset), narrow);
+        memcpy(&in_float64, k->in_float64 + j + i, sizeof in_float64);
+        const dvec mean = load_double(k->shift + j + i), scale = load_double(k->float64_scale + j + i);
+        const dvec offset = load_double(k->float64_offset + j + i);
+        narrow = select_r(in_float64, LOOP(input_in_float64)(p, j + i, MIN(n - i, DLANES), mean, scale, offset), narrow);
         memcpy(input + i, &narrow, sizeof narrow);
     }
 #else
@@ -926,16 +926,16 @@ INLINE void LOOP(spread_forward)(const cbn_tile *r, LOOP(columns) *k)
         SPREAD(r, k->of_forward[i]);
         memset(k->of_forward[i] + columns, 0, LINE_ELEMS * sizeof(real));
     }
-    k->some_wide = 0;
+    k->some_in_float64 = 0;
 #if !ELEM_IS_DOUBLE
     for (ptrdiff_t c = 0; c < r->n_channels; c++) {
-        k->wide[c] = -(r->forward_c[CBN_IN_FLOAT64 * r->pitch + c] != 0);
-        k->some_wide |= k->wide[c];
+        k->in_float64[c] = -(r->forward_c[CBN_IN_FLOAT64 * r->pitch + c] != 0);
+        k->some_in_float64 |= k->in_float64[c];
     }
-    if (k->some_wide) {
-        SPREAD(r, k->wide);
-        LOOP(spread)(r, r->forward_c + CBN_SCALE * r->pitch, k->wide_scale);
-        LOOP(spread)(r, r->forward_c + CBN_OFFSET * r->pitch, k->wide_offset);
+    if (k->some_in_float64) {
+        SPREAD(r, k->in_float64);
+        LOOP(spread)(r, r->forward_c + CBN_SCALE * r->pitch, k->float64_scale);
+        LOOP(spread)(r, r->forward_c + CBN_OFFSET * r->pitch, k->float64_offset);
     }
 #endif
 }
@@ -944,7 +944,7 @@ INLINE LOOP(source) LOOP(row_source)(const cbn_tile *r, ptrdiff_t row, LOOP(acti
 {
     LOOP(source) p = {AT(r->x, row, 0), AT(r->g, row, 0), NULL, NULL, NULL};
     if (backward && act.kind != PLAIN) {
-        p.h = AT(r->dh, row, 0);
+        p.dh = AT(r->dh, row, 0);
         p.z = r->z.data ? AT(r->z, row, 0) : NULL;
     }
     return p;
@@ -952,7 +952,7 @@ INLINE LOOP(source) LOOP(row_source)(const cbn_tile *r, ptrdiff_t row, LOOP(acti
 
 INLINE void LOOP(reduce_line)(LOOP(source) p, LOOP(steps) step, ptrdiff_t height, ptrdiff_t j, ptrdiff_t ahead_x,
                               ptrdiff_t ahead_g, LOOP(columns) *k, LOOP(activation) act, const int activated,
-                              LOOP(turn) turn, const int backward, const int exact)
+                              LOOP(turn) turn, const int backward, const int sum_in_float64)
 {
     dvec shift[LINE_ELEMS / DLANES], sum[LINE_ELEMS / DLANES], square[LINE_ELEMS / DLANES];
     real input[ROWS][LINE_ELEMS]; /* backward goes through so many at most */
@@ -965,7 +965,7 @@ INLINE void LOOP(reduce_line)(LOOP(source) p, LOOP(steps) step, ptrdiff_t height
         LOOP(load_sums)(k, j + v * DLANES, turn, &sum[v], &square[v]);
     }
 #if ELEM_HALF && defined(HAS_BF16)
-    if (!exact) {
+    if (!sum_in_float64) {
         vec s[2] = {{0}}, q[2] = {{0}};
         for (ptrdiff_t row = 0; row < height; row += 2) {
             const elem *x = p.x + row * step.x + j, *below = row + 1 < height ? x + step.x : NULL;
@@ -984,7 +984,7 @@ INLINE void LOOP(reduce_line)(LOOP(source) p, LOOP(steps) step, ptrdiff_t height
         }
     }
 #elif ELEM_HALF
-    if (!exact)
+    if (!sum_in_float64)
         for (ptrdiff_t block = 0; block < height; block += ROWS)
             for (int v = 0; v < LINE_ELEMS / LANES; v++) {
                 const vec short_shift = ELEM_HALF == F16 ? load_real(k->short_shift + j + v * LANES) : (vec){0};
@@ -1003,7 +1003,7 @@ INLINE void LOOP(reduce_line)(LOOP(source) p, LOOP(steps) step, ptrdiff_t height
                 square[2 * v + 1] += upper_d(q);
             }
 #endif
-    for (ptrdiff_t row = 0; exact && row < height; row++) {
+    for (ptrdiff_t row = 0; sum_in_float64 && row < height; row++) {
         __builtin_prefetch(p.x + j + ahead_x, 0, 2);
         if (backward)
             __builtin_prefetch(p.g + j + ahead_g, 0, 2);
@@ -1013,7 +1013,7 @@ INLINE void LOOP(reduce_line)(LOOP(source) p, LOOP(steps) step, ptrdiff_t height
         p.x += step.x;
         p.g += step.g;
         if (backward && activated) {
-            p.h += step.h;
+            p.dh += step.dh;
             p.z = p.z ? p.z + step.z : NULL;
         }
     }
@@ -1068,28 +1068,28 @@ INLINE int LOOP(downwards)(const cbn_tile *m, const cbn_tile *r, const int backw
     return up < down;
 }
 
-INLINE void LOOP(rows)(const cbn_tile *m, const cbn_tile *r, const int plain, const int backward, const int mapping,
+INLINE void LOOP(rows)(const cbn_tile *m, const cbn_tile *r, const int plain, const int backward, const int applying,
                        const int reducing, const ptrdiff_t rows)
 {
-    const int past = mapping && m->nontemporal;
+    const int nontemporal = applying && m->nontemporal;
     /* Of a map backward only that of float64 elements may be CHECKED */
     const int bare = plain || (backward && !ELEM_IS_DOUBLE);
-    const LOOP(activation) act = bare ? (LOOP(activation)){PLAIN} : LOOP(activation_of)(mapping ? m : r);
+    const LOOP(activation) act = bare ? (LOOP(activation)){PLAIN} : LOOP(activation_of)(applying ? m : r);
     real room[ALL_FACTORS][ROOM] __attribute__((aligned(LINE)));
-    const ptrdiff_t n_runs = mapping ? m->n_runs : r->n_runs;
-    const ptrdiff_t m_columns = mapping ? m->copies * m->n_channels * m->length - m->drop : 0;
-    const ptrdiff_t skip = mapping ? m->skip : 0;
+    const ptrdiff_t n_runs = applying ? m->n_runs : r->n_runs;
+    const ptrdiff_t m_columns = applying ? m->copies * m->n_channels * m->length - m->drop : 0;
+    const ptrdiff_t skip = applying ? m->skip : 0;
     ptrdiff_t head = skip;
     if (RARE)
         head = m_columns;
-    else if (past || (mapping && m_columns >= LONG))
+    else if (nontemporal || (applying && m_columns >= LONG))
         head = MIN(skip + TO_LINE((elem_out *)m->y.data + skip), m_columns);
     /* Where a line of y begins, a vector of factors is aligned too. */
     real(*factors)[ROOM] = (void *)(room[0] + (-head & (LINE_ELEMS - 1)));
     ptrdiff_t columns = m_columns;
-    const int down = mapping && LOOP(downwards)(m, reducing ? r : NULL, backward);
+    const int down = applying && LOOP(downwards)(m, reducing ? r : NULL, backward);
     int normal = 1;
-    if (mapping) {
+    if (applying) {
         LOOP(factors)(m->coef_c, m->pitch, m->n_channels, factors[0], ROOM, backward);
         for (ptrdiff_t c = 0; c < m->n_channels; c++)
             normal &= LOOP(stays_normal)(m, factors[TERM][c], act, backward);
@@ -1100,7 +1100,7 @@ INLINE void LOOP(rows)(const cbn_tile *m, const cbn_tile *r, const int plain, co
     LOOP(columns) of_column __attribute__((aligned(LINE)));
     const LOOP(activation) act_r = plain ? (LOOP(activation)){PLAIN} : LOOP(activation_of)(reducing ? r : m);
     const LOOP(steps) step = {reducing ? r->x.n : 0, reducing ? r->g.n : 0, reducing ? r->z.n : 0, reducing ? r->dh.n : 0};
-    const int exact = backward || !ELEM_HALF || (reducing && r->sum_in_float64);
+    const int sum_in_float64 = backward || !ELEM_HALF || (reducing && r->sum_in_float64);
     const ptrdiff_t r_columns = reducing ? r->copies * r->n_channels * r->length : 0;
     if (reducing) {
         columns = MAX(columns, r_columns);
@@ -1110,11 +1110,11 @@ INLINE void LOOP(rows)(const cbn_tile *m, const cbn_tile *r, const int plain, co
         if (backward && act_r.kind != PLAIN)
             LOOP(spread_forward)(r, &of_column);
     }
-    const int flushing = !backward && exact;
+    const int flushing = !backward && sum_in_float64;
 #endif
     /* A row may end with the head of the next one where nothing lies between them: else the line that they share would be
      * stored in two parts, each of which reads it from memory first. The last row is then one of its own. */
-    const int wraps = past && !reducing && !RARE && rows > 1 && skip == 0 && m_columns % LINE_ELEMS == 0 &&
+    const int wraps = nontemporal && !reducing && !RARE && rows > 1 && skip == 0 && m_columns % LINE_ELEMS == 0 &&
                       m->y.n == m_columns && m->x.n == m_columns && (!backward || m->g.n == m_columns) &&
                       (!m->z.data || m->z.n == m_columns);
     for (int i = 0; wraps && i < FACTORS(backward); i++)
@@ -1124,11 +1124,11 @@ INLINE void LOOP(rows)(const cbn_tile *m, const cbn_tile *r, const int plain, co
         const int last_row = n == n_runs - 1;
         height = MIN(rows, wraps && !last_row ? n_runs - 1 - n : n_runs - n);
         const ptrdiff_t end = m_columns + (wraps && !last_row ? head : 0);
-        if (past && rows == 1 && !RARE)
+        if (nontemporal && rows == 1 && !RARE)
             head = MIN(TO_LINE(Y_AT(m->y, n, 0)), m_columns);
         if (!wraps || n == 0)
-            LOOP(map_part)(m, n, wraps ? 1 : height, skip, head, factors, act, backward);
-        const LOOP(row_of) at = LOOP(row_at)(mapping ? m : r, n);
+            LOOP(apply_part)(m, n, wraps ? 1 : height, skip, head, factors, act, backward);
+        const LOOP(row_of) at = LOOP(row_at)(applying ? m : r, n);
         LOOP(row_of) without_z = at;
         without_z.z = NULL;
 #ifdef SUMS
@@ -1144,40 +1144,40 @@ INLINE void LOOP(rows)(const cbn_tile *m, const cbn_tile *r, const int plain, co
 #endif
         for (ptrdiff_t k = 0; k < columns; k += LINE_ELEMS) {
             const ptrdiff_t j = down ? (columns - 1) / LINE_ELEMS * LINE_ELEMS - k : k;
-            if (mapping && !RARE && head + j + LINE_ELEMS <= end) {
+            if (applying && !RARE && head + j + LINE_ELEMS <= end) {
                 /* A body each: that of plain maps has no branches */
                 if (height == rows && bare)
-                    LOOP(map_line)(without_z, rows, head + j, factors, act, PLAIN, backward, past, !reducing, normal);
+                    LOOP(apply_line)(without_z, rows, head + j, factors, act, PLAIN, backward, nontemporal, !reducing, normal);
                 else if (height == rows && !backward && act.kind == ACTIVATED)
-                    LOOP(map_line)(at, rows, head + j, factors, act, ACTIVATED, backward, past, !reducing, normal);
+                    LOOP(apply_line)(at, rows, head + j, factors, act, ACTIVATED, backward, nontemporal, !reducing, normal);
                 else if (height == rows)
-                    LOOP(map_line)(at, rows, head + j, factors, act, CHECKED, backward, past, !reducing, normal);
+                    LOOP(apply_line)(at, rows, head + j, factors, act, CHECKED, backward, nontemporal, !reducing, normal);
                 else if (bare) {
                     LOOP(row_of) one = without_z;
                     for (ptrdiff_t row = n; row < n + height; row++) {
-                        LOOP(map_line)(one, 1, head + j, factors, act, PLAIN, backward, past, 0, normal);
+                        LOOP(apply_line)(one, 1, head + j, factors, act, PLAIN, backward, nontemporal, 0, normal);
                         one.x += one.x_n;
                         one.g += one.g_n;
                         one.y += one.y_n;
                     }
                 } else
                     for (ptrdiff_t row = n; row < n + height; row++)
-                        LOOP(map_line)(LOOP(row_at)(m, row), 1, head + j, factors, act, act.kind, backward, past, 0,
+                        LOOP(apply_line)(LOOP(row_at)(m, row), 1, head + j, factors, act, act.kind, backward, nontemporal, 0,
                                        normal);
             }
-            else if (mapping && head + j < end)
-                LOOP(map_part)(m, n, height, head + j, end, factors, act, backward);
+            else if (applying && head + j < end)
+                LOOP(apply_part)(m, n, height, head + j, end, factors, act, backward);
 #ifdef SUMS
             if (reducing && j + LINE_ELEMS <= r_columns) {
                 if (height == rows && backward && !plain && (!ELEM_IS_DOUBLE || act_r.kind != PLAIN))
                     LOOP(reduce_line)(source, step, rows, j, ahead_x, ahead_g, &of_column, act_r, 1, turn, backward,
-                                      exact);
+                                      sum_in_float64);
                 else if (height == rows)
                     LOOP(reduce_line)(source, step, rows, j, ahead_x, ahead_g, &of_column, act_r, 0, turn, backward,
-                                      exact);
+                                      sum_in_float64);
                 else
                     LOOP(reduce_line)(source, step, height, j, ahead_x, ahead_g, &of_column, act_r,
-                                      act_r.kind != PLAIN, turn, backward, exact);
+                                      act_r.kind != PLAIN, turn, backward, sum_in_float64);
             }
             else if (reducing && j < r_columns)
                 LOOP(reduce_part)(r, n, height, j, r_columns, &of_column, act_r, turn, backward);
@@ -1319,7 +1319,7 @@ const cbn_loops LOOP(loops) = {
 #undef some_words
 #undef store
 #undef store_part
-#undef store_past
+#undef store_nontemporal
 #undef store_two
 #undef load_two
 #undef folded_d

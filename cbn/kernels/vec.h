@@ -35,7 +35,7 @@
 #define store LOOP(store)
 #define store_part LOOP(store_part)
 #define MASK(begin, end) ((1u << (end)) - (1u << (begin)))
-#define store_past LOOP(store_past)
+#define store_nontemporal LOOP(store_nontemporal)
 #define store_two LOOP(store_two)
 #define rounded LOOP(rounded)
 #define quiet LOOP(quiet)
@@ -298,7 +298,7 @@ INLINE void store_part(elem_out *p, vec v, ptrdiff_t begin, ptrdiff_t end)
 }
 
 /* A store that does not read the line from memory first, nor keep it in a cache; p is aligned to its size. */
-INLINE void store_past(elem_out *p, vec v)
+INLINE void store_nontemporal(elem_out *p, vec v)
 {
 #if !defined(__x86_64__) || (ELEM_HALF && (VEC_BYTES == 16 || defined(WIDENS)))
     store(p, v); /* of 8 bytes or less there is no such store from a vector */
@@ -322,7 +322,7 @@ INLINE void store_past(elem_out *p, vec v)
 }
 
 /* Two vectors, side by side. `normal`: no value is subnormal, which the processor's conversion to bfloat16 takes for 0. */
-INLINE void store_two(elem_out *p, const vec *v, const int past, const int normal)
+INLINE void store_two(elem_out *p, const vec *v, const int nontemporal, const int normal)
 {
     (void)normal;
 #if ELEM_HALF == BF16 && VEC_BYTES == 64 && !defined(WIDENS)
@@ -334,14 +334,14 @@ INLINE void store_two(elem_out *p, const vec *v, const int past, const int norma
 #endif
         /* The upper halves of both */
         both = _mm512_permutex2var_epi16((__m512i)rounded(v[0]), _mm512_loadu_si512(odd_words), (__m512i)rounded(v[1]));
-    if (past)
+    if (nontemporal)
         _mm512_stream_si512((__m512i *)p, both);
     else
         _mm512_storeu_si512(p, both);
 #else
     for (int i = 0; i < 2; i++)
-        if (past)
-            store_past(p + i * LANES, v[i]);
+        if (nontemporal)
+            store_nontemporal(p + i * LANES, v[i]);
         else
             store(p + i * LANES, v[i]);
 #endif
