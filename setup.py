@@ -1,6 +1,6 @@
 """Build of the compiled modules. Everything that is not about compiling is in pyproject.toml.
 
-No instruction-set flags: the sources name what they need (see cbn/kernels/instantiate.h), so that one build runs
+No instruction-set flags: the sources name what they need (see cbn/kernels/sets/), so that one build runs
 on every processor of its architecture.
 
 Environment:
@@ -166,8 +166,8 @@ class BuildPasses(build_ext):
 # Extensions and their sources, those that take longest first. See cbn/kernels/__init__.py for what each is.
 EXTENSIONS = {
     "engine": [
-        *(["avx2.c", "avx512.c", "avx512_bf16.c"] if X86 else []),
-        "baseline.c",
+        *(["sets/avx2.c", "sets/avx512.c", "sets/avx512_bf16.c"] if X86 else []),
+        "sets/baseline.c",
         "engine.pyx",
         "select.c",
         "threads.c",
@@ -182,7 +182,7 @@ extensions = [
     Extension(
         f"cbn.kernels.{name}",
         sources=[str(KERNELS / source) for source in sources],
-        depends=[str(path) for path in sorted(KERNELS.glob("*.h"))],
+        depends=[str(path) for path in sorted(KERNELS.rglob("*.h"))],
         include_dirs=[numpy.get_include(), str(KERNELS)],
         define_macros=[("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION"), ("NPY_TARGET_VERSION", "NPY_2_0_API_VERSION")],
     )

@@ -2,4 +2,4 @@
 #define ISA baseline
 #define TARGET
 #define VEC_BYTES 16
-#include "instantiate.h"
+#include "set.h"

@@ -4,4 +4,4 @@
 #define VEC_BYTES 64
 #define HAS_BF16
 #define BASE avx512
-#include "instantiate.h"
+#include "set.h"

@@ -2,4 +2,4 @@
 #define ISA avx512
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
 #define VEC_BYTES 64
-#include "instantiate.h"
+#include "set.h"

@@ -14,9 +14,6 @@
 #define elem LOOP(elem)
 #define elem_out LOOP(elem_out)
 #define packed_out LOOP(packed_out)
-#ifndef OUT
-#define OUT ELEM
-#endif
 #define real LOOP(real)
 #define vec LOOP(vec)
 #define packed LOOP(packed)
@@ -53,26 +50,26 @@ typedef lane_int lane_bits __attribute__((vector_size(VEC_BYTES))); /* what hold
 typedef elem packed __attribute__((vector_size(VEC_BYTES / sizeof(REAL) * sizeof(ELEM))));
 typedef elem_out packed_out __attribute__((vector_size(VEC_BYTES / sizeof(REAL) * sizeof(OUT))));
 
-#if ELEM_HALF && VEC_BYTES >= 32
+#if HALF && VEC_BYTES >= 32
 /* Four, eight or sixteen elements as float32. */
 INLINE __m128 LOOP(floats_128)(__m128i e)
 {
-    return ELEM_HALF == F16 ? _mm_cvtph_ps(e) : _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(e), 16));
+    return HALF == F16 ? _mm_cvtph_ps(e) : _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(e), 16));
 }
 
 INLINE __m256 LOOP(floats_256)(__m128i e)
 {
-    return ELEM_HALF == F16 ? _mm256_cvtph_ps(e) : _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(e), 16));
+    return HALF == F16 ? _mm256_cvtph_ps(e) : _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(e), 16));
 }
 #endif
 
-#if ELEM_HALF && (defined(WIDENS) || (ELEM_HALF == F16 && VEC_BYTES == 16))
+#if HALF && (WIDENS || (HALF == F16 && VEC_BYTES == 16))
 /* One by one, where the processor has no instruction for it, or it is rare; not inlined, for it is long. */
 TARGET static __attribute__((noinline)) vec LOOP(unpack_each)(packed e)
 {
     vec v;
     for (ptrdiff_t i = 0; i < LANES; i++)
-        v[i] = ELEM_HALF == F16 ? cbn_from_f16(e[i]) : cbn_from_bf16(e[i]);
+        v[i] = HALF == F16 ? cbn_from_f16(e[i]) : cbn_from_bf16(e[i]);
     return v;
 }
 
@@ -80,54 +77,54 @@ TARGET static __attribute__((noinline)) packed LOOP(pack_each)(vec v)
 {
     packed e;
     for (ptrdiff_t i = 0; i < LANES; i++)
-        e[i] = ELEM_HALF == F16 ? cbn_to_f16((float)v[i]) : cbn_to_bf16((float)v[i]);
+        e[i] = HALF == F16 ? cbn_to_f16((float)v[i]) : cbn_to_bf16((float)v[i]);
     return e;
 }
-#elif ELEM_HALF == BF16
+#elif HALF == BF16
 typedef uint32_t LOOP(bits) __attribute__((vector_size(VEC_BYTES)));
 #endif
 
 INLINE vec unpack(packed e)
 {
-#if ELEM_BYTE && VEC_BYTES == 64
-    return (vec)_mm512_cvtepi32_ps(ELEM_BYTE == U8 ? _mm512_cvtepu8_epi32((__m128i)e) : _mm512_cvtepi8_epi32((__m128i)e));
-#elif ELEM_BYTE && VEC_BYTES == 32
+#if BYTE && VEC_BYTES == 64
+    return (vec)_mm512_cvtepi32_ps(X_KIND == U8 ? _mm512_cvtepu8_epi32((__m128i)e) : _mm512_cvtepi8_epi32((__m128i)e));
+#elif BYTE && VEC_BYTES == 32
     const __m128i low = _mm_cvtsi64_si128((long long)e);
-    return (vec)_mm256_cvtepi32_ps(ELEM_BYTE == U8 ? _mm256_cvtepu8_epi32(low) : _mm256_cvtepi8_epi32(low));
-#elif ELEM_BYTE
+    return (vec)_mm256_cvtepi32_ps(X_KIND == U8 ? _mm256_cvtepu8_epi32(low) : _mm256_cvtepi8_epi32(low));
+#elif BYTE
     vec v;
     for (ptrdiff_t i = 0; i < LANES; i++)
         v[i] = e[i];
     return v;
-#elif ELEM_HALF && (defined(WIDENS) || (ELEM_HALF == F16 && VEC_BYTES == 16))
+#elif HALF && (WIDENS || (HALF == F16 && VEC_BYTES == 16))
     return LOOP(unpack_each)(e);
-#elif ELEM_HALF == F16 && VEC_BYTES == 64
+#elif HALF == F16 && VEC_BYTES == 64
     return (vec)_mm512_cvtph_ps((__m256i)e);
-#elif ELEM_HALF == F16
+#elif HALF == F16
     return (vec)_mm256_cvtph_ps((__m128i)e);
-#elif ELEM_HALF == BF16 && VEC_BYTES == 64
+#elif HALF == BF16 && VEC_BYTES == 64
     return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)e), 16);
-#elif ELEM_HALF == BF16 && VEC_BYTES == 32
+#elif HALF == BF16 && VEC_BYTES == 32
     return (vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)e), 16);
-#elif ELEM_HALF == BF16
+#elif HALF == BF16
     return (vec)(__builtin_convertvector(e, LOOP(bits)) << 16);
-#elif defined(WIDENS) && VEC_BYTES == 64
+#elif WIDENS && VEC_BYTES == 64
     return (vec)_mm512_cvtps_pd((__m256)e);
-#elif defined(WIDENS) && VEC_BYTES == 32
+#elif WIDENS && VEC_BYTES == 32
     return (vec)_mm256_cvtps_pd((__m128)e);
 #else
     return __builtin_convertvector(e, vec);
 #endif
 }
 
-#if ELEM_BYTE
+#if BYTE
 INLINE vec LOOP(unpack_out)(packed_out e)
 {
-#if ELEM_HALF && VEC_BYTES == 64
+#if HALF && VEC_BYTES == 64
     return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)e), 16);
-#elif ELEM_HALF && VEC_BYTES == 32
+#elif HALF && VEC_BYTES == 32
     return (vec)LOOP(floats_256)((__m128i)e);
-#elif ELEM_HALF
+#elif HALF
     return (vec)(__builtin_convertvector(e, LOOP(bits)) << 16);
 #else
     return e;
@@ -135,7 +132,7 @@ INLINE vec LOOP(unpack_out)(packed_out e)
 }
 #endif
 
-#if ELEM_HALF == BF16 && !defined(WIDENS)
+#if HALF == BF16 && !WIDENS
 /* The upper half of each lane is the bfloat16 nearest to it, ties to even. A NaN stays one: those that arithmetic gives are
  * quiet, and carry what came in with a 16-bit element or `quiet` factor, the lower half of which is zero. */
 INLINE LOOP(bits) rounded(vec v)
@@ -154,22 +151,22 @@ INLINE LOOP(bits) rounded(vec v)
 /* Rounded to nearest, ties to even. */
 INLINE packed_out pack(vec v)
 {
-#if ELEM_HALF && (defined(WIDENS) || (ELEM_HALF == F16 && VEC_BYTES == 16))
+#if HALF && (WIDENS || (HALF == F16 && VEC_BYTES == 16))
     return LOOP(pack_each)(v);
-#elif ELEM_HALF == F16 && VEC_BYTES == 64
+#elif HALF == F16 && VEC_BYTES == 64
     return (packed_out)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-#elif ELEM_HALF == F16
+#elif HALF == F16
     return (packed_out)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
-#elif ELEM_HALF == BF16 && VEC_BYTES == 64
+#elif HALF == BF16 && VEC_BYTES == 64
     return (packed_out)_mm512_cvtepi32_epi16((__m512i)(rounded(v) >> 16));
-#elif ELEM_HALF == BF16 && VEC_BYTES == 32
+#elif HALF == BF16 && VEC_BYTES == 32
     const __m256i r = (__m256i)(rounded(v) >> 16), low = _mm256_packus_epi32(r, r); /* in both halves of a half */
     return (packed_out)_mm256_castsi256_si128(_mm256_permute4x64_epi64(low, 8));
-#elif ELEM_HALF == BF16
+#elif HALF == BF16
     return __builtin_convertvector(rounded(v) >> 16, packed_out);
-#elif defined(WIDENS) && VEC_BYTES == 64
+#elif WIDENS && VEC_BYTES == 64
     return (packed_out)_mm512_cvtpd_ps((__m512d)v);
-#elif defined(WIDENS) && VEC_BYTES == 32
+#elif WIDENS && VEC_BYTES == 32
     return (packed_out)_mm256_cvtpd_ps((__m256d)v);
 #else
     return __builtin_convertvector(v, packed_out);
@@ -189,7 +186,7 @@ INLINE void store(elem_out *p, vec v)
     memcpy(p, &e, sizeof e);
 }
 
-#if ELEM_HALF && !ELEM_BYTE && VEC_BYTES == 32
+#if HALF && !BYTE && VEC_BYTES == 32
 /* Elements from begin to end <= 4. Put together in a register: what is stored in parts cannot be loaded as a whole until
  * it is in L1. */
 INLINE long long some_words(const elem *p, ptrdiff_t begin, ptrdiff_t end)
@@ -225,21 +222,21 @@ INLINE vec blend(vec a, vec b, ptrdiff_t begin, ptrdiff_t end)
 /* Elements from begin to end <= LANES in their lanes, and zeros; no other is read, or written. */
 INLINE vec load_part(const elem *p, ptrdiff_t begin, ptrdiff_t end)
 {
-#if VEC_BYTES == 64 && ELEM_HALF && !ELEM_BYTE && !defined(WIDENS)
+#if VEC_BYTES == 64 && HALF && !BYTE && !WIDENS
     return unpack((packed)_mm256_maskz_loadu_epi16((__mmask16)MASK(begin, end), p));
 #elif VEC_BYTES == 64 && ELEM_IS_DOUBLE
     return (vec)_mm512_maskz_loadu_pd((__mmask8)MASK(begin, end), p);
-#elif VEC_BYTES == 64 && defined(WIDENS) && !ELEM_HALF
+#elif VEC_BYTES == 64 && WIDENS && !HALF
     return unpack((packed)_mm256_maskz_loadu_ps((__mmask8)MASK(begin, end), p));
-#elif VEC_BYTES == 64 && !ELEM_HALF && !ELEM_BYTE
+#elif VEC_BYTES == 64 && !HALF && !BYTE
     return (vec)_mm512_maskz_loadu_ps((__mmask16)MASK(begin, end), p);
 #elif VEC_BYTES == 32 && ELEM_IS_DOUBLE
     return (vec)_mm256_maskload_pd(p, (__m256i)some_lanes(begin, end));
-#elif VEC_BYTES == 32 && defined(WIDENS) && !ELEM_HALF
+#elif VEC_BYTES == 32 && WIDENS && !HALF
     return unpack((packed)_mm_maskload_ps(p, four_lanes(begin, end)));
-#elif VEC_BYTES == 32 && !ELEM_HALF && !ELEM_BYTE
+#elif VEC_BYTES == 32 && !HALF && !BYTE
     return (vec)_mm256_maskload_ps(p, (__m256i)some_lanes(begin, end));
-#elif VEC_BYTES == 32 && ELEM_HALF && !ELEM_BYTE && !defined(WIDENS)
+#elif VEC_BYTES == 32 && HALF && !BYTE && !WIDENS
     return unpack((packed)_mm_set_epi64x(some_words(p + 4, begin > 4 ? begin - 4 : 0, end - 4),
                                          some_words(p, begin, end < 4 ? end : 4)));
 #else
@@ -253,7 +250,7 @@ INLINE vec load_part(const elem *p, ptrdiff_t begin, ptrdiff_t end)
 /* The same of elements of y's type, as those of a residual are. */
 INLINE vec load_out(const elem_out *p)
 {
-#if ELEM_BYTE
+#if BYTE
     packed_out e;
     memcpy(&e, p, sizeof e);
     return LOOP(unpack_out)(e);
@@ -264,7 +261,7 @@ INLINE vec load_out(const elem_out *p)
 
 INLINE vec load_out_part(const elem_out *p, ptrdiff_t begin, ptrdiff_t end)
 {
-#if ELEM_BYTE
+#if BYTE
     packed_out e = {0};
     for (ptrdiff_t i = begin; i < end; i++)
         e[i] = p[i];
@@ -276,19 +273,19 @@ INLINE vec load_out_part(const elem_out *p, ptrdiff_t begin, ptrdiff_t end)
 
 INLINE void store_part(elem_out *p, vec v, ptrdiff_t begin, ptrdiff_t end)
 {
-#if VEC_BYTES == 64 && ELEM_HALF && !defined(WIDENS)
+#if VEC_BYTES == 64 && HALF && !WIDENS
     _mm256_mask_storeu_epi16(p, (__mmask16)MASK(begin, end), (__m256i)pack(v));
 #elif VEC_BYTES == 64 && ELEM_IS_DOUBLE
     _mm512_mask_storeu_pd(p, (__mmask8)MASK(begin, end), (__m512d)v);
-#elif VEC_BYTES == 64 && defined(WIDENS) && !ELEM_HALF
+#elif VEC_BYTES == 64 && WIDENS && !HALF
     _mm256_mask_storeu_ps(p, (__mmask8)MASK(begin, end), (__m256)pack(v));
-#elif VEC_BYTES == 64 && !ELEM_HALF
+#elif VEC_BYTES == 64 && !HALF
     _mm512_mask_storeu_ps(p, (__mmask16)MASK(begin, end), (__m512)v);
 #elif VEC_BYTES == 32 && ELEM_IS_DOUBLE
     _mm256_maskstore_pd(p, (__m256i)some_lanes(begin, end), (__m256d)v);
-#elif VEC_BYTES == 32 && defined(WIDENS) && !ELEM_HALF
+#elif VEC_BYTES == 32 && WIDENS && !HALF
     _mm_maskstore_ps(p, four_lanes(begin, end), (__m128)pack(v));
-#elif VEC_BYTES == 32 && !ELEM_HALF
+#elif VEC_BYTES == 32 && !HALF
     _mm256_maskstore_ps(p, (__m256i)some_lanes(begin, end), (__m256)v);
 #else
     packed_out e = pack(v);
@@ -300,21 +297,21 @@ INLINE void store_part(elem_out *p, vec v, ptrdiff_t begin, ptrdiff_t end)
 /* A store that does not read the line from memory first, nor keep it in a cache; p is aligned to its size. */
 INLINE void store_nontemporal(elem_out *p, vec v)
 {
-#if !defined(__x86_64__) || (ELEM_HALF && (VEC_BYTES == 16 || defined(WIDENS)))
+#if !defined(__x86_64__) || (HALF && (VEC_BYTES == 16 || WIDENS))
     store(p, v); /* of 8 bytes or less there is no such store from a vector */
-#elif ELEM_HALF && VEC_BYTES == 64
+#elif HALF && VEC_BYTES == 64
     _mm256_stream_si256((__m256i *)p, (__m256i)pack(v));
-#elif ELEM_HALF
+#elif HALF
     _mm_stream_si128((__m128i *)p, (__m128i)pack(v));
-#elif VEC_BYTES == 64 && defined(WIDENS)
+#elif VEC_BYTES == 64 && WIDENS
     _mm256_stream_si256((__m256i *)p, (__m256i)pack(v));
 #elif VEC_BYTES == 64
     _mm512_stream_si512((__m512i *)p, (__m512i)v);
-#elif VEC_BYTES == 32 && defined(WIDENS)
+#elif VEC_BYTES == 32 && WIDENS
     _mm_stream_si128((__m128i *)p, (__m128i)pack(v));
 #elif VEC_BYTES == 32
     _mm256_stream_si256((__m256i *)p, (__m256i)v);
-#elif defined(WIDENS)
+#elif WIDENS
     store(p, v);
 #else
     _mm_stream_si128((__m128i *)p, (__m128i)v);
@@ -325,7 +322,7 @@ INLINE void store_nontemporal(elem_out *p, vec v)
 INLINE void store_two(elem_out *p, const vec *v, const int nontemporal, const int normal)
 {
     (void)normal;
-#if ELEM_HALF == BF16 && VEC_BYTES == 64 && !defined(WIDENS)
+#if HALF == BF16 && VEC_BYTES == 64 && !WIDENS
     __m512i both;
 #ifdef HAS_BF16
     if (normal)
@@ -350,7 +347,7 @@ INLINE void store_two(elem_out *p, const vec *v, const int nontemporal, const in
 /* A factor; if it is NaN, one whose lower half is zero, see `rounded`. */
 INLINE real quiet(real a)
 {
-    return ELEM_HALF && a != a ? (real)NAN : a;
+    return HALF && a != a ? (real)NAN : a;
 }
 
 INLINE vec load_real(const real *p)
@@ -368,11 +365,11 @@ INLINE vec splat(real a)
 /* Whether a lane is NaN. */
 INLINE int any_nan(vec v)
 {
-#if VEC_BYTES == 64 && (defined(WIDENS) || ELEM_IS_DOUBLE)
+#if VEC_BYTES == 64 && (WIDENS || ELEM_IS_DOUBLE)
     return _mm512_cmp_pd_mask((__m512d)v, (__m512d)v, _CMP_UNORD_Q) != 0;
 #elif VEC_BYTES == 64
     return _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q) != 0;
-#elif VEC_BYTES == 32 && (defined(WIDENS) || ELEM_IS_DOUBLE)
+#elif VEC_BYTES == 32 && (WIDENS || ELEM_IS_DOUBLE)
     return _mm256_movemask_pd((__m256d)(v != v)) != 0;
 #elif VEC_BYTES == 32
     return _mm256_movemask_ps((__m256)(v != v)) != 0;
@@ -385,7 +382,7 @@ INLINE int any_nan(vec v)
 #endif
 }
 
-#ifdef SUMS
+#if SUMS
 #define dvec LOOP(dvec)
 #define load_d LOOP(load_d)
 #define load_first_d LOOP(load_first_d)
@@ -426,13 +423,13 @@ INLINE rvec load_r(const elem *p)
 {
 #if ELEM_IS_DOUBLE
     return load(p);
-#elif ELEM_HALF && VEC_BYTES == 64
+#elif HALF && VEC_BYTES == 64
     return (rvec)LOOP(floats_256)(_mm_loadu_si128((const __m128i *)p));
-#elif ELEM_HALF && VEC_BYTES == 32
+#elif HALF && VEC_BYTES == 32
     return (rvec)LOOP(floats_128)(_mm_loadl_epi64((const __m128i *)p));
-#elif ELEM_HALF
-    return (rvec){ELEM_HALF == F16 ? cbn_from_f16(p[0]) : cbn_from_bf16(p[0]),
-                  ELEM_HALF == F16 ? cbn_from_f16(p[1]) : cbn_from_bf16(p[1])};
+#elif HALF
+    return (rvec){HALF == F16 ? cbn_from_f16(p[0]) : cbn_from_bf16(p[0]),
+                  HALF == F16 ? cbn_from_f16(p[1]) : cbn_from_bf16(p[1])};
 #else
     rvec v;
     memcpy(&v, p, sizeof v);
@@ -445,12 +442,12 @@ INLINE rvec load_first_r(const elem *p, ptrdiff_t n)
 {
 #if ELEM_IS_DOUBLE
     return load_part(p, 0, n);
-#elif ELEM_HALF && VEC_BYTES == 64
+#elif HALF && VEC_BYTES == 64
     return (rvec)LOOP(floats_256)(_mm_maskz_loadu_epi16((__mmask8)((1u << n) - 1), p));
-#elif ELEM_HALF && VEC_BYTES == 32
+#elif HALF && VEC_BYTES == 32
     return (rvec)LOOP(floats_128)(_mm_cvtsi64_si128(some_words(p, 0, n)));
-#elif ELEM_HALF
-    return (rvec){n == 0 ? 0 : ELEM_HALF == F16 ? cbn_from_f16(p[0]) : cbn_from_bf16(p[0]), 0};
+#elif HALF
+    return (rvec){n == 0 ? 0 : HALF == F16 ? cbn_from_f16(p[0]) : cbn_from_bf16(p[0]), 0};
 #elif VEC_BYTES == 64
     return (rvec)_mm256_maskz_loadu_ps((__mmask8)((1u << n) - 1), p);
 #elif VEC_BYTES == 32
@@ -510,7 +507,7 @@ INLINE dvec load_d(const elem *p)
     return widened(load_r(p));
 }
 
-#if ELEM_HALF
+#if HALF
 /* Lanes of the lower and of the upper half. */
 INLINE dvec lower_d(vec v)
 {
@@ -548,7 +545,7 @@ INLINE dvec folded_d(vec v)
 /* The elements of two vectors in some order. */
 INLINE void load_two(const elem *p, vec *v)
 {
-#if ELEM_HALF == BF16 && VEC_BYTES == 64
+#if HALF == BF16 && VEC_BYTES == 64
     const __m512i both = _mm512_loadu_si512(p);
     v[0] = (vec)_mm512_slli_epi32(both, 16);
     v[1] = (vec)_mm512_and_si512(both, _mm512_set1_epi32((int)0xffff0000));
@@ -581,8 +578,8 @@ INLINE void add_four(const elem *p, ptrdiff_t n, vec shift, vec *sum, vec *squar
         for (int k = 0; k < 2 && left[k] > 0; k++) {
             if (n < 4 * LANES)
                 x[k] = left[k] >= LANES ? load(p + i + k * LANES) : load_part(p + i + k * LANES, 0, left[k]);
-            vec d = ELEM_HALF == BF16 ? x[k] : x[k] - shift;
-            if (ELEM_HALF != BF16 && left[k] < LANES)
+            vec d = HALF == BF16 ? x[k] : x[k] - shift;
+            if (HALF != BF16 && left[k] < LANES)
                 d = blend(d, (vec){0}, 0, left[k]);
             sum[k] += d;
             square[k] += d * d;
@@ -660,7 +657,7 @@ INLINE dvec select_d(LOOP(dvec_bits) condition, dvec a, dvec b)
 INLINE void store_d(elem *p, dvec v, ptrdiff_t n)
 {
     typedef elem some __attribute__((vector_size(DLANES * sizeof(elem))));
-#if ELEM_HALF == F16
+#if HALF == F16
     some e;
 #if VEC_BYTES == 64
     const __m128i bits = _mm256_cvtps_ph(_mm512_cvtpd_ps((__m512d)v), _MM_FROUND_TO_NEAREST_INT);
@@ -672,7 +669,7 @@ INLINE void store_d(elem *p, dvec v, ptrdiff_t n)
     for (ptrdiff_t i = 0; i < DLANES; i++)
         e[i] = cbn_to_f16((float)v[i]);
 #endif
-#elif ELEM_HALF
+#elif HALF
     typedef float floats __attribute__((vector_size(DLANES * sizeof(float))));
     typedef uint32_t words __attribute__((vector_size(DLANES * sizeof(float))));
     const floats f = __builtin_convertvector(v, floats);
@@ -694,16 +691,16 @@ INLINE void store_r(elem *p, rvec v, ptrdiff_t n)
 {
     typedef elem some __attribute__((vector_size(DLANES * sizeof(elem))));
     some e;
-#if ELEM_HALF == F16 && VEC_BYTES == 64
+#if HALF == F16 && VEC_BYTES == 64
     const __m128i bits = _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
     memcpy(&e, &bits, sizeof e);
-#elif ELEM_HALF == F16 && VEC_BYTES == 32
+#elif HALF == F16 && VEC_BYTES == 32
     const __m128i bits = _mm_cvtps_ph((__m128)v, _MM_FROUND_TO_NEAREST_INT);
     memcpy(&e, &bits, sizeof e);
-#elif ELEM_HALF == F16
+#elif HALF == F16
     for (ptrdiff_t i = 0; i < DLANES; i++)
         e[i] = cbn_to_f16(v[i]);
-#elif ELEM_HALF
+#elif HALF
     typedef uint32_t words __attribute__((vector_size(DLANES * sizeof(float))));
     e = __builtin_convertvector((words)v >> 16, some);
 #else

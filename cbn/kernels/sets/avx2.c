@@ -2,4 +2,4 @@
 #define ISA avx2
 #define TARGET __attribute__((target("avx2,fma,f16c")))
 #define VEC_BYTES 32
-#include "instantiate.h"
+#include "set.h"

@@ -1,21 +1,13 @@
 /* loops.h: the loops over runs and over rows. A template; it opens no thread, allocates nothing and knows no Python.
  *
- * Parameters, undefined again at the end:
- *   ELEM    the element in memory             float   float     double  uint16_t   uint16_t             uint8_t, int8_t
- *   OUT     that of y, if it is another one                                                             float, uint16_t
- *   REAL    the arithmetic of the maps        float   double    double  float      double               float
- *   TYPE    its name in the symbols           f32     f32_in_f64  f64     bf16, f16  bf16_in_f64, f16_in_f64  u8_f32, ...
- *   ELEM_HALF  which of the 16-bit types the output is, or 0
- *   WIDENS  defined where REAL is wider than a float or 16-bit ELEM
- *   SUMS    defined: the reductions too, whose arithmetic is float64 whatever the elements are
- *   FORWARD defined: nothing of backward
+ * Parameters: TYPE, a word of types.h, undefined again at the end; those of sets/set.h.
  *
  * Both directions, forward and backward, and every combination of map, reduction, kind of store and copy are one text
  * for a layout: `backward`, `mapping`, `reducing` are constants of an inlined body, `past` and `copying` are tested once
  * for some vectors. What a vector does not fill is a part of one, so an element gets the same bits wherever it stands in
  * a run, however it is stored.
  */
-#include "vec.h"
+#include "vec/vec.h"
 
 #define UNROLL 4   /* independent accumulators: an addition takes 3 to 4 cycles, and one can start each cycle */
 #define PIECE (sizeof(elem) == 2 ? 256 : 64) /* elements of a run that are mapped, then reduced: reads and writes alternate
@@ -32,11 +24,7 @@
                                            less than a line before the first, so that factors are aligned where y is; not
                                            4 KB, so that a store to one delays no load of another */
 #define TO_LINE(p) ((ptrdiff_t)(-(uintptr_t)(p) % LINE / sizeof(elem_out))) /* elements from p to the next line */
-#if defined(WIDENS) && ELEM_HALF
-#define RARE 1 /* values that only float64 holds, in 16 bits: no code for whole lines */
-#else
-#define RARE 0
-#endif
+#define RARE (WIDENS && HALF) /* values that only float64 holds, in 16 bits: no code for whole cache lines */
 #define AT(v, i, j) ((elem *)(v).data + (i) * (v).n + (j) * (v).c)
 #define Y_AT(v, i, j) ((elem_out *)(v).data + (i) * (v).n + (j) * (v).c)
 #define UNLIKELY(condition) __builtin_expect((condition) != 0, 0)
@@ -198,7 +186,7 @@ INLINE int LOOP(stays_normal)(const cbn_tile *m, real term, LOOP(activation) act
 #endif
 }
 
-#ifdef SUMS
+#if SUMS
 /* S(d) and S(d*d) of d = x - shift, from which m2 = S(d*d) - S(d)^2/n. The subtraction costs log2(S(d*d)/m2) =
  * log2(1 + (shift - mean)^2/var) bits. The shift is the mean of a few values of the channel, so that a constant one
  * gives d = 0 and its mean exactly; where it is too far off (`channels_to_redo` in passes.pyx), the reduction is done again
@@ -332,7 +320,7 @@ INLINE void LOOP(apply_shared)(const elem *x, const elem *g, const elem_out *z, 
         LOOP(deliver)(s);
 }
 
-#ifdef SUMS
+#if SUMS
 typedef struct {
     dvec sum[UNROLL], square[UNROLL];
 } LOOP(sums);
@@ -395,7 +383,7 @@ INLINE void LOOP(reduce_some)(LOOP(source) p, ptrdiff_t i, ptrdiff_t n, dvec shi
     LOOP(add)(sum, square, d, dh, backward);
 }
 
-#if ELEM_HALF
+#if HALF
 /* Forward, 16-bit elements: d = x - shift and the sums of a few d and d*d are of float32, whose 24 bits are many more than
  * the 8 or 11 of x. Where they leave its range, which bfloat16 shares, the caller asks for an `exact` reduction.
  *
@@ -405,7 +393,7 @@ INLINE void LOOP(reduce_some)(LOOP(source) p, ptrdiff_t i, ptrdiff_t n, dvec shi
  * mean^2/4 or more to m2, beside which a rounding of such a sum is less than 2^-16. */
 
 /* Vectors whose sums are of float32: as many as `loops.h` allows bfloat16, of float16 fewer for its digits. */
-#define SHORT (ELEM_HALF == F16 ? 8 : 16)
+#define SHORT (HALF == F16 ? 8 : 16)
 
 /* Elements begin to end, SHORT vectors at most. */
 INLINE void LOOP(reduce_short)(LOOP(source) p, ptrdiff_t begin, ptrdiff_t end, vec shift, LOOP(sums) *s,
@@ -466,7 +454,7 @@ INLINE void LOOP(reduce_piece)(LOOP(source) p, ptrdiff_t begin, ptrdiff_t end, d
     if (backward && activated)
         LOOP(inputs)(p, begin, end, shift, f, input);
     ptrdiff_t i = begin;
-#if ELEM_HALF
+#if HALF
     if (!backward && !sum_in_float64) {
         const vec shift_ = splat((real)shift[0]);
         for (; i + SHORT * LANES <= end; i += SHORT * LANES)
@@ -513,20 +501,20 @@ INLINE void LOOP(runs)(const cbn_tile *m, const cbn_tile *r, const int plain, co
     /* Of a map backward only that of float64 elements may be CHECKED */
     const int bare = plain || (backward && !ELEM_IS_DOUBLE);
     const LOOP(activation) act = bare ? (LOOP(activation)){PLAIN} : LOOP(activation_of)(applying ? m : r);
-#ifdef SUMS
+#if SUMS
     const LOOP(activation) act_r = plain ? (LOOP(activation)){PLAIN} : LOOP(activation_of)(reducing ? r : m);
     /* Twice as far where nothing is stored; half as far for two arrays */
     const ptrdiff_t ahead = !reducing || !r->prefetch ? 0 : AHEAD * (applying ? 1 : 2) / (backward ? 2 : 1);
     LOOP(sums) sums[GROUP];
     LOOP(totals) totals[GROUP];
-    const int flushing = reducing && !backward && (!ELEM_HALF || r->sum_in_float64) && n_runs * length > FLUSH;
+    const int flushing = reducing && !backward && (!HALF || r->sum_in_float64) && n_runs * length > FLUSH;
     real of_forward[SLOPE][GROUP]; /* factors of the forward pass */
 #endif
     for (ptrdiff_t first = 0; first < n_channels; first += group) {
         const ptrdiff_t last = MIN(first + group, n_channels);
         if (applying)
             LOOP(factors)(m->coef_c + first, m->pitch, MIN(last, m_channels) - first, factors[0], GROUP, backward);
-#ifdef SUMS
+#if SUMS
         if (reducing && backward && act_r.kind != PLAIN)
             LOOP(factors)(r->forward_c + first, r->pitch, MIN(last, r_channels) - first, of_forward[0], GROUP, 0);
 #endif
@@ -554,7 +542,7 @@ INLINE void LOOP(runs)(const cbn_tile *m, const cbn_tile *r, const int plain, co
                     } else
                         LOOP(apply_piece)(mx, mg, mz, y, 0, head, f, act, act.kind, backward, 0, normal);
                 }
-#ifdef SUMS
+#if SUMS
                 const int reduces = reducing && c < r_channels;
                 const elem *x_next = NULL, *g_next = NULL, *z_next = NULL;
                 LOOP(source) p = {NULL, NULL, NULL, NULL, NULL};
@@ -592,7 +580,7 @@ INLINE void LOOP(runs)(const cbn_tile *m, const cbn_tile *r, const int plain, co
                 for (ptrdiff_t i = 0; i < length;) {
                     /* A loop of its own, else the compiler keeps the sums in memory */
                     for (const ptrdiff_t stop = MIN(length, next_flush); i < stop; i += piece) {
-#ifdef SUMS
+#if SUMS
                     if (reducing && !backward && mz)
                         LOOP(fetch)(mz, mz_next, i, AHEAD, length);
 #endif
@@ -609,7 +597,7 @@ INLINE void LOOP(runs)(const cbn_tile *m, const cbn_tile *r, const int plain, co
                     /* What is left, once, before the copy of what is reduced takes its place. */
                     if (applies && nontemporal && head + i + piece >= whole && (i == 0 || head + i < whole))
                         LOOP(apply_shared)(mx, mg, mz, y, whole, length, f, act, &shared, act.kind, backward);
-#ifdef SUMS
+#if SUMS
                     if (reduces) {
                         if (ahead)
                             LOOP(fetch)(p.x, x_next, i, ahead, length);
@@ -628,14 +616,14 @@ INLINE void LOOP(runs)(const cbn_tile *m, const cbn_tile *r, const int plain, co
                     (void)copying;
 #endif
                     }
-#ifdef SUMS
+#if SUMS
                     if (reduces && MIN(i, length) >= next_flush) {
                         LOOP(flush)(&s, &totals[c - first], (n * length + next_flush) % (PARTS * FLUSH) == 0);
                         next_flush += FLUSH;
                     }
 #endif
                 }
-#ifdef SUMS
+#if SUMS
                 if (reduces && n < n_runs - 1)
                     sums[c - first] = s;
                 else if (reduces && flushing) {
@@ -668,7 +656,7 @@ INLINE void LOOP(runs)(const cbn_tile *m, const cbn_tile *r, const int plain, co
             memcpy((value) + there_, (value), (size_t)MIN(there_, all_ - there_) * sizeof *(value));           \
     } while (0)
 
-#ifdef SUMS
+#if SUMS
 /* A value of each channel for each column, and zeros in the vector that the last one is in. */
 INLINE void LOOP(spread)(const cbn_tile *t, const double *of_channel, double *of_column)
 {
@@ -796,7 +784,7 @@ INLINE void LOOP(apply_line)(LOOP(row_of) at, ptrdiff_t height, ptrdiff_t j, rea
         LOOP(store_lines)(at.y + j, at.y_n, height, out, 0, normal);
 }
 
-#ifdef SUMS
+#if SUMS
 /* Elements from row to row. */
 typedef struct {
     ptrdiff_t x, g, z, dh;
@@ -964,7 +952,7 @@ INLINE void LOOP(reduce_line)(LOOP(source) p, LOOP(steps) step, ptrdiff_t height
         shift[v] = load_double(k->shift + j + v * DLANES);
         LOOP(load_sums)(k, j + v * DLANES, turn, &sum[v], &square[v]);
     }
-#if ELEM_HALF && defined(HAS_BF16)
+#if HALF && defined(HAS_BF16)
     if (!sum_in_float64) {
         vec s[2] = {{0}}, q[2] = {{0}};
         for (ptrdiff_t row = 0; row < height; row += 2) {
@@ -983,17 +971,17 @@ INLINE void LOOP(reduce_line)(LOOP(source) p, LOOP(steps) step, ptrdiff_t height
             square[2 * v + 1] += upper_d(q[v]);
         }
     }
-#elif ELEM_HALF
+#elif HALF
     if (!sum_in_float64)
         for (ptrdiff_t block = 0; block < height; block += ROWS)
             for (int v = 0; v < LINE_ELEMS / LANES; v++) {
-                const vec short_shift = ELEM_HALF == F16 ? load_real(k->short_shift + j + v * LANES) : (vec){0};
+                const vec short_shift = HALF == F16 ? load_real(k->short_shift + j + v * LANES) : (vec){0};
                 vec s = {0}, q = {0};
                 for (ptrdiff_t row = block; row < MIN(block + ROWS, height); row++) {
                     const elem *x = p.x + row * step.x + j + v * LANES;
                     if (v == 0)
                         __builtin_prefetch(x + ahead_x, 0, 2);
-                    const vec d = ELEM_HALF == BF16 ? load(x) : load(x) - short_shift;
+                    const vec d = HALF == BF16 ? load(x) : load(x) - short_shift;
                     s += d;
                     q += d * d;
                 }
@@ -1096,16 +1084,16 @@ INLINE void LOOP(rows)(const cbn_tile *m, const cbn_tile *r, const int plain, co
         for (int i = 0; i < FACTORS(backward); i++)
             SPREAD(m, factors[i]);
     }
-#ifdef SUMS
+#if SUMS
     LOOP(columns) of_column __attribute__((aligned(LINE)));
     const LOOP(activation) act_r = plain ? (LOOP(activation)){PLAIN} : LOOP(activation_of)(reducing ? r : m);
     const LOOP(steps) step = {reducing ? r->x.n : 0, reducing ? r->g.n : 0, reducing ? r->z.n : 0, reducing ? r->dh.n : 0};
-    const int sum_in_float64 = backward || !ELEM_HALF || (reducing && r->sum_in_float64);
+    const int sum_in_float64 = backward || !HALF || (reducing && r->sum_in_float64);
     const ptrdiff_t r_columns = reducing ? r->copies * r->n_channels * r->length : 0;
     if (reducing) {
         columns = MAX(columns, r_columns);
         LOOP(spread)(r, r->shift_c, of_column.shift);
-        for (ptrdiff_t j = 0; ELEM_HALF == F16 && !backward && j < r_columns; j++)
+        for (ptrdiff_t j = 0; HALF == F16 && !backward && j < r_columns; j++)
             of_column.short_shift[j] = (real)of_column.shift[j];
         if (backward && act_r.kind != PLAIN)
             LOOP(spread_forward)(r, &of_column);
@@ -1131,7 +1119,7 @@ INLINE void LOOP(rows)(const cbn_tile *m, const cbn_tile *r, const int plain, co
         const LOOP(row_of) at = LOOP(row_at)(applying ? m : r, n);
         LOOP(row_of) without_z = at;
         without_z.z = NULL;
-#ifdef SUMS
+#if SUMS
         const LOOP(source) source = LOOP(row_source)(reducing ? r : m, n, act_r, backward);
         const LOOP(turn) turn = LOOP(turn_of)(n, height, n_runs, flushing);
         /* Rows to come: of this tile, or the first of the next one. */
@@ -1167,7 +1155,7 @@ INLINE void LOOP(rows)(const cbn_tile *m, const cbn_tile *r, const int plain, co
             }
             else if (applying && head + j < end)
                 LOOP(apply_part)(m, n, height, head + j, end, factors, act, backward);
-#ifdef SUMS
+#if SUMS
             if (reducing && j + LINE_ELEMS <= r_columns) {
                 if (height == rows && backward && !plain && (!ELEM_IS_DOUBLE || act_r.kind != PLAIN))
                     LOOP(reduce_line)(source, step, rows, j, ahead_x, ahead_g, &of_column, act_r, 1, turn, backward,
@@ -1184,7 +1172,7 @@ INLINE void LOOP(rows)(const cbn_tile *m, const cbn_tile *r, const int plain, co
 #endif
         }
     }
-#ifdef SUMS
+#if SUMS
     if (reducing) {
 #if ELEM_IS_DOUBLE
         for (ptrdiff_t j = 0; flushing && j < r_columns; j += DLANES) {
@@ -1202,7 +1190,7 @@ INLINE void LOOP(rows)(const cbn_tile *m, const cbn_tile *r, const int plain, co
 
 INLINE void LOOP(any_runs)(const cbn_tile *m, const cbn_tile *r, const int plain, const int backward)
 {
-#ifdef SUMS
+#if SUMS
     if (m && r)
         LOOP(runs)(m, r, plain, backward, 1, 1);
     else if (r && (plain || backward))
@@ -1218,8 +1206,8 @@ INLINE void LOOP(any_rows)(const cbn_tile *m, const cbn_tile *r, const int plain
 {
     /* Whether rows of y begin alike in their lines. */
     const int together = m && (!m->nontemporal || m->y.n * (ptrdiff_t)sizeof(elem_out) % LINE == 0);
-#ifdef SUMS
-    if (together && r && !backward && !ELEM_HALF) { /* else factors and sums do not fit L1: one after the other is faster */
+#if SUMS
+    if (together && r && !backward && !HALF) { /* else factors and sums do not fit L1: one after the other is faster */
         LOOP(rows)(m, r, plain, backward, 1, 1, ROWS);
         r = NULL;
     } else
@@ -1230,7 +1218,7 @@ INLINE void LOOP(any_rows)(const cbn_tile *m, const cbn_tile *r, const int plain
         LOOP(rows)(m, r, plain, backward, 1, 0, 1);
     if (m && m->nontemporal)
         STORE_FENCE();
-#ifdef SUMS
+#if SUMS
     if (r)
         LOOP(rows)(m, r, plain, backward, 0, 1, backward ? ROWS : 2 * ROWS); /* half the trips of the accumulators */
 #endif
@@ -1242,7 +1230,7 @@ INLINE void LOOP(any_rows)(const cbn_tile *m, const cbn_tile *r, const int plain
     {                                                                                                              \
         LOOP(any_##layout)(m, r, plain, backward);                                                                 \
     }
-#ifdef WIDENS
+#if WIDENS
 /* Rare, and maps alone: one function does, with what a map of this direction may have. */
 #define ENTRIES(direction, layout, backward) ENTRY(direction##_##layout, layout, backward, backward)
 #else
@@ -1260,7 +1248,7 @@ INLINE void LOOP(any_rows)(const cbn_tile *m, const cbn_tile *r, const int plain
 
 ENTRIES(forward, runs, 0)
 ENTRIES(forward, rows, 0)
-#ifndef FORWARD
+#if !BYTE
 ENTRIES(backward, runs, 1)
 ENTRIES(backward, rows, 1)
 #endif
@@ -1268,102 +1256,11 @@ ENTRIES(backward, rows, 1)
 const cbn_loops LOOP(loops) = {
     .forward_runs = LOOP(forward_runs),
     .forward_rows = LOOP(forward_rows),
-#ifndef FORWARD
+#if !BYTE
     .backward_runs = LOOP(backward_runs),
     .backward_rows = LOOP(backward_rows),
 #endif
 };
 
-#undef UNROLL
-#undef FLUSH
-#undef SHORT
 #undef ENTRIES
-#undef ENTRY
-#undef PARTS
-#undef FLUSH_ROWS
-#undef PIECE
-#undef AHEAD
-#undef GROUP
-#undef ROWS
-#undef LONG
-#undef LINE
-#undef LINE_ELEMS
-#undef COLUMNS
-#undef ROOM
-#undef TO_LINE
-#undef AT
-#undef Y_AT
-#undef NEXT
-#undef UNLIKELY
-#undef OFTEN
-#undef RARE
-#undef MIN
-#undef MAX
-#undef SPREAD
-#undef elem
-#undef real
-#undef vec
-#undef packed
-#undef unpack
-#undef pack
-#undef load
-#undef lane_int
-#undef lane_bits
-#undef some_lanes
-#undef blend
-#undef load_part
-#undef load_out
-#undef load_out_part
-#undef any_nan
-#undef MASK
-#undef some_words
-#undef store
-#undef store_part
-#undef store_nontemporal
-#undef store_two
-#undef load_two
-#undef folded_d
-#undef add_four
-#undef add_rows
-#undef in_order
-#undef rounded
-#undef load_real
-#undef splat
-#undef quiet
-#undef select
-#undef LANES
-#undef dvec
-#undef load_d
-#undef load_first_d
-#undef rvec
-#undef rvec_bits
-#undef load_r
-#undef load_first_r
-#undef store_r
-#undef select_r
-#undef widened
-#undef narrowed
-#undef widened_bits
-#undef load_double
-#undef store_double
-#undef splat_d
-#undef lower_d
-#undef upper_d
-#undef select_d
-#undef store_d
-#undef copy
-#undef first_lanes
-#undef total
-#undef DLANES
-#undef ELEM
-#undef packed_out
-#undef elem_out
-#undef ELEM_BYTE
-#undef FORWARD
-#undef OUT
-#undef REAL
 #undef TYPE
-#undef SUMS
-#undef WIDENS
-#undef ELEM_IS_DOUBLE
-#undef ELEM_HALF
