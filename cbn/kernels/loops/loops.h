@@ -178,7 +178,7 @@ INLINE vec LOOP(value)(const elem *x, const elem *g, const elem_out *z, ptrdiff_
 INLINE int LOOP(stays_normal)(const cbn_tile *m, real term, LOOP(activation) act, const int backward)
 {
     const int selects = act.kind == PLAIN || act.negative_slope == 0;
-#ifdef HAS_BF16
+#if HAVE_PACK_NORMAL
     return !backward && !m->z.data && selects && (term >= 1e-20f || term <= -1e-20f);
 #else
     (void)m, (void)term, (void)backward, (void)selects;
@@ -952,7 +952,7 @@ INLINE void LOOP(reduce_line)(LOOP(source) p, LOOP(steps) step, ptrdiff_t height
         shift[v] = load_double(k->shift + j + v * DLANES);
         LOOP(load_sums)(k, j + v * DLANES, turn, &sum[v], &square[v]);
     }
-#if HALF && defined(HAS_BF16)
+#if HALF && HAVE_ADD_ROWS
     if (!sum_in_float64) {
         vec s[2] = {{0}}, q[2] = {{0}};
         for (ptrdiff_t row = 0; row < height; row += 2) {
@@ -960,10 +960,10 @@ INLINE void LOOP(reduce_line)(LOOP(source) p, LOOP(steps) step, ptrdiff_t height
             __builtin_prefetch(x + ahead_x, 0, 2);
             if (below)
                 __builtin_prefetch(below + ahead_x, 0, 2);
-            add_rows(x, below, s, q);
+            LOOP(add_rows)(x, below, s, q);
         }
-        in_order(s);
-        in_order(q);
+        LOOP(in_order)(s);
+        LOOP(in_order)(q);
         for (int v = 0; v < LINE_ELEMS / LANES; v++) {
             sum[2 * v] += lower_d(s[v]);
             sum[2 * v + 1] += upper_d(s[v]);
