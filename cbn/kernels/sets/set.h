@@ -26,12 +26,6 @@
 #endif
 #define INLINE TARGET static inline __attribute__((always_inline))
 
-/* The factors of a channel in the formulas of loops.h; forward has the first three. */
-enum { HIGH, SCALE, TERM, SLOPE, GHIGH, ALL_FACTORS };
-/* What becomes of a normalized value; see `activation` in loops.h. */
-enum { PLAIN, ACTIVATED, CHECKED };
-#define FACTORS(backward) ((backward) ? ALL_FACTORS : SLOPE)
-
 #include "types.h"
 
 /* The set's row of the table. */

@@ -1,0 +1,244 @@
+/* rows.h: rows, which are contiguous elements, one of each channel in turn: factors and sums are vectors.
+ *
+ * A tile is walked a few rows at a time, and these a cache line of columns at a time. What each column needs, a factor
+ * or a sum, lies in arrays that L1 holds.
+ */
+/* ---- apply, a few rows ---- */
+
+/* Columns begin to end of some rows, less than a cache line. */
+INLINE void LOOP(apply_part)(const cbn_tile *m, ptrdiff_t n, ptrdiff_t height, ptrdiff_t begin, ptrdiff_t end,
+                           real (*factors)[ROOM], LOOP(activation) act, const int backward)
+{
+    for (ptrdiff_t j = begin; j < end; j += LANES) {
+        const ptrdiff_t lanes = MIN(end - j, LANES);
+        vec f[ALL_FACTORS] = {{0}};
+        for (int i = 0; i < FACTORS(backward); i++)
+            f[i] = load_real(factors[i] + j);
+        for (ptrdiff_t row = n; row < n + height; row++) {
+            const elem *x = AT(m->x, row, 0), *g = AT(m->g, row, 0);
+            const elem_out *z = m->z.data ? Y_AT(m->z, row, 0) : NULL;
+            elem_out *y = Y_AT(m->y, row, 0);
+            if (lanes == LANES)
+                store(y + j, LOOP(value)(x, g, z, j, 0, LANES, f, act, act.kind, backward));
+            else
+                store_part(y + j, LOOP(value)(x, g, z, j, 0, lanes, f, act, act.kind, backward), 0, lanes);
+        }
+    }
+}
+
+/* Where a row of a tile begins, and the elements to the next one. Copied out of the tile: the compiler assumes that any
+ * store may have changed what is behind a pointer. */
+typedef struct {
+    const elem *x, *g;
+    const elem_out *z;
+    elem_out *y;
+    ptrdiff_t x_n, g_n, z_n, y_n;
+} LOOP(row_of);
+
+INLINE LOOP(row_of) LOOP(row_at)(const cbn_tile *m, ptrdiff_t n)
+{
+    return (LOOP(row_of)){AT(m->x, n, 0), AT(m->g, n, 0), m->z.data ? Y_AT(m->z, n, 0) : NULL, Y_AT(m->y, n, 0),
+                          m->x.n, m->g.n, m->z.n, m->y.n};
+}
+
+INLINE void LOOP(store_lines)(elem_out *y, ptrdiff_t step, ptrdiff_t height, vec (*v)[LINE_ELEMS / LANES],
+                              const int nontemporal, const int normal)
+{
+    for (ptrdiff_t row = 0; row < height; row++, y += step)
+        if (LINE_ELEMS / LANES % 2 == 0)
+            for (int i = 0; i < LINE_ELEMS / LANES; i += 2)
+                store_two(y + i * LANES, v[row] + i, nontemporal, normal);
+        else if (nontemporal)
+            store_nontemporal(y, v[row][0]);
+        else
+            store(y, v[row][0]);
+}
+
+/* A cache line of columns of some rows. */
+INLINE void LOOP(apply_line)(LOOP(row_of) at, ptrdiff_t height, ptrdiff_t j, real (*factors)[ROOM],
+                           LOOP(activation) act, const int kind, const int backward, const int nontemporal,
+                           const int fetching, const int normal)
+{
+    vec f[LINE_ELEMS / LANES][ALL_FACTORS] = {{{0}}};
+    for (int v = 0; v < LINE_ELEMS / LANES; v++)
+        for (int i = 0; i < FACTORS(backward); i++)
+            f[v][i] = load_real(factors[i] + j + v * LANES);
+    /* All rows are loaded, then stored: with rows 4 KB apart a load would wait for the store to another row. */
+    vec out[ROWS][LINE_ELEMS / LANES], seen = {0};
+    for (ptrdiff_t row = 0; row < height; row++) {
+        const elem *x = at.x + row * at.x_n + j, *g = at.g + row * at.g_n + j;
+        const elem_out *z = at.z ? at.z + row * at.z_n + j : NULL;
+        if (fetching)
+            LOOP(fetch_row)(x, at.x_n, backward ? g : NULL, at.g_n, z, at.z_n,
+                            nontemporal ? NULL : at.y + row * at.y_n + j, at.y_n);
+        UNROLLED for (int v = 0; v < LINE_ELEMS / LANES; v++)
+            out[row][v] = LOOP(unchecked)(x, g, z, v * LANES, 0, LANES, f[v], act, kind, backward, &seen);
+    }
+    if (kind == CHECKED && UNLIKELY(any_nan(seen)))
+        for (ptrdiff_t row = 0; row < height; row++)
+            for (int v = 0; v < LINE_ELEMS / LANES; v++)
+                out[row][v] = LOOP(check)(out[row][v], seen, at.x + row * at.x_n + j, at.g + row * at.g_n + j,
+                                          at.z ? at.z + row * at.z_n + j : NULL, v * LANES, 0, LANES, f[v], act,
+                                          kind, backward);
+    /* Constants, so that each body has one kind of store. */
+    if (nontemporal && normal)
+        LOOP(store_lines)(at.y + j, at.y_n, height, out, 1, 1);
+    else if (nontemporal)
+        LOOP(store_lines)(at.y + j, at.y_n, height, out, 1, 0);
+    else
+        LOOP(store_lines)(at.y + j, at.y_n, height, out, 0, normal);
+}
+
+/* ---- apply, a tile ---- */
+
+/* Whether columns are better taken from the last to the first. A load waits for every earlier store that is not done
+ * and has the same offset in its page, as if it were to the same address (4 KB aliasing). Rows are often whole pages
+ * apart, and two arrays that have been allocated one after the other 16 bytes off: with stores of four rows 16 bytes
+ * ahead of the loads, apply took 2.5 times as long (Zen 4). Stores that keep behind the loads delay nothing. */
+INLINE int LOOP(downwards)(const cbn_tile *m, const cbn_tile *r, const int backward)
+{
+    const uintptr_t page = 4096;
+    const cbn_tile *tiles[2] = {m, r};
+    uintptr_t up = page, down = page; /* bytes from a load to the next store in that direction */
+    for (int i = 0; i < 2; i++)
+        for (int a = 0; a < 3; a++)
+            if (tiles[i] && (a == 0 || (a == 1 ? backward : tiles[i]->z.data != NULL))) {
+                const char *data = a == 0 ? tiles[i]->x.data : a == 1 ? tiles[i]->g.data : tiles[i]->z.data;
+                const uintptr_t d = (uintptr_t)(m->y.data - data) % page;
+                up = d > 0 && d < up ? d : up;
+                down = d > 0 && page - d < down ? page - d : down;
+            }
+    return up < down;
+}
+
+/* Whether a row may end with the head of the next one, as nothing lies between them. Otherwise the cache line that
+ * they share would be stored in two parts, each of which reads it from memory first. The last row is then one of its
+ * own. */
+INLINE int LOOP(wraps)(const cbn_tile *m, ptrdiff_t columns, const int backward)
+{
+    return m->skip == 0 && columns % LINE_ELEMS == 0 && m->y.n == columns && m->x.n == columns &&
+           (!backward || m->g.n == columns) && (!m->z.data || m->z.n == columns);
+}
+
+/* What is applied to a tile, and how. */
+typedef struct {
+    LOOP(activation) act;
+    real (*factors)[ROOM];
+    ptrdiff_t columns, skip, head; /* whole cache lines begin at `head` */
+    int nontemporal, normal, wraps;
+} LOOP(apply_rows);
+
+/* The factors of all columns, in `room`. */
+INLINE void LOOP(begin_apply_rows)(LOOP(apply_rows) *a, const cbn_tile *m, real (*room)[ROOM], const int backward,
+                                   const int reducing, const ptrdiff_t rows)
+{
+    a->nontemporal = m->nontemporal;
+    a->columns = m->copies * m->n_channels * m->length - m->drop;
+    a->skip = a->head = m->skip;
+    if (RARE)
+        a->head = a->columns;
+    else if (a->nontemporal || a->columns >= LONG)
+        a->head = MIN(a->skip + TO_LINE((elem_out *)m->y.data + a->skip), a->columns);
+    /* A vector of factors is aligned where a cache line of y begins */
+    a->factors = (void *)(room[0] + (-a->head & (LINE_ELEMS - 1)));
+    a->normal = 1;
+    LOOP(factors)(m->coef_c, m->pitch, m->n_channels, a->factors[0], ROOM, backward);
+    for (ptrdiff_t c = 0; c < m->n_channels; c++)
+        a->normal &= LOOP(stays_normal)(m, a->factors[TERM][c], a->act, backward);
+    for (int i = 0; i < FACTORS(backward); i++)
+        SPREAD(m, a->factors[i]);
+    a->wraps = a->nontemporal && !reducing && !RARE && rows > 1 && LOOP(wraps)(m, a->columns, backward);
+    for (int i = 0; a->wraps && i < FACTORS(backward); i++)
+        memcpy(a->factors[i] + a->columns, a->factors[i], (size_t)a->head * sizeof(real));
+}
+
+/* A cache line of columns, or what is left of one, of the `height` rows from the n-th on; `at` is the first of them. */
+INLINE void LOOP(apply_columns)(const LOOP(apply_rows) *a, const cbn_tile *m, LOOP(row_of) at, ptrdiff_t n,
+                                ptrdiff_t height, ptrdiff_t j, ptrdiff_t end, const int bare, const int backward,
+                                const int reducing, const ptrdiff_t rows)
+{
+    const LOOP(activation) act = a->act;
+    real(*factors)[ROOM] = a->factors;
+    const int nontemporal = a->nontemporal, normal = a->normal;
+    if (RARE || j + LINE_ELEMS > end) {
+        if (j < end)
+            LOOP(apply_part)(m, n, height, j, end, factors, act, backward);
+        return;
+    }
+    if (bare)
+        at.z = NULL;
+    /* A body each: the bare one has no branches */
+    if (height == rows && bare)
+        LOOP(apply_line)(at, rows, j, factors, act, PLAIN, backward, nontemporal, !reducing, normal);
+    else if (height == rows && !backward && act.kind == ACTIVATED)
+        LOOP(apply_line)(at, rows, j, factors, act, ACTIVATED, backward, nontemporal, !reducing, normal);
+    else if (height == rows)
+        LOOP(apply_line)(at, rows, j, factors, act, CHECKED, backward, nontemporal, !reducing, normal);
+    else if (bare)
+        for (ptrdiff_t row = n; row < n + height; row++) {
+            LOOP(apply_line)(at, 1, j, factors, act, PLAIN, backward, nontemporal, 0, normal);
+            at.x += at.x_n;
+            at.g += at.g_n;
+            at.y += at.y_n;
+        }
+    else
+        for (ptrdiff_t row = n; row < n + height; row++)
+            LOOP(apply_line)(LOOP(row_at)(m, row), 1, j, factors, act, act.kind, backward, nontemporal, 0, normal);
+}
+
+/* ---- both ---- */
+
+INLINE void LOOP(rows)(const cbn_tile *m, const cbn_tile *r, const int plain, const int backward, const int applying,
+                       const int reducing, const ptrdiff_t rows)
+{
+    /* Backward, apply may be CHECKED for float64 elements alone */
+    const int bare = plain || (backward && !ELEM_IS_DOUBLE);
+    const ptrdiff_t n_runs = applying ? m->n_runs : r->n_runs;
+    const int down = applying && LOOP(downwards)(m, reducing ? r : NULL, backward);
+    real room[ALL_FACTORS][ROOM] __attribute__((aligned(CACHE_LINE)));
+    LOOP(apply_rows) a = {.act = bare ? (LOOP(activation)){PLAIN} : LOOP(activation_of)(applying ? m : r)};
+    if (applying)
+        LOOP(begin_apply_rows)(&a, m, room, backward, reducing, rows);
+    ptrdiff_t columns = a.columns;
+#if SUMS
+    LOOP(columns) of_column __attribute__((aligned(CACHE_LINE)));
+    const LOOP(activation) act_r = plain ? (LOOP(activation)){PLAIN} : LOOP(activation_of)(reducing ? r : m);
+    const LOOP(steps) step = reducing ? (LOOP(steps)){r->x.n, r->g.n, r->z.n, r->dh.n} : (LOOP(steps)){0, 0, 0, 0};
+    const int sum_in_float64 = backward || !HALF || (reducing && r->sum_in_float64);
+    const int flushing = !backward && sum_in_float64;
+    const ptrdiff_t r_columns = reducing ? r->copies * r->n_channels * r->length : 0;
+    if (reducing)
+        LOOP(begin_reduce_rows)(&of_column, r, r_columns, act_r, backward);
+    columns = MAX(columns, r_columns);
+#endif
+    ptrdiff_t height = 0;
+    for (ptrdiff_t n = 0; n < n_runs; n += height) {
+        const int wrapped = a.wraps && n < n_runs - 1;
+        height = MIN(rows, wrapped ? n_runs - 1 - n : n_runs - n);
+        const ptrdiff_t end = a.columns + (wrapped ? a.head : 0);
+        if (a.nontemporal && rows == 1 && !RARE)
+            a.head = MIN(TO_LINE(Y_AT(m->y, n, 0)), a.columns);
+        if (applying && (!a.wraps || n == 0))
+            LOOP(apply_part)(m, n, a.wraps ? 1 : height, a.skip, a.head, a.factors, a.act, backward);
+        const LOOP(row_of) at = LOOP(row_at)(applying ? m : r, n);
+#if SUMS
+        const LOOP(source) source = LOOP(row_source)(reducing ? r : m, n, act_r, backward);
+        const LOOP(turn) turn = LOOP(turn_of)(n, height, n_runs, flushing);
+        const LOOP(distance) ahead = LOOP(row_distance)(reducing ? r : m, n, rows, n_runs, r_columns);
+#endif
+        for (ptrdiff_t k = 0; k < columns; k += LINE_ELEMS) {
+            const ptrdiff_t j = down ? (columns - 1) / LINE_ELEMS * LINE_ELEMS - k : k;
+            if (applying)
+                LOOP(apply_columns)(&a, m, at, n, height, a.head + j, end, bare, backward, reducing, rows);
+#if SUMS
+            if (reducing)
+                LOOP(reduce_columns)(&of_column, r, source, step, n, height, j, r_columns, ahead, act_r, turn, plain,
+                                     backward, sum_in_float64, rows);
+#endif
+        }
+    }
+#if SUMS
+    if (reducing)
+        LOOP(end_reduce_rows)(&of_column, r, r_columns, flushing);
+#endif
+}

@@ -1,0 +1,430 @@
+/* runs.h: runs, which are contiguous elements of one channel: a channel's factors are scalars, its sums stay in
+ * registers.
+ *
+ * A run that is reduced goes in pieces: of each piece, coefficients are applied to one tile and then another is
+ * reduced, so that memory is written and read at the same time. A run that is only applied to is one piece.
+ */
+
+/* ---- apply ---- */
+
+/* Elements begin to end of a run; `nontemporal`: these are whole cache lines. */
+INLINE void LOOP(apply_piece)(const elem *x, const elem *g, const elem_out *z, elem_out *y, ptrdiff_t begin,
+                              ptrdiff_t end, const vec *f, LOOP(activation) act, const int kind, const int backward,
+                              const int nontemporal, const int normal)
+{
+    ptrdiff_t i = begin;
+    for (; i + UNROLL * LANES <= end; i += UNROLL * LANES) {
+        vec v[UNROLL], seen = {0};
+        UNROLLED for (int u = 0; u < UNROLL; u++)
+            v[u] = LOOP(unchecked)(x, g, z, i + u * LANES, 0, LANES, f, act, kind, backward, &seen);
+        if (kind == CHECKED && UNLIKELY(any_nan(seen)))
+            for (int u = 0; u < UNROLL; u++)
+                v[u] = LOOP(check)(v[u], seen, x, g, z, i + u * LANES, 0, LANES, f, act, kind, backward);
+        for (int u = 0; u < UNROLL; u += 2)
+            store_two(y + i + u * LANES, v + u, nontemporal, normal);
+    }
+    for (; i + LANES <= end; i += LANES) {
+        const vec v = LOOP(value)(x, g, z, i, 0, LANES, f, act, kind, backward);
+        if (nontemporal)
+            store_nontemporal(y + i, v);
+        else
+            store(y + i, v);
+    }
+    if (i < end)
+        store_part(y + i, LOOP(value)(x, g, z, i, 0, end - i, f, act, kind, backward), 0, end - i);
+}
+
+/* A cache line that two runs share waits here for the second one: a store of a part would read the line from memory
+ * first. It waits in registers. Store forwarding cannot merge two partial stores, so a load from memory would wait
+ * until both had drained from the store buffer, behind all non-temporal stores: 66 cycles a cache line (Zen 4). */
+typedef struct {
+    vec value[LINE_ELEMS / LANES];
+    elem_out *line;       /* where it belongs; NULL: none waits */
+    ptrdiff_t begin, end; /* the elements of it that are there */
+} LOOP(shared);
+
+INLINE void LOOP(deliver)(LOOP(shared) *s)
+{
+    UNROLLED for (int v = 0; v < LINE_ELEMS / LANES; v++) {
+        if (!s->line)
+            return;
+        const ptrdiff_t begin = MAX(s->begin - v * LANES, 0), end = MIN(s->end - v * LANES, LANES);
+        if (s->begin == 0 && s->end == LINE_ELEMS)
+            store_nontemporal(s->line + v * LANES, s->value[v]);
+        else if (begin < end)
+            store_part(s->line + v * LANES, s->value[v], begin, end);
+    }
+    s->line = NULL;
+}
+
+/* Elements begin to end of a run, less than a cache line. */
+INLINE void LOOP(apply_shared)(const elem *x, const elem *g, const elem_out *z, elem_out *y, ptrdiff_t begin,
+                               ptrdiff_t end, const vec *f, LOOP(activation) act, LOOP(shared) *s, const int kind,
+                               const int backward)
+{
+    const ptrdiff_t at = (ptrdiff_t)((uintptr_t)(y + begin) % CACHE_LINE / sizeof(elem_out));
+    if (begin == end)
+        return;
+    if (s->line != y + begin - at || s->end != at) {
+        LOOP(deliver)(s);
+        s->line = y + begin - at;
+        s->begin = at;
+    }
+    s->end = at + end - begin;
+    UNROLLED for (int v = 0; v < LINE_ELEMS / LANES; v++) {
+        const ptrdiff_t from = MAX(at - v * LANES, 0), to = MIN(s->end - v * LANES, LANES);
+        if (from < to)
+            s->value[v] = blend(LOOP(value)(x, g, z, begin - at + v * LANES, from, to, f, act, kind, backward),
+                                s->value[v], from, to);
+    }
+    if (s->end == LINE_ELEMS)
+        LOOP(deliver)(s);
+}
+
+/* A run that coefficients are applied to. */
+typedef struct {
+    const elem *x, *g;
+    const elem_out *z;
+    elem_out *y;
+    vec f[ALL_FACTORS];
+    ptrdiff_t head, whole; /* whole cache lines lie between these */
+    int normal;
+} LOOP(apply_run);
+
+/* Sets it up, and applies to the elements before the first whole cache line. */
+INLINE void LOOP(begin_apply)(LOOP(apply_run) *a, const cbn_tile *m, ptrdiff_t n, ptrdiff_t c,
+                              const real (*factors)[GROUP], ptrdiff_t column, LOOP(activation) act,
+                              LOOP(shared) *shared, const int backward, const int nontemporal)
+{
+    const ptrdiff_t length = m->length;
+    a->x = AT(m->x, n, c), a->g = AT(m->g, n, c), a->y = Y_AT(m->y, n, c);
+    a->z = m->z.data ? Y_AT(m->z, n, c) : NULL;
+    for (int i = 0; i < FACTORS(backward); i++)
+        a->f[i] = splat(factors[i][column]);
+    a->normal = LOOP(stays_normal)(m, factors[TERM][column], act, backward);
+    if (nontemporal || length >= LONG)
+        a->head = MIN(TO_LINE(a->y), length);
+    if (nontemporal) {
+        a->whole = a->head + (length - a->head) / LINE_ELEMS * LINE_ELEMS;
+        LOOP(apply_shared)(a->x, a->g, a->z, a->y, 0, a->head, a->f, act, shared, act.kind, backward);
+    } else
+        LOOP(apply_piece)(a->x, a->g, a->z, a->y, 0, a->head, a->f, act, act.kind, backward, 0, a->normal);
+}
+
+/* The piece that begins i elements behind `head`; `bare`: nothing follows the normalization. */
+INLINE void LOOP(apply_at)(const LOOP(apply_run) *a, ptrdiff_t i, ptrdiff_t piece, ptrdiff_t length,
+                           LOOP(activation) act, LOOP(shared) *shared, const int bare, const int backward,
+                           const int nontemporal)
+{
+    /* A body each: the bare one has no branches */
+    if (bare)
+        LOOP(apply_piece)(a->x, a->g, a->z, a->y, MIN(a->head + i, a->whole), MIN(a->head + i + piece, a->whole), a->f,
+                          act, PLAIN, backward, nontemporal, a->normal);
+    else if (!backward && act.kind == ACTIVATED)
+        LOOP(apply_piece)(a->x, a->g, a->z, a->y, MIN(a->head + i, a->whole), MIN(a->head + i + piece, a->whole), a->f,
+                          act, ACTIVATED, backward, nontemporal, a->normal);
+    else
+        LOOP(apply_piece)(a->x, a->g, a->z, a->y, MIN(a->head + i, a->whole), MIN(a->head + i + piece, a->whole), a->f,
+                          act, CHECKED, backward, nontemporal, a->normal);
+    /* What is left, once, before the copy of what is reduced takes its place */
+    if (nontemporal && a->head + i + piece >= a->whole && (i == 0 || a->head + i < a->whole))
+        LOOP(apply_shared)(a->x, a->g, a->z, a->y, a->whole, length, a->f, act, shared, act.kind, backward);
+}
+
+/* ---- reduction ---- */
+
+#if SUMS
+typedef struct {
+    dvec sum[UNROLL], square[UNROLL];
+} LOOP(sums);
+
+/* Forward, a sum that is added to often has rounding errors that add up: equal numbers are all rounded to the same
+ * side. So float64 sums take a few additions each, and are then added to others: those of rows to totals, exactly for
+ * float64 elements, but for the lower half of what is lost; those of runs to parts, and some of these exactly. */
+typedef struct {
+    dvec part_sum, part_square, sum, sum_low, square, square_low;
+} LOOP(totals);
+
+/* Elements of a run: the additions of a sum. More of them for smaller elements, whose own rounding hides them; it takes
+ * time. */
+#define FLUSH ((ELEM_IS_DOUBLE ? 8 : 256) * UNROLL * DLANES)
+#define PARTS 8 /* sums to a part, which is then added exactly */
+
+INLINE void LOOP(flush)(LOOP(sums) *s, LOOP(totals) *t, const int exactly)
+{
+    t->part_sum += (s->sum[0] + s->sum[1]) + (s->sum[2] + s->sum[3]);
+    t->part_square += (s->square[0] + s->square[1]) + (s->square[2] + s->square[3]);
+    for (int u = 0; u < UNROLL; u++)
+        s->sum[u] = s->square[u] = (dvec){0};
+    if (!exactly)
+        return;
+    LOOP(add_exactly)(&t->sum, &t->sum_low, t->part_sum);
+    LOOP(add_exactly)(&t->square, &t->square_low, t->part_square);
+    t->part_sum = t->part_square = (dvec){0};
+}
+
+#if HALF
+/* Forward, 16-bit elements: d = x - shift and the sums of a few d and d*d are float32, whose 24 bits are many more
+ * than the 8 or 11 of x. Where they leave its range, which bfloat16 shares, the caller asks for float64 sums
+ * (`sum_in_float64`).
+ *
+ * For bfloat16 d is x, so that the processor's products of pairs will do. S(x*x) - S(x)^2/n suffers cancellation where
+ * the mean is large beside the spread. But then x lies between mean/2 and 2*mean, and x*x is a multiple of
+ * mean^2/2^18: a sum of 32 up to 64*mean^2 is exact, and a larger one takes a spread that costs nothing. A value
+ * further off, which ends this, adds at least mean^2/4 to m2: beside that, a rounding of such a sum is below 2^-16. */
+
+/* Vectors of a float32 sum: for bfloat16 the 32 additions of above, two vectors at a time; fewer for float16, with its
+ * longer mantissa. */
+#define SHORT (HALF == F16 ? 8 : 16)
+
+/* Elements begin to end, SHORT vectors at most. */
+INLINE void LOOP(reduce_short)(LOOP(source) p, ptrdiff_t begin, ptrdiff_t end, vec shift, LOOP(sums) *s,
+                               const int copying)
+{
+    vec sum[2] = {{0}}, square[2] = {{0}};
+    ptrdiff_t i = begin;
+    for (; i + 4 * LANES <= end; i += 4 * LANES) {
+        if (copying)
+            memcpy(p.x_copy + i, p.x + i, 4 * LANES * sizeof(elem));
+        add_four(p.x + i, 4 * LANES, shift, sum, square);
+    }
+    if (i < end)
+        add_four(p.x + i, end - i, shift, sum, square);
+    for (; copying && i < end; i += DLANES)
+        copy(p.x_copy + i, p.x + i, MIN(end - i, DLANES));
+    s->sum[0] += folded_d(sum[0] + sum[1]);
+    s->square[0] += folded_d(square[0] + square[1]);
+}
+#endif
+
+/* What the forward pass did to a channel: its factors, or where it took float64 its coefficients. */
+typedef struct {
+    vec factors[SLOPE];
+    int in_float64;
+    dvec scale, offset;
+} LOOP(forward);
+
+/* The inputs of the activation of elements begin to end. */
+INLINE void LOOP(inputs)(LOOP(source) p, ptrdiff_t begin, ptrdiff_t end, dvec mean, const LOOP(forward) *f, real *input)
+{
+    if (!ELEM_IS_DOUBLE && UNLIKELY(f->in_float64)) {
+        for (ptrdiff_t i = begin; i < end; i += DLANES) {
+            const rvec a = LOOP(input_in_float64)(p, i, MIN(end - i, DLANES), mean, f->scale, f->offset);
+            memcpy(input + i - begin, &a, sizeof a);
+        }
+        return;
+    }
+    /* An input that has overflowed has the right sign, except for a sum with a residual, and for float64 x - mean */
+    for (ptrdiff_t i = begin; i < end; i += LANES) {
+        const ptrdiff_t n = MIN(end - i, LANES);
+        vec a;
+        if (n == LANES && (ELEM_IS_DOUBLE || p.z))
+            a = LOOP(input)(p.x, p.z, i, LANES, f->factors, CHECKED);
+        else if (n == LANES)
+            a = LOOP(input)(p.x, NULL, i, LANES, f->factors, ACTIVATED);
+        else
+            a = LOOP(input)(p.x, p.z, i, n, f->factors, CHECKED);
+        memcpy(input + i - begin, &a, sizeof a);
+    }
+}
+
+INLINE void LOOP(reduce_piece)(LOOP(source) p, ptrdiff_t begin, ptrdiff_t end, dvec shift, const LOOP(forward) *f,
+                               LOOP(activation) act, LOOP(sums) *s, const int activated, const int backward,
+                               const int copying, const int sum_in_float64)
+{
+    real input[PIECE + LANES];
+    if (backward && activated)
+        LOOP(inputs)(p, begin, end, shift, f, input);
+    ptrdiff_t i = begin;
+#if HALF
+    if (!backward && !sum_in_float64) {
+        const vec shift_ = splat((real)shift[0]);
+        for (; i + SHORT * LANES <= end; i += SHORT * LANES)
+            LOOP(reduce_short)(p, i, i + SHORT * LANES, shift_, s, copying);
+        if (i < end)
+            LOOP(reduce_short)(p, i, end, shift_, s, copying);
+        return;
+    }
+#else
+    (void)sum_in_float64;
+#endif
+    /* Often, so that the compiler gives its registers to these sums */
+    for (; OFTEN(i + UNROLL * DLANES <= end); i += UNROLL * DLANES)
+        UNROLLED for (int u = 0; u < UNROLL; u++)
+            LOOP(reduce_some)(p, i + u * DLANES, DLANES, shift, input + i - begin + u * DLANES, act, &s->sum[u],
+                              &s->square[u], activated, backward, copying);
+    for (; i + DLANES <= end; i += DLANES)
+        LOOP(reduce_some)(p, i, DLANES, shift, input + i - begin, act, &s->sum[0], &s->square[0], activated, backward,
+                          copying);
+    if (i < end)
+        LOOP(reduce_some)(p, i, end - i, shift, input + i - begin, act, &s->sum[1], &s->square[1], activated, backward,
+                          copying);
+}
+
+/* Run n of channel c, of the channels first to last whose runs take turns. */
+typedef struct {
+    ptrdiff_t n, c, first, last;
+} LOOP(place);
+
+/* The run that comes after it. */
+INLINE const elem *LOOP(next_run)(cbn_view v, LOOP(place) at)
+{
+    return at.c + 1 < at.last ? AT(v, at.n, at.c + 1) : AT(v, at.n + 1, at.first);
+}
+
+/* A run that is reduced; its sums are apart, and stay in registers. */
+typedef struct {
+    LOOP(source) p, next; /* of `next` what is fetched */
+    dvec shift;
+    LOOP(forward) f;
+} LOOP(reduced_run);
+
+INLINE void LOOP(begin_reduction)(LOOP(reduced_run) *b, const cbn_tile *r, LOOP(place) at,
+                                  const real (*of_forward)[GROUP], LOOP(activation) act, const int backward,
+                                  const int copying)
+{
+    b->p.x = AT(r->x, at.n, at.c), b->p.g = AT(r->g, at.n, at.c);
+    b->next.x = LOOP(next_run)(r->x, at);
+    b->next.g = LOOP(next_run)(r->g, at);
+    if (copying)
+        b->p.x_copy = AT(r->x_copy, at.n, at.c);
+    if (backward && (copying || act.kind != PLAIN))
+        b->p.dh = AT(r->dh, at.n, at.c);
+    if (backward && act.kind != PLAIN) {
+        b->p.z = r->z.data ? AT(r->z, at.n, at.c) : NULL;
+        b->next.z = b->p.z ? LOOP(next_run)(r->z, at) : NULL;
+        for (int i = 0; i < SLOPE; i++)
+            b->f.factors[i] = splat(of_forward[i][at.c - at.first]);
+        b->f.in_float64 = r->forward_c[CBN_IN_FLOAT64 * r->pitch + at.c] != 0;
+        b->f.scale = splat_d(r->forward_c[CBN_SCALE * r->pitch + at.c]);
+        b->f.offset = splat_d(r->forward_c[CBN_OFFSET * r->pitch + at.c]);
+    }
+    b->shift = splat_d(r->shift_c[at.c]);
+}
+
+/* The piece that begins at i. */
+INLINE void LOOP(reduce_at)(const LOOP(reduced_run) *b, ptrdiff_t i, ptrdiff_t piece, ptrdiff_t length,
+                            ptrdiff_t distance, LOOP(activation) act, LOOP(sums) *s, const int plain,
+                            const int backward, const int copying, const int sum_in_float64)
+{
+    if (distance)
+        LOOP(fetch_piece)(b->p.x, b->next.x, i, distance, length);
+    if (distance && backward)
+        LOOP(fetch_piece)(b->p.g, b->next.g, i, distance, length);
+    if (distance && backward && b->p.z)
+        LOOP(fetch_piece)(b->p.z, b->next.z, i, distance, length);
+    const ptrdiff_t end = MIN(i + piece, length);
+    if (backward && !plain && (!ELEM_IS_DOUBLE || act.kind != PLAIN))
+        LOOP(reduce_piece)(b->p, i, end, b->shift, &b->f, act, s, 1, backward, copying, sum_in_float64);
+    else
+        LOOP(reduce_piece)(b->p, i, end, b->shift, &b->f, act, s, 0, backward, copying, sum_in_float64);
+}
+
+/* The sums of a channel, which wait since its run before the n-th. */
+INLINE void LOOP(begin_sums)(LOOP(sums) *s, const LOOP(sums) *waiting, ptrdiff_t n)
+{
+    for (int u = 0; u < UNROLL; u++) {
+        s->sum[u] = n ? waiting->sum[u] : (dvec){0};
+        s->square[u] = n ? waiting->square[u] : (dvec){0};
+    }
+}
+
+/* The sums of a channel that wait for its next run, or end with this one. */
+INLINE void LOOP(end_reduction)(const cbn_tile *r, ptrdiff_t c, LOOP(sums) *s, LOOP(sums) *waiting, LOOP(totals) *t,
+                                const int more, const int flushing)
+{
+    if (more)
+        *waiting = *s;
+    else if (flushing) {
+        LOOP(flush)(s, t, 1);
+        r->sum_c[c] = total(LOOP(in_one)(t->sum, t->sum_low));
+        r->square_c[c] = total(LOOP(in_one)(t->square, t->square_low));
+    } else {
+        r->sum_c[c] = total((s->sum[0] + s->sum[1]) + (s->sum[2] + s->sum[3]));
+        r->square_c[c] = total((s->square[0] + s->square[1]) + (s->square[2] + s->square[3]));
+    }
+}
+#endif
+
+/* ---- both ---- */
+
+INLINE void LOOP(runs)(const cbn_tile *m, const cbn_tile *r, const int plain, const int backward, const int applying,
+                       const int reducing)
+{
+    const int nontemporal = applying && m->nontemporal;
+    const ptrdiff_t length = applying ? m->length : r->length, n_runs = applying ? m->n_runs : r->n_runs;
+    const ptrdiff_t m_channels = applying ? m->n_channels : 0, r_channels = reducing ? r->n_channels : 0;
+    const ptrdiff_t n_channels = MAX(m_channels, r_channels), piece = reducing ? PIECE : length;
+    real factors[ALL_FACTORS][GROUP];
+    LOOP(shared) shared = {.line = NULL};
+    /* Backward, apply may be CHECKED for float64 elements alone */
+    const int bare = plain || (backward && !ELEM_IS_DOUBLE);
+    const LOOP(activation) act = bare ? (LOOP(activation)){PLAIN} : LOOP(activation_of)(applying ? m : r);
+#if SUMS
+    const int copying = reducing && r->x_copy.data;
+    const LOOP(activation) act_r = plain ? (LOOP(activation)){PLAIN} : LOOP(activation_of)(reducing ? r : m);
+    const ptrdiff_t distance = reducing ? LOOP(run_distance)(r, backward, applying) : 0;
+    LOOP(sums) sums[GROUP];
+    LOOP(totals) totals[GROUP];
+    const int flushing = reducing && !backward && (!HALF || r->sum_in_float64) && n_runs * length > FLUSH;
+    real of_forward[SLOPE][GROUP]; /* factors of the forward pass */
+#endif
+    for (ptrdiff_t first = 0; first < n_channels; first += GROUP) {
+        const ptrdiff_t last = MIN(first + GROUP, n_channels);
+        if (applying)
+            LOOP(factors)(m->coef_c + first, m->pitch, MIN(last, m_channels) - first, factors[0], GROUP, backward);
+#if SUMS
+        if (reducing && backward && act_r.kind != PLAIN)
+            LOOP(factors)(r->forward_c + first, r->pitch, MIN(last, r_channels) - first, of_forward[0], GROUP, 0);
+#endif
+        for (ptrdiff_t n = 0; n < n_runs; n++)
+            for (ptrdiff_t c = first; c < last; c++) {
+                const int applies = applying && c < m_channels;
+                LOOP(apply_run) a = {.whole = length};
+                ptrdiff_t next_flush = PTRDIFF_MAX; /* elements of the run until then */
+                if (applies)
+                    LOOP(begin_apply)(&a, m, n, c, factors, c - first, act, &shared, backward, nontemporal);
+#if SUMS
+                const int reduces = reducing && c < r_channels;
+                const LOOP(place) at = {n, c, first, last};
+                const elem *z_next = a.z ? LOOP(next_run)(m->z, at) : NULL;
+                LOOP(reduced_run) b = {.f.in_float64 = 0};
+                LOOP(sums) s;
+                if (reduces) {
+                    LOOP(begin_reduction)(&b, r, at, of_forward, act_r, backward, copying);
+                    LOOP(begin_sums)(&s, &sums[c - first], n);
+                    next_flush = flushing ? FLUSH - n * length % FLUSH : PTRDIFF_MAX;
+                    if (flushing && n == 0)
+                        totals[c - first] = (LOOP(totals)){{0}, {0}, {0}, {0}, {0}, {0}};
+                }
+#endif
+                for (ptrdiff_t i = 0; i < length;) {
+                    /* A loop of its own, else the compiler keeps the sums in memory */
+                    for (const ptrdiff_t stop = MIN(length, next_flush); i < stop; i += piece) {
+#if SUMS
+                        if (reducing && !backward && a.z)
+                            LOOP(fetch_piece)(a.z, z_next, i, AHEAD, length);
+#endif
+                        if (applies)
+                            LOOP(apply_at)(&a, i, piece, length, act, &shared, bare, backward, nontemporal);
+#if SUMS
+                        if (reduces)
+                            LOOP(reduce_at)(&b, i, piece, length, distance, act_r, &s, plain, backward, copying,
+                                            r->sum_in_float64);
+#endif
+                    }
+#if SUMS
+                    if (reduces && MIN(i, length) >= next_flush) {
+                        LOOP(flush)(&s, &totals[c - first], (n * length + next_flush) % (PARTS * FLUSH) == 0);
+                        next_flush += FLUSH;
+                    }
+#endif
+                }
+#if SUMS
+                if (reduces)
+                    LOOP(end_reduction)(r, c, &s, &sums[c - first], &totals[c - first], n < n_runs - 1, flushing);
+#endif
+            }
+    }
+    LOOP(deliver)(&shared);
+}
