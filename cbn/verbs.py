@@ -334,8 +334,9 @@ def batch_norm_backward_elemt(
         checks.per_channel(a, name, inp.n_channels, x=inp.x)
         for a, name in ((sum_dy, "sum_dy"), (sum_dy_xmu, "sum_dy_xmu"))
     ]
-    if any(a is None for a in sums):
-        raise TypeError("sum_dy and sum_dy_xmu must be arrays, not None")
+    for a, name in zip(sums, ("sum_dy", "sum_dy_xmu"), strict=True):
+        if a is None:
+            raise TypeError(f"{name} must be an array, not None")
     n = float(_counts(count, "count").sum())
     if n == 0 and inp.layout is not None:
         raise ValueError("count is 0, and x has values")

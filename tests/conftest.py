@@ -7,55 +7,13 @@ from pathlib import Path
 
 try:
     import hypothesis  # noqa: F401
-    import ml_dtypes
+    import ml_dtypes  # noqa: F401
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(f"the tests need {error.name}: pip install -e '.[test]' in the checkout") from error
 import numpy as np
 import pytest
 
 from cbn.kernels import engine
-
-DTYPES = (np.float32, np.float64)  # of parameters
-HALVES = (np.float16, ml_dtypes.bfloat16)
-INPUT_DTYPES = (*DTYPES, *HALVES)
-LARGE_RANGE = (*DTYPES, ml_dtypes.bfloat16)  # that hold 1e36
-PARAMETERS = {half: np.float32 for half in HALVES} | {dtype: dtype for dtype in DTYPES}  # that go with inputs
-# Largest error allowed, relative to the largest value of the exact result; for 16 bits half a unit in the last place.
-ROUNDING = {np.dtype(np.float16): 2**-11, np.dtype(ml_dtypes.bfloat16): 2**-8}
-LIMIT = {np.dtype(np.float32): 1e-6, np.dtype(np.float64): 1e-12, **ROUNDING}
-# Statistics: sums are of float64, but for those of a few 16-bit elements, which are of float32.
-STATISTICS_LIMIT = {np.dtype(t): 1e-12 for t in DTYPES} | {np.dtype(t): 1e-6 for t in HALVES}
-GRADIENT_LIMIT = {np.dtype(np.float32): 1e-5, np.dtype(np.float64): 1e-11, **ROUNDING}
-
-# name -> (shape, channel axis, order of the axes in memory)
-LAYOUTS = {
-    "NC": ((37, 19), 1, None),
-    "NCL": ((5, 7, 67), 1, None),
-    "NLC": ((5, 67, 7), -1, None),
-    "NCHW": ((3, 5, 9, 11), 1, None),
-    "NHWC": ((3, 9, 11, 21), -1, None),
-    "NCHW as NHWC": ((3, 21, 9, 11), 1, (0, 2, 3, 1)),
-    "NCDHW": ((2, 3, 4, 5, 7), 1, None),
-    "CN": ((6, 131), 0, None),
-    "CNHW in memory": ((3, 5, 9, 11), 1, (1, 0, 2, 3)),
-    "C=1": ((50, 1), 1, None),
-    "C=600": ((70, 600), 1, None),
-}
-
-
-def in_memory_order(x, order):
-    """x with its axes lying in memory in this order, slowest first."""
-    if order is None:
-        return np.ascontiguousarray(x)
-    return np.ascontiguousarray(x.transpose(order)).transpose(np.argsort(order))
-
-
-def error(actual, exact):
-    """Largest difference relative to the largest value of the exact result."""
-    actual, exact = np.asarray(actual, np.float64), np.asarray(exact, np.float64)
-    assert actual.shape == exact.shape
-    scale = np.abs(exact).max() or 1.0
-    return np.abs(actual - exact).max() / scale
 
 
 def closed_pipe(*arguments):

@@ -10,7 +10,7 @@ import cbn
 from cbn import reference
 from cbn.functional import native_batch_norm, native_batch_norm_backward
 
-from .conftest import HALVES, in_memory_order
+from .paths import HALVES, in_memory_order
 
 DISTRIBUTIONS = {
     "N(0, 1)": (0, 1, 1),

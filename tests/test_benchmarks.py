@@ -93,13 +93,13 @@ def test_types_and_what_follows_are_chosen(capsys):
 @pytest.mark.parametrize(
     "arguments", [("benchmarks",), ("benchmarks", "run", "--list"), ("benchmarks.accuracy", "--help")]
 )
-def test_a_closed_pipe_is_no_traceback(arguments):
+def test_benchmarks_end_at_a_closed_pipe(arguments):
     done = closed_pipe(*arguments)
     assert (done.returncode, done.stderr) == (141, "")
 
 
 @pytest.mark.parametrize("package", ["matplotlib", "ml_dtypes", "tqdm"])
-def test_a_missing_package_names_the_extra(package):
+def test_benchmarks_name_the_extra_of_a_missing_package(package):
     code = f"import sys; sys.modules[{package!r}] = None; import benchmarks.__main__"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     last = done.stderr.splitlines()[-1]

@@ -14,7 +14,7 @@ from cbn import reference
 from cbn.functional import batch_norm
 from cbn.kernels import engine
 
-from .conftest import LAYOUTS, LIMIT, error, in_memory_order
+from .paths import LAYOUTS, LIMIT, agree, in_memory_order
 from .test_guard_pages import guarded
 
 BYTES = (np.uint8, np.int8)
@@ -39,7 +39,7 @@ def exact(x, arrays, scale, zero_point, axis=1):
 @pytest.mark.parametrize("dtype", BYTES)
 @pytest.mark.parametrize("out_dtype", OUTPUTS)
 @pytest.mark.parametrize("past", [False, True])
-def test_values(isa, parallel, rng, layout, dtype, out_dtype, past):
+def test_values_of_8_bits(isa, parallel, rng, layout, dtype, out_dtype, past):
     shape, axis, order = LAYOUTS[layout]
     x, arrays = drawn(rng, dtype, shape, order), parameters(rng, shape[axis])
     engine.tune(nontemporal_bytes=0 if past else 1 << 40)
@@ -54,7 +54,7 @@ def test_values(isa, parallel, rng, layout, dtype, out_dtype, past):
         assert results[0] == results[1]
         assert y.dtype == out_dtype
         assert [s // y.itemsize for s in y.strides] == list(x.strides)
-        assert error(y, exact(x, arrays, scale, zero_point, axis % x.ndim)) <= LIMIT[y.dtype]
+        agree(y, exact(x, arrays, scale, zero_point, axis % x.ndim), LIMIT[y.dtype])
 
 
 @pytest.mark.parametrize("dtype", BYTES)
@@ -67,7 +67,7 @@ def test_borders(isa, parallel, rng, dtype, shape):
             for offset in (0, 3):
                 out = np.empty(x.size + 3, out_dtype)[offset : offset + x.size].reshape(shape)
                 assert batch_norm(x, *arrays, x_scale=0.02, out=out, out_dtype=out_dtype) is out
-                assert error(out, exact(x, arrays, 0.02, 0)) <= LIMIT[out.dtype]
+                agree(out, exact(x, arrays, 0.02, 0), LIMIT[out.dtype])
 
 
 @pytest.mark.parametrize("dtype", BYTES)
@@ -90,13 +90,13 @@ def test_coefficients_that_float32_cannot_hold(isa, rng, dtype):
     ]
     for scale, *arrays in cases:
         y = batch_norm(x, *arrays, eps=0, x_scale=scale)
-        assert error(y, exact(x, (*arrays, None, None, 0.0), scale, 0)) <= 1e-6
+        agree(y, exact(x, (*arrays, None, None, 0.0), scale, 0), 1e-6)
 
 
 def test_activation_and_strides(rng):
     x, arrays = drawn(rng, np.uint8, (4, 6, 10)), parameters(rng, 6)
     y = batch_norm(x, *arrays, x_scale=1 / 255, activation="relu")
-    assert error(y, np.maximum(exact(x, arrays, 1 / 255, 0), 0)) <= 1e-6
+    agree(y, np.maximum(exact(x, arrays, 1 / 255, 0), 0), 1e-6)
     strided = np.repeat(x, 2, -1)[..., ::2]
     assert (batch_norm(strided, *arrays, x_scale=1 / 255, activation="relu") == y).all()
     out = np.empty((4, 6, 20), np.float32)[..., ::2]
@@ -126,7 +126,7 @@ def test_residual(isa, parallel, rng, dtype, out_dtype, layout, slope):
         for n_threads in (1, 3):
             with cbn.num_threads(n_threads):
                 y = batch_norm(x, *arrays, residual=z, out_dtype=out_dtype, **kwargs)
-            assert error(y, expected) <= LIMIT[y.dtype]
+            agree(y, expected, LIMIT[y.dtype])
             for other in (np.asfortranarray(z), np.repeat(z, 2, -1)[..., ::2]):
                 assert (batch_norm(x, *arrays, residual=other, out_dtype=out_dtype, **kwargs) == y).all()
             there = z.copy(order="K")
@@ -139,13 +139,13 @@ def test_residual(isa, parallel, rng, dtype, out_dtype, layout, slope):
     arrays = *arrays[:2], arrays[2] * np.float32(1e-39), *arrays[3:]
     expected = reference.activate(exact(x, arrays, 0.02, 5, axis % x.ndim), z, slope)
     y = batch_norm(x, *arrays, residual=z, out_dtype=out_dtype, **kwargs)
-    assert error(y, expected) <= LIMIT[y.dtype]
+    agree(y, expected, LIMIT[y.dtype])
 
 
 @pytest.mark.parametrize("at_end", [False, True])
 @pytest.mark.parametrize("dtype", BYTES)
 @pytest.mark.parametrize("shape", [(2, 3, 17), (9, 5, 49), (33, 7), (3, 130), (70, 1030), (64, 9, 129)])
-def test_nothing_outside_an_array_is_touched(isa, parallel, rng, dtype, shape, at_end):
+def test_nothing_outside_an_8_bit_array_is_touched(isa, parallel, rng, dtype, shape, at_end):
     x = guarded(shape, dtype, at_end)
     x[...] = drawn(rng, dtype, shape)
     for out_dtype in OUTPUTS:
@@ -179,7 +179,7 @@ def test_nothing_outside_an_array_is_touched(isa, parallel, rng, dtype, shape, a
         ({"x_scale": 1, "training": True}, TypeError, "x_scale is for evaluation with 8-bit input .*training with"),
     ],
 )
-def test_what_is_refused(arguments, error, words):
+def test_what_is_refused_of_8_bits(arguments, error, words):
     with pytest.raises(error, match=words):
         batch_norm(np.zeros((4, 3), np.uint8), np.zeros(3), np.ones(3), **arguments)
 
@@ -233,7 +233,7 @@ def test_layers_and_plans_give_the_bits_of_the_function(rng, layout, dtype, out_
             assert out.tobytes() == y.tobytes(), case
     expected = exact(x, arrays, 0.05, 7, axis % x.ndim) + np.asarray(z, np.float64)
     slope = {None: 1, "relu": 0}.get(activation, 0.1)
-    assert error(y, reference.activate(expected, None, slope)) <= LIMIT[y.dtype]
+    agree(y, reference.activate(expected, None, slope), LIMIT[y.dtype])
     assert plan._plans <= 2
     assert bn._plans == 0
     for other in (copy.copy(plan), pickle.loads(pickle.dumps(plan))):

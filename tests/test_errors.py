@@ -204,7 +204,7 @@ def test_state_dict_lists_everything_and_changes_nothing():
 
 
 @pytest.mark.parametrize("momentum", [-0.1, -5e-324, 1.1, np.nextafter(1, 2), np.nan, np.inf])
-def test_momentum(momentum):
+def test_a_momentum_out_of_range_is_refused(momentum):
     with pytest.raises(ValueError, match=r"momentum must be in \[0, 1\]"):
         cbn.BatchNorm1d(3, momentum=momentum)
     mean, var = f32(3), f32(3)
@@ -453,7 +453,7 @@ def test_a_state_is_a_mapping(state):
         cbn.BatchNorm1d(3).load_state_dict(state)
 
 
-def test_output_mask():
+def test_an_output_mask_that_is_none_is_refused():
     x = f32(4, 3)
     for mask, kind in (((True, True), ValueError), ((1, 1, 1), TypeError)):
         with pytest.raises(kind, match="output_mask"):

@@ -569,7 +569,7 @@ def test_help(script, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("arguments", [("examples", "--help"), ("examples.embed", "--seconds", "20", "--repeats", "1")])
-def test_a_closed_pipe_is_no_traceback(tmp_path, arguments):
+def test_examples_end_at_a_closed_pipe(tmp_path, arguments):
     done = closed_pipe(*arguments, "--out", str(tmp_path))
     assert done.returncode == 141
     assert "Error" not in done.stderr
@@ -577,7 +577,7 @@ def test_a_closed_pipe_is_no_traceback(tmp_path, arguments):
 
 
 @pytest.mark.parametrize("script", ["__main__", "digits_mlp", "binary_logits", "four_steps", "sequences", "embed"])
-def test_a_missing_package_names_the_extra(script, tmp_path):
+def test_examples_name_the_extra_of_a_missing_package(script, tmp_path):
     code = f"""
 import runpy, sys
 sys.argv[0] = {str(SCRIPTS / script)!r} + ".py"

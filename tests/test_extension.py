@@ -15,7 +15,7 @@ import cbn
 from cbn import reference
 from cbn.kernels import engine, passes
 
-from .conftest import error
+from .paths import agree
 
 SOURCE = Path(__file__).parents[1] / "examples" / "extension"
 # setup.py as a user runs it where cbn is an editable install: a finder gives it, and no folder of sys.path has it
@@ -58,9 +58,9 @@ def test_frames_are_normalized(frames, parallel, rng, shape, threads):
         mean, var = frames.normalize_frames(x, y)
     moments = [reference.moments(frame) for frame in x]
     for frame, found, (n, frame_mean, m2) in zip(x, y, moments, strict=True):
-        assert error(found, reference.normalize(frame, frame_mean, m2 / n)) <= 1e-6
-    assert error(mean, np.mean([m[1] for m in moments], axis=0)) <= 1e-12
-    assert error(var, np.mean([m[2] / m[0] for m in moments], axis=0)) <= 1e-12
+        agree(found, reference.normalize(frame, frame_mean, m2 / n), 1e-6)
+    agree(mean, np.mean([m[1] for m in moments], axis=0), 1e-12)
+    agree(var, np.mean([m[2] / m[0] for m in moments], axis=0), 1e-12)
     same = x.copy()
     frames.normalize_frames(same, same)
     assert (same == y).all()
@@ -71,14 +71,14 @@ def test_gradient(frames, parallel, rng, shape):
     x, dy = rng.standard_normal((2, *shape)).astype(np.float32)
     n, mean, m2 = reference.moments(x)
     engine.tune(l2_bytes=1 << 12, l3_bytes=1 << 24, nontemporal_bytes=0)  # the pipeline, which has copies of its own
-    assert error(frames.gradient(dy, x), reference.backward(dy, x, mean, m2 / n)[0]) <= 1e-5
+    agree(frames.gradient(dy, x), reference.backward(dy, x, mean, m2 / n)[0], 1e-5)
 
 
 def test_apply(frames, rng):
     x, coef = rng.standard_normal((50, 6)).astype(np.float32), rng.standard_normal((3, 6))
     expected = (x - coef[0]) * coef[1] + coef[2]
     frames.affine(x, coef)
-    assert error(x, expected) <= 1e-6
+    agree(x, expected, 1e-6)
 
 
 def test_other_threads_run_meanwhile(frames):
@@ -104,7 +104,7 @@ def test_other_threads_run_meanwhile(frames):
     assert during > 100
 
 
-def test_what_is_refused(frames):
+def test_what_passes_refuse(frames):
     with pytest.raises(ValueError, match="there are no frames"):
         frames.normalize_frames(np.zeros((0, 3, 4), np.float32), np.zeros((0, 3, 4), np.float32))
     with pytest.raises(ValueError, match=r"like is empty, of shape \(0, 4\)"):

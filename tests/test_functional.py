@@ -7,7 +7,7 @@ import cbn
 from cbn import reference
 from cbn.functional import batch_norm, native_batch_norm, native_batch_norm_backward
 
-from .conftest import DTYPES, INPUT_DTYPES, LAYOUTS, LIMIT, error, in_memory_order
+from .paths import DTYPES, INPUT_DTYPES, LAYOUTS, LIMIT, agree, in_memory_order
 
 
 def test_training_updates_the_buffers_with_the_unbiased_variance():
@@ -24,7 +24,7 @@ def test_evaluation_changes_nothing(rng):
     mean, var = rng.standard_normal(3), rng.uniform(1, 2, 3)
     before = mean.copy(), var.copy(), x.copy()
     y, save_mean, save_invstd = native_batch_norm(x, None, None, mean, var, False, 0.1, 1e-5)
-    assert error(y, reference.normalize(x, mean, var)) < 1e-14
+    agree(y, reference.normalize(x, mean, var), 1e-14)
     assert save_mean.shape == save_invstd.shape == (0,)
     assert save_mean.dtype == save_invstd.dtype == np.float64
     for a, b in zip((mean, var, x), before, strict=True):
@@ -49,7 +49,7 @@ def test_absent_parameters(rng, which, training):
     weight = rng.standard_normal(3) if which in ("weight", "both") else None
     bias = rng.standard_normal(3) if which in ("bias", "both") else None
     exact, *_ = reference.batch_norm(x, mean, var, weight, bias, training)
-    assert error(batch_norm(x, mean, var, weight, bias, training), exact) < 1e-13
+    agree(batch_norm(x, mean, var, weight, bias, training), exact, 1e-13)
 
 
 @pytest.mark.parametrize("x_dtype", DTYPES)
@@ -85,7 +85,7 @@ def test_gradient_of_another_type(rng):
     gradients = native_batch_norm_backward(dy, x, None, None, None, *saved, True, 1e-5)
     assert gradients[0].dtype == np.float32
     for gradient, exact in zip(gradients, reference.backward(dy, x, mean, m2 / n), strict=True):
-        assert error(gradient, exact) < 1e-6
+        agree(gradient, exact, 1e-6)
     out = np.empty_like(x)
     assert native_batch_norm_backward(dy, x, None, None, None, *saved, True, 1e-5, out=out)[0] is out
     assert np.array_equal(out, gradients[0])
@@ -103,7 +103,7 @@ def test_output_mask(rng, mask, train):
     for wanted, gradient, e in zip(mask, gradients, exact, strict=True):
         assert (gradient is not None) == wanted
         if wanted:
-            assert error(gradient, e) < 1e-13
+            agree(gradient, e, 1e-13)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -226,8 +226,8 @@ def test_buffers_of_any_strides(rng):
 @pytest.mark.parametrize("axis", [0, 1, 2, 3, -1, -2])
 def test_any_channel_axis(rng, axis):
     x = rng.standard_normal((3, 4, 5, 6))
-    assert error(batch_norm(x, None, None, training=True, channel_axis=axis),
-                 reference.batch_norm(x, None, None, training=True, channel_axis=axis)[0]) < 1e-13  # fmt: skip
+    exact = reference.batch_norm(x, None, None, training=True, channel_axis=axis)[0]
+    agree(batch_norm(x, None, None, training=True, channel_axis=axis), exact, 1e-13)
 
 
 @pytest.mark.parametrize("train", [True, False])
@@ -283,4 +283,4 @@ def test_gradients_of_a_dy_of_any_dtype(rng, x_dtype, dy_dtype, activation, shap
             assert found.dtype == expected.dtype
             # A dy of x's own dtype is not widened: it has other roundings
             limit = 1e-12 if x_dtype == np.float64 else 2e-2 if np.dtype(x_dtype).itemsize == 2 else 1e-5
-            assert error(found, expected) <= limit, case
+            agree(found, expected, limit, case)

@@ -185,6 +185,6 @@ def ones(*shape):
         ),
     ],
 )
-def test_refusals(call, error, words):
+def test_what_folding_refuses(call, error, words):
     with pytest.raises(error, match=words):
         call(cbn.BatchNorm(3).eval())

@@ -8,8 +8,19 @@ from cbn import reference
 from cbn.functional import batch_norm
 from cbn.kernels import engine
 
-from .conftest import GRADIENT_LIMIT, INPUT_DTYPES, LARGE_RANGE, LAYOUTS, LIMIT, PARAMETERS, error, in_memory_order
-from .test_kernels import KNOBS, PATH_SHAPES
+from .paths import (
+    GRADIENT_LIMIT,
+    INPUT_DTYPES,
+    KNOBS,
+    LARGE_RANGE,
+    LAYOUTS,
+    LIMIT,
+    PARAMETERS,
+    PATH_SHAPES,
+    agree,
+    error,
+    in_memory_order,
+)
 
 ACTIVATIONS = {"none": (None, 1.0), "relu": ("relu", 0.0), "leaky": (("leaky_relu", 0.125), 0.125)}
 
@@ -37,7 +48,7 @@ def expected(bn, x, dy, residual, slope, axis):
 @pytest.mark.parametrize("dtype", INPUT_DTYPES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("with_residual", [False, True], ids=["alone", "residual"])
-def test_forward_and_backward(isa, parallel, rng, dtype, layout, activation, with_residual):
+def test_activation_and_residual_forward_and_backward(isa, parallel, rng, dtype, layout, activation, with_residual):
     shape, axis, order = LAYOUTS[layout]
     activation, slope = ACTIVATIONS[activation]
     x, dy, z = (in_memory_order(rng.standard_normal(shape).astype(dtype), order) for _ in range(3))
@@ -60,17 +71,17 @@ def test_forward_and_backward(isa, parallel, rng, dtype, layout, activation, wit
             results.append([None if a is None else a.tobytes("A") for a in found])
         assert results[0] == results[1], "the bits depend on the number of threads"
         assert y.strides == x.strides
-        assert error(y, exact[0]) <= LIMIT[x.dtype]
+        agree(y, exact[0], LIMIT[x.dtype])
         for got, want in zip(found[1:], exact[1:], strict=False):
             if got is not None:
-                assert error(got, want) <= GRADIENT_LIMIT[x.dtype]
+                agree(got, want, GRADIENT_LIMIT[x.dtype])
                 assert got.dtype == (x.dtype if got.ndim > 1 else bn.dtype)
 
 
 @pytest.mark.parametrize("shape", PATH_SHAPES.values(), ids=PATH_SHAPES)
 @pytest.mark.parametrize("dtype", LARGE_RANGE)
 @pytest.mark.parametrize("with_residual", [False, True], ids=["alone", "residual"])
-def test_every_path_gives_the_same_bits(isa, parallel, rng, dtype, shape, with_residual):
+def test_every_path_gives_the_same_bits_with_an_activation(isa, parallel, rng, dtype, shape, with_residual):
     x, dy, z = rng.standard_normal((3, *shape)).astype(dtype)
     x[:, 3::4] *= 1e36  # channels that take float64 arithmetic
     z[:, 3::4] *= 1e36
@@ -106,8 +117,8 @@ def test_few_channels_of_much(rng, shape, activation, dtype):
         with cbn.num_threads(n_threads):
             y, dx = bn(x), bn.backward(dy)
     exact = expected(bn, x, dy, None, slope, 1)
-    assert error(y, exact[0]) <= LIMIT[x.dtype]
-    assert error(dx, exact[1]) <= GRADIENT_LIMIT[x.dtype]
+    agree(y, exact[0], LIMIT[x.dtype])
+    agree(dx, exact[1], GRADIENT_LIMIT[x.dtype])
 
 
 @pytest.mark.parametrize(
@@ -142,7 +153,7 @@ def test_float64_parameters(isa, parallel, rng, layout):
         found = bn.backward(dy)
         dx = found[0] if bn is wide else found
         for got, want in ((y, exact[0]), (dx, exact[1]), (bn.weight_grad, exact[3]), (bn.bias_grad, exact[4])):
-            assert error(got, want) <= 1e-5
+            agree(got, want, 1e-5)
         if bn is some:
             channels = np.moveaxis(y, axis, 0)[::3], np.moveaxis(exact[0], axis % x.ndim, 0)[::3]
             assert error(*channels) <= 1e-5

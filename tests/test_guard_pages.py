@@ -11,7 +11,7 @@ import cbn
 from cbn.functional import batch_norm, native_batch_norm, native_batch_norm_backward
 from cbn.kernels import engine
 
-from .conftest import INPUT_DTYPES, PARAMETERS
+from .paths import INPUT_DTYPES, PARAMETERS
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="mprotect as Linux has it")
 

@@ -9,7 +9,7 @@ from cbn import reference
 from cbn.functional import batch_norm, native_batch_norm, native_batch_norm_backward
 from cbn.kernels import engine
 
-from .conftest import HALVES, LAYOUTS, ROUNDING, STATISTICS_LIMIT, error, in_memory_order
+from .paths import HALVES, LAYOUTS, ROUNDING, STATISTICS_LIMIT, agree, in_memory_order
 
 pytestmark = pytest.mark.parametrize("dtype", HALVES)
 
@@ -67,7 +67,7 @@ def test_against_the_reference(isa, parallel, rng, dtype, layout):
     running = running_mean.copy(), running_var.copy()
     y, save_mean, save_invstd = native_batch_norm(x, weight, bias, *running, True, 0.1, 1e-5, channel_axis=axis)
     assert (y.dtype, y.strides, save_mean.dtype) == (dtype, x.strides, np.float64)
-    assert error(y, reference.normalize(x, mean, m2 / n, weight, bias, channel_axis=axis)) <= ROUNDING[y.dtype]
+    agree(y, reference.normalize(x, mean, m2 / n, weight, bias, channel_axis=axis), ROUNDING[y.dtype])
     np.testing.assert_allclose(save_mean, mean, rtol=STATISTICS_LIMIT[x.dtype])
     np.testing.assert_allclose(save_invstd, 1 / np.sqrt(m2 / n + 1e-5), rtol=STATISTICS_LIMIT[x.dtype])
     np.testing.assert_allclose(running[1], 0.9 * running_var + 0.1 * m2 / (n - 1), rtol=1e-6)
@@ -76,12 +76,12 @@ def test_against_the_reference(isa, parallel, rng, dtype, layout):
     )
     exact = reference.backward(dy, x, mean, m2 / n, weight, channel_axis=axis)
     assert (dx.dtype, dweight.dtype, dbias.dtype) == (dtype, np.float32, np.float32)
-    assert error(dx, exact[0]) <= ROUNDING[dx.dtype]
+    agree(dx, exact[0], ROUNDING[dx.dtype])
     np.testing.assert_allclose(dweight, exact[1], atol=1e-6 * np.abs(exact[1]).max())
     np.testing.assert_allclose(dbias, exact[2], atol=1e-6 * np.abs(exact[2]).max())
     evaluated = batch_norm(x, running_mean, running_var, weight, bias, channel_axis=axis)
     exact_y = reference.normalize(x, running_mean, running_var, weight, bias, channel_axis=axis)
-    assert error(evaluated, exact_y) <= ROUNDING[y.dtype]
+    agree(evaluated, exact_y, ROUNDING[y.dtype])
 
 
 def test_the_largest_values(isa, dtype):
@@ -90,7 +90,7 @@ def test_the_largest_values(isa, dtype):
     x = np.array([[-largest], [largest], [largest / 3]], dtype)
     y = batch_norm(x, None, None, training=True)
     n, mean, m2 = reference.moments(x)
-    assert error(y, reference.normalize(x, mean, m2 / n)) <= ROUNDING[y.dtype]
+    agree(y, reference.normalize(x, mean, m2 / n), ROUNDING[y.dtype])
 
 
 def test_layers(rng, dtype):
@@ -114,7 +114,7 @@ def test_other_byte_order_and_mixed_types(rng, dtype):
     if dtype is np.float16:
         assert np.array_equal(cbn.BatchNorm1d(3)(x.astype(">f2")), y)
     wide = cbn.BatchNorm1d(3, dtype=np.float64)
-    assert error(wide(x), y) <= ROUNDING[x.dtype]
+    agree(wide(x), y, ROUNDING[x.dtype])
     assert cbn.moments(x).mean.dtype == np.float64
 
 
@@ -195,7 +195,7 @@ def test_sums_that_leave_the_range_of_float32(isa, parallel, rng, dtype, shape, 
         np.testing.assert_allclose(save_invstd, 1 / np.sqrt(m2 / n + eps), rtol=1e-6)
     for c in range(9):
         exact = reference.normalize(x[:, c : c + 1], mean[c : c + 1], m2[c : c + 1] / n, eps=eps)
-        assert error(y[:, c : c + 1], exact) <= ROUNDING[y.dtype]
+        agree(y[:, c : c + 1], exact, ROUNDING[y.dtype])
     of_plain = native_batch_norm(plain, None, None, None, None, True, 0.1, eps)
     for a, b in zip((y, save_mean, save_invstd), of_plain, strict=True):
         for c in (0, 2, 8):
@@ -235,7 +235,7 @@ def test_parameters_of_16_bits(rng, dtype, x_dtype, order):
         assert found[0].tobytes() == exact[0].tobytes()
         for a, b in zip(found[1:], exact[1:], strict=True):
             assert a.dtype == dtype
-            assert error(a, b) <= ROUNDING[np.dtype(dtype)]
+            agree(a, b, ROUNDING[np.dtype(dtype)])
     with pytest.raises(TypeError, match=r"running_mean has dtype .*; expected float32 or float64"):
         batch_norm(x, mean, var, training=True)
     layer = cbn.BatchNorm(5)

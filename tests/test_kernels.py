@@ -8,19 +8,20 @@ from cbn import reference
 from cbn.functional import native_batch_norm, native_batch_norm_backward
 from cbn.kernels import arrays, engine
 
-from .conftest import (
+from .paths import (
     GRADIENT_LIMIT,
     INPUT_DTYPES,
+    KNOBS,
     LARGE_RANGE,
     LAYOUTS,
     LIMIT,
     PARAMETERS,
+    PATH_SHAPES,
     STATISTICS_LIMIT,
-    error,
+    THREADS,
+    agree,
     in_memory_order,
 )
-
-THREADS = (1, 2, 3, 8)
 
 
 def data(rng, dtype, layout):
@@ -60,12 +61,12 @@ def test_forward_and_backward(isa, parallel, rng, dtype, layout, affine):
             results.append([a.tobytes("A") for a in (y, save_mean, save_invstd, *gradients)])
         assert y.dtype == x.dtype
         assert y.strides == x.strides
-        assert error(y, exact_y) <= LIMIT[x.dtype]
+        agree(y, exact_y, LIMIT[x.dtype])
         if train:
-            assert error(save_mean, exact_mean) <= STATISTICS_LIMIT[x.dtype]
-            assert error(save_invstd, 1 / np.sqrt(exact_var + 1e-5)) <= STATISTICS_LIMIT[x.dtype]
+            agree(save_mean, exact_mean, STATISTICS_LIMIT[x.dtype])
+            agree(save_invstd, 1 / np.sqrt(exact_var + 1e-5), STATISTICS_LIMIT[x.dtype])
         for gradient, exact_gradient in zip(gradients, exact, strict=True):
-            assert error(gradient, exact_gradient) <= GRADIENT_LIMIT[x.dtype]
+            agree(gradient, exact_gradient, GRADIENT_LIMIT[x.dtype])
         assert all(r == results[0] for r in results), "the bits depend on the number of threads"
 
 
@@ -81,7 +82,7 @@ def test_borders_of_vectors(isa, rng, dtype, shape):
     x = rng.standard_normal(shape).astype(dtype)
     n, mean, m2 = reference.moments(x)
     y, *saved = native_batch_norm(x, None, None, None, None, True, 0.1, 1e-5)
-    assert error(y, reference.normalize(x, mean, m2 / n)) <= LIMIT[x.dtype]
+    agree(y, reference.normalize(x, mean, m2 / n), LIMIT[x.dtype])
     dy = rng.standard_normal(shape).astype(dtype)
     gradients = native_batch_norm_backward(dy, x, None, None, None, *saved, True, 1e-5)
     for gradient, exact in zip(gradients, reference.backward(dy, x, mean, m2 / n), strict=True):
@@ -114,36 +115,9 @@ def test_borders_of_the_partition(parallel, rng, dtype, shape, axis):
             gradients = native_batch_norm_backward(dy, x, None, None, None, *saved, True, 1e-5, channel_axis=axis)
         results.append([a.tobytes() for a in (y, *saved, *gradients)])
     assert all(r == results[0] for r in results)
-    assert error(y, exact_y) <= LIMIT[x.dtype]
+    agree(y, exact_y, LIMIT[x.dtype])
     for gradient, exact_gradient in zip(gradients, exact, strict=True):
-        assert error(gradient, exact_gradient) <= GRADIENT_LIMIT[x.dtype]
-
-
-PIPELINE = {"l2_bytes": 1 << 12, "l3_bytes": 1 << 24}
-KNOBS = {
-    "two passes": {"l2_bytes": 0, "l3_bytes": 0},
-    "two passes, past the caches": {"l2_bytes": 0, "l3_bytes": 0, "nontemporal_bytes": 0},
-    "pipeline": PIPELINE,
-    "pipeline, past the caches": PIPELINE | {"nontemporal_bytes": 0},
-    "pipeline, nothing fetched": PIPELINE | {"nontemporal_bytes": 0, "prefetch": False},
-    "pipeline of small tiles": {"l2_bytes": 1 << 15, "l3_bytes": 0, "nontemporal_bytes": 0},
-}
-PATH_SHAPES = {
-    "runs": (3, 40, 300),
-    "runs of whole lines": (3, 40, 256),
-    "long runs": (2, 33, 1500),
-    "runs of several blocks": (70, 5, 1100),
-    "runs, each two pieces": (2, 5, 70001),
-    "short runs": (3, 77, 13),
-    "rows of short runs": (9, 96, 49),
-    "rows of short runs, not of whole lines": (9, 77, 49),
-    "rows of very short runs": (300, 77, 4),
-    "rows": (300, 40),
-    "rows of whole lines": (301, 64),
-    "wide rows of whole lines": (23, 1024),
-    "rows, tiles of columns": (37, 9001),
-    "rows not of whole lines": (37, 9016),
-}
+        agree(gradient, exact_gradient, GRADIENT_LIMIT[x.dtype])
 
 
 @pytest.mark.parametrize("shape", PATH_SHAPES.values(), ids=PATH_SHAPES)
@@ -195,10 +169,10 @@ def test_the_paths_agree_with_the_reference(isa, parallel, rng):
         dy = rng.standard_normal(shape).astype(np.float32)
         n, mean, m2 = reference.moments(x)
         y, *saved = native_batch_norm(x, None, None, None, None, True, 0.1, 1e-5)
-        assert error(y, reference.normalize(x, mean, m2 / n)) <= LIMIT[x.dtype]
+        agree(y, reference.normalize(x, mean, m2 / n), LIMIT[x.dtype])
         gradients = native_batch_norm_backward(dy, x, None, None, None, *saved, True, 1e-5)
         for gradient, exact in zip(gradients, reference.backward(dy, x, mean, m2 / n), strict=True):
-            assert error(gradient, exact) <= GRADIENT_LIMIT[x.dtype]
+            agree(gradient, exact, GRADIENT_LIMIT[x.dtype])
 
 
 def test_unknown_knobs_are_refused():
@@ -314,7 +288,7 @@ def test_arrays_that_overlap_themselves_are_copied(rng):
     ):  # fmt: skip
         n, mean, m2 = reference.moments(x, axis)
         y = cbn.functional.batch_norm(x, None, None, training=True, channel_axis=axis)
-        assert error(y, reference.normalize(x, mean, m2 / n, channel_axis=axis)) < 1e-12
+        agree(y, reference.normalize(x, mean, m2 / n, channel_axis=axis), 1e-12)
 
 
 @pytest.mark.parametrize("dtype", LARGE_RANGE)

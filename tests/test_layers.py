@@ -13,7 +13,7 @@ import pytest
 import cbn
 from cbn import reference
 
-from .conftest import DTYPES, error
+from .paths import DTYPES, agree
 
 
 def batch(rng, shape=(8, 3, 5), dtype=np.float32):
@@ -50,15 +50,15 @@ def test_every_combination_of_switches(rng, affine, bias, track, dtype):
     for _ in range(3):
         x = batch(rng, dtype=dtype)
         exact, mean, var = reference.batch_norm(x, mean, var, bn.weight, bn.bias, True)
-        assert error(bn(x), exact) < 1e-6
+        agree(bn(x), exact, 1e-6)
     if track:
-        assert error(bn.running_mean, mean) < 1e-6
-        assert error(bn.running_var, var) < 1e-6
+        agree(bn.running_mean, mean, 1e-6)
+        agree(bn.running_var, var, 1e-6)
         assert bn.num_batches_tracked == 3
     bn.eval()
     x = batch(rng, dtype=dtype)
     exact, *_ = reference.batch_norm(x, mean, var, bn.weight, bn.bias, not track)
-    assert error(bn(x), exact) < 1e-6
+    agree(bn(x), exact, 1e-6)
     assert len(list(bn.parameters())) == affine + (affine and bias)
     assert len(bn.state_dict()) == affine + (affine and bias) + 3 * track
 
@@ -95,10 +95,10 @@ def test_flipping_track_running_stats(rng):
     bn.track_running_stats = False
     before = bn.state_dict()
     x = batch(rng)
-    assert error(bn(x), reference.batch_norm(x, None, None, training=True)[0]) < 1e-6
+    agree(bn(x), reference.batch_norm(x, None, None, training=True)[0], 1e-6)
     assert all(np.array_equal(before[k], v) for k, v in bn.state_dict().items())
     exact, *_ = reference.batch_norm(x, bn.running_mean, bn.running_var)
-    assert error(bn.eval()(x), exact) < 1e-6
+    agree(bn.eval()(x), exact, 1e-6)
 
 
 def test_affine_has_no_effect_after_construction(rng):
@@ -118,13 +118,13 @@ def test_frozen_layer(rng):
         assert bn.train(mode) is bn
         assert bn.frozen
         exact, *_ = reference.batch_norm(x, bn.running_mean, bn.running_var)
-        assert error(bn(x), exact) < 1e-12
+        agree(bn(x), exact, 1e-12)
         assert all(np.array_equal(state[k], v) for k, v in bn.state_dict().items())
     bn.train()(x)
     dx = bn.backward(dy)
     exact = reference.backward(dy, x, bn.running_mean, bn.running_var, bn.weight, train=False)
     for a, e in zip((dx, bn.weight_grad, bn.bias_grad), exact, strict=True):
-        assert error(a, e) < 1e-12
+        agree(a, e, 1e-12)
     bn.unfreeze()(x)
     assert bn.num_batches_tracked == 2
     assert cbn.BatchNorm1d(3).freeze()(np.ones((1, 3), np.float32)).shape == (1, 3)  # one value is enough
@@ -329,7 +329,7 @@ def test_values_beyond_float32_statistics():
     bn, x = cbn.BatchNorm1d(2), (rng.standard_normal((64, 2)) * 1e30).astype(np.float32)
     y = bn(x)
     n, mean, m2 = reference.moments(x)
-    assert error(y, reference.normalize(x, mean, m2 / n)) < 1e-6
+    agree(y, reference.normalize(x, mean, m2 / n), 1e-6)
     assert np.isinf(bn.running_var).all()
 
 
@@ -534,7 +534,7 @@ def test_repr_has_eps_as_given(eps, text):
 def test_ranks_of_the_general_layer(rng):
     for shape in ((4, 3), (4, 3, 5), (2, 3, 4, 5), (2, 3, 2, 3, 2), (2, 3, 1, 2, 2, 2)):
         x = rng.standard_normal(shape)
-        assert error(cbn.BatchNorm(3)(x), reference.batch_norm(x, None, None, training=True)[0]) < 1e-12
+        agree(cbn.BatchNorm(3)(x), reference.batch_norm(x, None, None, training=True)[0], 1e-12)
 
 
 def test_forward_is_the_call(rng):

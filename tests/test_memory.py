@@ -313,7 +313,7 @@ def run(code, **environment):
     )
 
 
-def test_environment():
+def test_the_limit_by_environment():
     code = "import cbn; from cbn.kernels import arrays, engine; print(arrays.cache_state()[1])"
     assert run(code, CBN_CACHE_BYTES="0").stdout == "0\n"
     assert run(code, CBN_CACHE_BYTES="123456").stdout == "123456\n"

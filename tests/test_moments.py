@@ -6,19 +6,19 @@ import pytest
 import cbn
 from cbn import Moments, reference
 
-from .conftest import DTYPES, LAYOUTS, error, in_memory_order
+from .paths import DTYPES, LAYOUTS, agree, in_memory_order
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_values(isa, rng, layout, dtype):
+def test_values_of_moments(isa, rng, layout, dtype):
     shape, axis, order = LAYOUTS[layout]
     x = in_memory_order((rng.standard_normal(shape) + 100).astype(dtype), order)
     m = cbn.moments(x, channel_axis=axis)
     n, mean, m2 = reference.moments(x, axis % x.ndim)
     assert np.array_equal(m.count, np.full(shape[axis], n))
-    assert error(m.mean, mean) < 1e-14
-    assert error(m.m2, m2) < 1e-11
+    agree(m.mean, mean, 1e-14)
+    agree(m.m2, m2, 1e-11)
     assert m.count.dtype == m.mean.dtype == m.m2.dtype == np.float64
     values = np.moveaxis(x.astype(np.float64), axis, 0).reshape(shape[axis], -1)
     np.testing.assert_allclose(m.var(), values.var(axis=1), rtol=1e-11)
@@ -70,7 +70,7 @@ def test_merge_gives_the_training_statistics(rng):
     np.testing.assert_allclose(bn.running_var, m.var(1), rtol=1e-12)
 
 
-def test_refusals():
+def test_what_moments_refuse():
     for arguments, words in (
         ((1, 1.0, 1.0), r"mean has shape \(\)"),
         ((1, [1.0], [1.0, 2.0]), r"m2 has shape \(2,\); expected \(1,\)"),
@@ -103,10 +103,10 @@ def test_a_moment_owns_its_arrays():
 def test_a_sum_of_a_list_and_the_standard_deviation(rng):
     parts = [rng.standard_normal((n, 3)) for n in (4, 1, 7)]
     merged, whole = sum(cbn.moments(x) for x in parts), cbn.moments(np.concatenate(parts))
-    assert error(merged.mean, whole.mean) < 1e-14
-    assert error(merged.m2, whole.m2) < 1e-14
+    agree(merged.mean, whole.mean, 1e-14)
+    agree(merged.m2, whole.m2, 1e-14)
     for correction in (0, 1):
-        assert error(whole.std(correction), np.concatenate(parts).std(axis=0, ddof=correction)) < 1e-14
+        agree(whole.std(correction), np.concatenate(parts).std(axis=0, ddof=correction), 1e-14)
     assert np.isnan(cbn.moments(parts[1]).std(1)).all()
     with pytest.raises(TypeError):
         1 + whole

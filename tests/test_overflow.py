@@ -9,8 +9,7 @@ from cbn import reference
 from cbn.functional import batch_norm, native_batch_norm, native_batch_norm_backward
 from cbn.kernels import engine
 
-from .conftest import INPUT_DTYPES, LARGE_RANGE, PARAMETERS, ROUNDING, in_memory_order
-from .test_kernels import KNOBS
+from .paths import INPUT_DTYPES, KNOBS, LARGE_RANGE, PARAMETERS, ROUNDING, in_memory_order
 
 LARGEST = {dtype: float(ml_dtypes.finfo(dtype).max) for dtype in INPUT_DTYPES}
 UNIT = {np.dtype(np.float32): 1e-6, np.dtype(np.float64): 1e-15, **ROUNDING}

@@ -15,7 +15,7 @@ import cbn
 from cbn import batchnorm
 from cbn.kernels import engine
 
-from .conftest import DTYPES, LAYOUTS, in_memory_order
+from .paths import DTYPES, LAYOUTS, in_memory_order
 
 
 def trained(rng, n_channels, dtype=np.float32, axis=1):

@@ -8,7 +8,7 @@ import cbn
 from cbn import reference
 from cbn.functional import native_batch_norm, native_batch_norm_backward
 
-from .conftest import error
+from .paths import agree
 
 settings.register_profile("cbn", deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 settings.load_profile("cbn")
@@ -42,7 +42,7 @@ def compare(x, axis, seed, out):
     limit = 1e-6 if x.dtype.itemsize == 4 else 1e-12
     y, *saved = native_batch_norm(x, weight, bias, None, None, True, 0.1, 1e-5, channel_axis=axis, out=out)
     assert y.dtype == x.dtype.newbyteorder("=")
-    assert error(y, reference.normalize(x, mean, m2 / n, weight, bias, channel_axis=axis_index)) <= limit
+    agree(y, reference.normalize(x, mean, m2 / n, weight, bias, channel_axis=axis_index), limit)
     dy = rng.standard_normal(x.shape).astype(y.dtype)
     dx, dweight, dbias = native_batch_norm_backward(
         dy, x, weight, None, None, *saved, True, 1e-5, channel_axis=axis, out=None if out is None else dy
@@ -56,7 +56,7 @@ def compare(x, axis, seed, out):
     for a, e in zip((dx, dweight, dbias), exact, strict=True):
         assert np.abs(a - e).max() <= 10 * limit * scale
     y = cbn.functional.batch_norm(x, mean, m2 / n, weight, bias, channel_axis=axis)
-    assert error(y, reference.normalize(x, mean, m2 / n, weight, bias, channel_axis=axis_index)) <= limit
+    agree(y, reference.normalize(x, mean, m2 / n, weight, bias, channel_axis=axis_index), limit)
     return y
 
 

@@ -94,7 +94,7 @@ def test_what_is_no_number(n):
             call(n)
 
 
-def test_environment():
+def test_threads_by_environment():
     show = "import cbn; print(cbn.get_num_threads())"
     default = in_a_new_process(show)
     assert in_a_new_process(show, CBN_NUM_THREADS="11") == "11"

@@ -48,7 +48,7 @@ def test_from_equinox(rng, kwargs):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_parameters_of_16_bits(rng, dtype):
+def test_equinox_parameters_of_16_bits(rng, dtype):
     layer, state = make(rng, 170)
     halves = (layer.weight.astype(dtype), layer.bias.astype(dtype))
     layer = eqx.tree_at(lambda bn: (bn.weight, bn.bias), layer, halves)
@@ -59,7 +59,7 @@ def test_parameters_of_16_bits(rng, dtype):
 
 
 @pytest.mark.parametrize("steps", [0, 1, 5])
-def test_few_batches_are_for_evaluation(rng, steps):
+def test_few_equinox_batches_are_for_evaluation(rng, steps):
     layer, state = make(rng, steps)
     with pytest.raises(ValueError, match=rf"has seen {steps} batches, and Equinox corrects .*pass frozen=True"):
         cbn.from_equinox(layer, state)
@@ -70,7 +70,7 @@ def test_few_batches_are_for_evaluation(rng, steps):
         np.testing.assert_allclose(bn.train(mode)(x), expected, atol=1e-4)
 
 
-def test_averages_that_never_move_are_refused(rng):
+def test_equinox_averages_that_never_move_are_refused(rng):
     layer, state = make(rng, 2, momentum=1.0)
     with pytest.raises(ValueError, match=r"with a weight of 1\.0 for the old statistics Equinox has none"):
         cbn.from_equinox(layer, state)

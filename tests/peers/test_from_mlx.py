@@ -61,7 +61,7 @@ def test_statistics_that_are_switched_off_later(rng):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_parameters_of_16_bits(rng, dtype):
+def test_mlx_parameters_of_16_bits(rng, dtype):
     layer = filled(rng, nn.BatchNorm(3))
     layer.set_dtype(getattr(mx, dtype))
     bn = cbn.from_mlx(layer)
