@@ -1,6 +1,8 @@
 """What is built, and from what: flags, lints of the sources, the source distribution, wheels, compilers refused."""
 
+import ast
 import importlib
+import itertools
 import os
 import re
 import shutil
@@ -48,6 +50,41 @@ def test_every_compiler_here_takes_the_c_sources(compiler):
     includes = [f"-I{folder}" for folder in (ROOT / "cbn" / "kernels", np.get_include(), sysconfig.get_path("include"))]
     done = subprocess.run([*command, *includes, *sources], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def functions(path):
+    """(name, lines) of the functions of a source; of Python without their docstrings."""
+    lines = path.read_text().splitlines()
+    if path.suffix in (".py", ".pyi"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                doc = node.body[0] if ast.get_docstring(node) else None
+                yield node.name, node.end_lineno - node.lineno + 1 - (doc.end_lineno - doc.lineno + 1 if doc else 0)
+    elif path.suffix in (".pyx", ".pxd"):
+        for i, line in enumerate(lines):
+            if re.match(r" *(cdef|cpdef|def)\b.*\(", line):
+                indent = len(line) - len(line.lstrip())
+                body = itertools.takewhile(
+                    lambda text, indent=indent: not text or len(text) - len(text.lstrip()) > indent, lines[i + 1 :]
+                )
+                yield line.strip(), 1 + len("\n".join(body).rstrip().splitlines())
+    else:
+        for i, line in enumerate(lines):
+            if line == "{":
+                head = len(list(itertools.takewhile(lambda text: text and text[0] not in "#}*", lines[i - 1 :: -1])))
+                yield lines[i - head], head + lines[i:].index("}") + 1
+
+
+def test_files_and_functions_are_short():
+    long = [
+        f"{path}: {path.read_text().count(chr(10))} lines"
+        for path in SOURCES
+        if len(path.read_text().splitlines()) > 600
+    ]
+    found = [(n, path, name) for path in SOURCES for name, n in functions(path)]
+    assert len(found) > 500
+    long += [f"{path}: {name} has {n} lines" for n, path, name in found if n > 80]
+    assert not long
 
 
 def test_imports_run_one_way():

@@ -53,7 +53,7 @@ def ulps(found, exact):
 
 
 def same_to_the_last_place(found, exact):
-    """One unit; of float64, whose statistics are handed over in the same type, one of the largest value's last places."""
+    """To one unit; float64, which the statistics are handed over in too, to some of the largest value."""
     if found.dtype == np.float64:
         agree(found, exact, 1e-15)
     else:
