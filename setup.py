@@ -26,7 +26,11 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 KERNELS = Path("cbn/kernels")
-X86 = platform.machine().lower() in ("x86_64", "amd64")
+MACHINE = {"amd64": "x86_64", "arm64": "aarch64"}.get(platform.machine().lower(), platform.machine().lower())
+# The instruction sets above the baseline, by architecture: those first that take longest to compile.
+SETS = {
+    "x86_64": ["avx2", "avx512", "avx512_bf16"],
+}.get(MACHINE, [])
 # What is built before the passes, one thing more each time, so that what is missing has its name: the program, the
 # flags that it takes, and what to install where it cannot be built.
 C_PROGRAM = (
@@ -134,8 +138,8 @@ class BuildPasses(build_ext):
         processors = threading.Semaphore(os.cpu_count() or 1)
 
         def compile_one(source, options):
-            if X86 and Path(source).name == "baseline.c" and not asked("CBN_DEBUG"):
-                # For processors from before 2013 alone, and nearly half of all compiling: -O3 takes 2.5 times as long,
+            if SETS and Path(source).name == "baseline.c" and not asked("CBN_DEBUG"):
+                # On x86-64 for processors from before 2013 alone, and nearly half of all compiling: -O3 takes 2.5 times as long,
                 # and its runs are 0 to 10 % faster, its rows 20 to 100 %
                 options = {**options, "extra_postargs": [*options["extra_postargs"], "-O1"]}
             with processors:
@@ -165,13 +169,7 @@ class BuildPasses(build_ext):
 
 # Extensions and their sources, those that take longest first. See cbn/kernels/__init__.py for what each is.
 EXTENSIONS = {
-    "engine": [
-        *(["sets/avx2.c", "sets/avx512.c", "sets/avx512_bf16.c"] if X86 else []),
-        "sets/baseline.c",
-        "engine.pyx",
-        "select.c",
-        "threads.c",
-    ],
+    "engine": [*(f"sets/{name}.c" for name in (*SETS, "baseline")), "engine.pyx", "select.c", "threads.c"],
     "passes": ["passes.pyx"],
     "arrays": ["arrays.pyx", "pool.c"],
     "plans": ["plans.pyx"],
