@@ -45,7 +45,8 @@ def test_no_openmp_pragma_beside_a_target_attribute():
 
 @pytest.mark.parametrize("compiler", [c for c in ("gcc", "clang") if shutil.which(c)])
 def test_every_compiler_here_takes_the_c_sources(compiler):
-    sources = [str(path) for path in SOURCES if path.suffix == ".c"]
+    built = passes.built()  # the other sets are for other architectures
+    sources = [str(p) for p in SOURCES if p.suffix == ".c" and (p.parent.name != "sets" or p.stem in built)]
     command = [compiler, "-std=gnu11", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", "-D_GNU_SOURCE"]
     includes = [f"-I{folder}" for folder in (ROOT / "cbn" / "kernels", np.get_include(), sysconfig.get_path("include"))]
     done = subprocess.run([*command, *includes, *sources], capture_output=True, text=True)
