@@ -30,6 +30,7 @@ MACHINE = {"amd64": "x86_64", "arm64": "aarch64"}.get(platform.machine().lower()
 # The instruction sets above the baseline, by architecture: those first that take longest to compile.
 SETS = {
     "x86_64": ["avx2", "avx512", "avx512_bf16"],
+    "aarch64": ["neon"],
 }.get(MACHINE, [])
 # What is built before the passes, one thing more each time, so that what is missing has its name: the program, the
 # flags that it takes, and what to install where it cannot be built.

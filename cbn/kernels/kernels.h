@@ -12,7 +12,7 @@
  *              bf16 f16  16-bit elements, float32 arithmetic; forward, float32 sums of a few elements feed float64 sums
  *              f32_in_f64  bf16_in_f64  f16_in_f64  float64 arithmetic on them: apply alone
  *              u8_f32  u8_bf16  i8_f32  i8_bf16  8-bit input, float32 arithmetic, y of another type: forward, apply alone
- *   isa        baseline  avx2  avx512  avx512_bf16
+ *   isa        baseline  avx2  avx512  avx512_bf16  neon
  *
  * act(a) = a where a > 0 or NaN, else a*negative_slope: 0 is ReLU, 1 no activation. Without z and act, dh is dy itself.
  *
@@ -83,7 +83,9 @@ typedef struct {
     const cbn_loops *u8_f32, *u8_bf16, *i8_f32, *i8_bf16;
 } cbn_isa;
 
-extern const cbn_isa cbn_baseline, cbn_avx2, cbn_avx512, cbn_avx512_bf16; /* all but the first on x86-64 alone */
+extern const cbn_isa cbn_baseline;
+extern const cbn_isa cbn_avx2, cbn_avx512, cbn_avx512_bf16; /* x86-64 */
+extern const cbn_isa cbn_neon;                              /* aarch64 */
 
 /* The sets that were built, lowest first, whether this processor has them or not; NULL ends the list. */
 extern const cbn_isa *const cbn_built[];

@@ -11,6 +11,8 @@ const cbn_isa *const cbn_built[] = {
     &cbn_avx2,
     &cbn_avx512,
     &cbn_avx512_bf16,
+#elif defined(__aarch64__)
+    &cbn_neon,
 #endif
     NULL,
 };
@@ -28,6 +30,8 @@ int cbn_highest(void)
         !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
         return 1;
     return __get_cpuid_count(7, 1, &a, &b, &c, &d) && a & bit_AVX512BF16 ? 3 : 2;
+#elif defined(__aarch64__)
+    return 1; /* part of the architecture */
 #else
     return 0;
 #endif
