@@ -140,8 +140,8 @@ class BuildPasses(build_ext):
 
         def compile_one(source, options):
             if SETS and Path(source).name == "baseline.c" and not asked("CBN_DEBUG"):
-                # On x86-64 for processors from before 2013 alone, and nearly half of all compiling: -O3 takes 2.5 times as long,
-                # and its runs are 0 to 10 % faster, its rows 20 to 100 %
+                # On x86-64 for processors from before 2013 alone, and nearly half of all compiling: -O3 takes 2.5 times
+                # as long, and its runs are 0 to 10 % faster, its rows 20 to 100 %
                 options = {**options, "extra_postargs": [*options["extra_postargs"], "-O1"]}
             with processors:
                 return compile_sources([source], **options)
