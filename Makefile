@@ -9,7 +9,7 @@ SOURCES := setup.py pyproject.toml $(wildcard $(foreach end,pyx pxd c h,cbn/kern
 SOURCES := $(filter-out $(MODULES:.pyx=.c),$(SOURCES))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-sdist peers accuracy readme bench bench-full bench-peers bench-compare lint sanitize self-check wheel clean
+.PHONY: help demo test test-slow test-sdist neon peers accuracy readme bench bench-full bench-peers bench-compare lint sanitize self-check wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -60,6 +60,9 @@ test-sdist: $(VENV)/.created ## the tests, in an unpacked source distribution th
 	  tar -xf build/sdist/cbn-*.tar.gz -C "$$folder" --strip-components=1 && \
 	  PYTEST_ADDOPTS='-q --deselect tests/test_kernels.py::test_every_path_gives_the_same_bits' \
 	  $(MAKE) -C "$$folder" test
+
+neon: $(VENV)/.with-test ## the loops for 64-bit Arm, cross-compiled and emulated, where the tools are there
+	$(BIN)/python -m tests.neon
 
 peers: $(VENV)/.with-test $(VENV)/.with-examples $(VENV)/.with-peers ## the tests against PyTorch, ONNX, Keras, Flax, Equinox, Haiku and MLX
 	$(BIN)/python -m pytest tests/peers
