@@ -86,19 +86,18 @@ def digest(a: Array | None) -> bytes | None:
 
 
 class Snapshot(NamedTuple):
-    """What one call reads of a layer: its mode and attributes, and copies of its arrays, all of one moment."""
+    """What one call reads of a layer, all of one moment."""
 
+    version: int  # of the layer's attributes
     training: bool
     batch_statistics: bool  # the batch's normalize, else the running ones
     tracked: bool  # the batch moves the running ones
     eps: float
+    affine: Affine
+    epilogue: Epilogue
     sources: tuple[Array | None, ...]  # running mean and variance, weight and bias themselves,
     values: tuple[Doubles | Any, ...]  # and as float64
     counter: Array | None
-
-    @property
-    def affine(self) -> Affine:
-        return Affine(self.values[2], self.values[3])
 
 
 class BatchNorm(State):
@@ -200,28 +199,19 @@ class BatchNorm(State):
         """
         inp, quantization = self._input(x, x_scale, x_zero_point, out_dtype)
         given, (out, residual) = out, as_outputs(inp, out, residual)
-        version = self._version  # before anything that a plan would stand for is read
-        epilogue = Epilogue(residual, checks.negative_slope(self._activation))
-        now = self._read(inp, quantization)
+        now = self._read(inp, residual, quantization)
         if now.batch_statistics:
-            y, context = steps.forward_batch(inp, now.affine, now.eps, epilogue, out)
+            y, context = steps.forward_batch(inp, now.affine, now.eps, now.epilogue, out)
         else:
-            mean, var, *affine = now.values
-            invstd = passes.inverse_std(var, now.eps)
-            coef = passes.coefficients(mean, invstd, *affine)
-            if quantization is None:
-                y = steps.forward_fixed(inp, coef, epilogue, out)
-            else:
-                y = quantized.forward_quantized(inp, coef, epilogue, out, quantization)
-        if not now.training:
+            y, context = self._forward_fixed(inp, now, out, quantization)
+        if now.training:
+            self._finish_training(context, now, out)
+        else:
             self._remember(AFTER_EVAL)
             if not now.batch_statistics and quantization is None and not self._has_plan(x):
-                plan = plans.Plan.of(inp, x, now.sources, now.values, coef, epilogue.negative_slope)
-                self._keep(plan, version)
-        else:
-            if not now.batch_statistics:
-                context = Context(inp, now.affine, epilogue, False, mean, invstd)
-            self._finish_training(context, now, out)
+                coef = steps.coefficients(context.mean, context.invstd, now.affine)
+                plan = plans.Plan.of(inp, x, now.sources, now.values, coef, now.epilogue.negative_slope)
+                self._keep(plan, now.version)
         return y if given is None else given
 
     def _input(
@@ -237,8 +227,22 @@ class BatchNorm(State):
         inp.promote_for(self._dtype)
         return inp, quantization
 
-    def _read(self, inp: Input, quantization: Quantization | None) -> Snapshot:
+    @staticmethod
+    def _forward_fixed(
+        inp: Input, now: Snapshot, out: Array | None, quantization: Quantization | None
+    ) -> tuple[Array, Context]:
+        """y, normalized with the running statistics."""
+        mean, var, *_ = now.values
+        context = Context(inp, now.affine, now.epilogue, False, mean, passes.inverse_std(var, now.eps))
+        coef = steps.coefficients(mean, context.invstd, now.affine)
+        if quantization is None:
+            return steps.forward_fixed(inp, coef, now.epilogue, out), context
+        return quantized.forward_quantized(inp, coef, now.epilogue, out, quantization), context
+
+    def _read(self, inp: Input, residual: Array | None, quantization: Quantization | None) -> Snapshot:
         """What a forward of this input reads of the layer, checked."""
+        version = self._version  # before anything that a plan would stand for is read
+        epilogue = Epilogue(residual, checks.negative_slope(self._activation))
         training, frozen = self.training, self._frozen
         sources = running_mean, running_var, _, _ = self.running_mean, self.running_var, self.weight, self.bias
         batch_statistics = not frozen and (training or (running_mean is None and running_var is None))
@@ -257,7 +261,8 @@ class BatchNorm(State):
             checks.more_than_one_value(inp.x, inp.n_channels)
             if tracked:
                 self._check_writable(running_mean=running_mean, running_var=running_var, num_batches_tracked=counter)
-        return Snapshot(training, batch_statistics, tracked, eps, sources, values, counter)
+        affine = Affine(values[2], values[3])
+        return Snapshot(version, training, batch_statistics, tracked, eps, affine, epilogue, sources, values, counter)
 
     def _finish_training(self, context: Context, now: Snapshot, out: Array | None) -> None:
         """Remember what backward needs, and move the running statistics, at one moment."""

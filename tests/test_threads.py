@@ -375,8 +375,8 @@ assert threads.explain() == "set_num_threads()", threads.explain()
 def test_memory_that_nobody_uses_goes_to_stacks():
     good("""
 arrays.set_cache_limit(1 << 30)
-arrays = [arrays.empty_like(np.empty(100 << 20, np.int8)) for _ in range(3)]
-del arrays
+held = [arrays.empty_like(np.empty(100 << 20, np.int8)) for _ in range(3)]
+del held
 assert arrays.cache_state()[0] >= 300 << 20
 cbn.set_num_threads(8)
 before = count()
