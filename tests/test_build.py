@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from cbn import kernels
+from cbn.kernels import engine
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted(
@@ -45,7 +46,7 @@ def test_no_openmp_pragma_beside_a_target_attribute():
 
 @pytest.mark.parametrize("compiler", [c for c in ("gcc", "clang") if shutil.which(c)])
 def test_every_compiler_here_takes_the_c_sources(compiler):
-    built = passes.built()  # the other sets are for other architectures
+    built = engine.built()  # the other sets are for other architectures
     sources = [str(p) for p in SOURCES if p.suffix == ".c" and (p.parent.name != "sets" or p.stem in built)]
     command = [compiler, "-std=gnu11", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", "-D_GNU_SOURCE"]
     includes = [f"-I{folder}" for folder in (ROOT / "cbn" / "kernels", np.get_include(), sysconfig.get_path("include"))]
