@@ -9,8 +9,8 @@
 
 enum { CBN_MOST_THREADS = 1024 }; /* that can be asked for */
 
-/* What is known of a thread that opens parallel regions. libgomp keeps the threads of a region for the next one that the
- * same thread opens: each thread has a pool of its own. */
+/* What is known of a thread that opens parallel regions. libgomp keeps the threads of a region for the next one that
+ * the same thread opens: each thread has a pool of its own. */
 typedef struct {
     int asked;   /* threads that `num_threads` asks for; 0: nobody did */
     int pool;    /* of the last region, this one included; where the next has fewer, the others end. 0: no region yet */
@@ -37,8 +37,8 @@ extern void (*cbn_open_region)(void);
 /* Gives memory that nobody uses back to the system and returns how much, where a thread could not be created. */
 extern size_t (*cbn_release_memory)(void);
 
-/* How many threads, up to n, a region that is opened next can have; 1: open none. If it is more than this thread's pool,
- * the caller opens that region at once, and its first thread, the caller's own, calls cbn_region_is_open. */
+/* How many threads, up to n, a region that is opened next can have; 1: open none. If it is more than this thread's
+ * pool, the caller opens that region at once, and its first thread, the caller's own, calls cbn_region_is_open. */
 int cbn_threads_for_region(int n);
 void cbn_region_is_open(void);
 

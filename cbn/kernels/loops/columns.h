@@ -4,9 +4,9 @@
  */
 #define FLUSH_ROWS (ELEM_IS_DOUBLE ? 8 : 32) /* the additions of a float64 sum, forward; see `totals` in runs.h */
 #define COLUMNS (CBN_ROW_BYTES / MAX(sizeof(elem), sizeof(float))) /* most columns of a row */
-/* The columns of an array of them: less than a cache line more, where a tile has to begin and end with cache lines of
- * y, and less than another one before the first, so that factors are aligned where y is. Not 4 KB, so that a store to
- * one array delays no load from another (4 KB aliasing). */
+/* The length of an array with a value of each column. It has room for less than a cache line more, where a tile has to
+ * begin and end with cache lines of y, and for less than another one before the first column, so that factors are
+ * aligned where y is. It is not 4 KB, so that a store to one array delays no load from another (4 KB aliasing). */
 #define ROOM (COLUMNS + 2 * LINE_ELEMS)
 
 /* A value of each channel, made a value of each column in its place. */
@@ -32,8 +32,8 @@ INLINE void LOOP(spread)(const cbn_tile *t, const double *of_channel, double *of
     memset(of_column + columns, 0, (size_t)(-columns & (DLANES - 1)) * sizeof *of_column);
 }
 
-/* The sums of columns, added to the sum of each channel; the columns are used up. One half of the copies is added to
- * the other, as often as it takes, so that each sum takes few additions. */
+/* The sum of each channel, from the sums of its columns, which are used up. One half of the copies is added to the
+ * other, as often as it takes, so that each sum takes few additions. */
 INLINE void LOOP(fold)(const cbn_tile *t, double *column, double *sum_c)
 {
     const ptrdiff_t width = t->n_channels * t->length;

@@ -173,8 +173,8 @@ INLINE void LOOP(flush)(LOOP(sums) *s, LOOP(totals) *t, const int exactly)
  * mean^2/2^18: a sum of 32 up to 64*mean^2 is exact, and a larger one takes a spread that costs nothing. A value
  * further off, which ends this, adds at least mean^2/4 to m2: beside that, a rounding of such a sum is below 2^-16. */
 
-/* Vectors of a float32 sum: for bfloat16 the 32 additions of above, two vectors at a time; fewer for float16, with its
- * longer mantissa. */
+/* Vectors whose elements are summed in float32. 16 of them, folded into half a vector, are the sums of 32 from above;
+ * fewer for float16, whose mantissa is longer. */
 #define SHORT (HALF == F16 ? 8 : 16)
 
 /* Elements begin to end, SHORT vectors at most. */
