@@ -1,4 +1,5 @@
-/* threads.c: before a region has more threads than were ever created, as many are created here, all at once, and end. */
+/* threads.c: before a region has more threads than were ever created, as many are created here, all at once, and
+ * end. */
 #if !defined(_GNU_SOURCE)
 #define _GNU_SOURCE
 #endif
@@ -95,7 +96,8 @@ static size_t asked_stack_bytes(void)
     return 0;
 }
 
-/* Whether this process is a fork that has not called exec: PF_FORKNOEXEC among the flags, the ninth field of its stat. */
+/* Whether this process is a fork that has not called exec: PF_FORKNOEXEC among the flags, the ninth field of its
+ * stat. */
 static int is_a_fork(void)
 {
     unsigned flags = 0;
