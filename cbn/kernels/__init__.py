@@ -22,9 +22,13 @@ Where each line is, from a numpy array down to an instruction:
     statistics.pxd    shifts, merge of partial sums, moments, what has to be reduced again
     coefficients.pxd  solve; whether float32 arithmetic does for a channel
     tiles.pxd         an item as the loops see it
-    kernels.h         the table of loops, and what a loop is given; kernels.pxd is the same for Cython; select.c
-    loops.h           the loops over runs and rows
-    vec.h             vectors: load, store, convert, sums
+    kernels.h         the table of loops, and what a loop is given; kernels.pxd is the same for Cython
+    select.c          which instruction sets there are, and which of them this processor runs
+    sets/             one file for each instruction set, which includes everything below; set.h
+    types.h           the element types: a type is one word
+    loops/            the loops, a template: formulas.h the arithmetic of an element, runs.h, rows.h and columns.h the
+                      two layouts, prefetch.h what is fetched ahead, loops.h the entries
+    vec/              vectors: vec.h and sums.h for any size, and a header for what each set does better
     half.h            16-bit floats, one at a time
 
 The words of this folder:

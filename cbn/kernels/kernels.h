@@ -4,20 +4,21 @@
  *
  *   direction  forward   reduction: per channel S(d), S(d*d), d = x - shift
  *                        apply:     y = act((x - mean)*scale + offset + z)
- *              backward  reduction: per channel S(dh), S(dh*d), d = x - mean, dh = dy*act'((x - mean)*scale + offset + z)
+ *              backward  reduction: per channel S(dh), S(dh*d), d = x - mean,
+ *                                   dh = dy*act'((x - mean)*scale + offset + z)
  *                        apply:     dx = (dh - grad_mean)*scale - (x - mean)*slope
  *   layout     runs      contiguous elements of one channel: coefficients are scalars
  *              rows      contiguous elements, one of each channel of the tile in turn: coefficients are vectors
  *   type       f32  f64  elements and arithmetic alike; float64 sums
  *              bf16 f16  16-bit elements, float32 arithmetic; forward, float32 sums of a few elements feed float64 sums
  *              f32_in_f64  bf16_in_f64  f16_in_f64  float64 arithmetic on them: apply alone
- *              u8_f32  u8_bf16  i8_f32  i8_bf16  8-bit input, float32 arithmetic, y of another type: forward, apply alone
+ *              u8_f32  u8_bf16  i8_f32  i8_bf16  8-bit input, float32 arithmetic, y of another type: forward apply
  *   isa        baseline  avx2  avx512  avx512_bf16  neon
  *
  * act(a) = a where a > 0 or NaN, else a*negative_slope: 0 is ReLU, 1 no activation. Without z and act, dh is dy itself.
  *
- * A loop applies coefficients to one tile, or reduces one, or does both at once: writes some channels while it reads those
- * that come next, so that memory is written and read at the same time. Sizes and strides count elements. Strides may be
+ * A loop applies coefficients to one tile, or reduces one, or does both at once: it writes some channels while it
+ * reads those that come next, so that memory is written and read at the same time. Sizes and strides count elements. Strides may be
  * negative or zero; a run or a row is contiguous. Pointers need the alignment of their element only. Output may be the
  * input itself, element on element.
  */
@@ -27,7 +28,7 @@
 
 enum { CBN_ROW_BYTES = 4096 }; /* the longest row: its coefficients stay on the stack of a loop, and in L1 */
 
-/* Rows of an array of coefficients (n, C). What forward adds is what backward subtracts, so third rows differ in meaning. */
+/* Rows of an array of coefficients (n, C). The third and fourth differ in meaning: forward, backward. */
 enum {
     CBN_MEAN,
     CBN_SCALE,
@@ -37,22 +38,24 @@ enum {
     CBN_SLOPE,         /* backward: S(dh*d)*invstd^2/n*scale, what x - mean is multiplied by */
 };
 
-/* Where an array is: its first element, and the elements from run to run (or row to row) and from channel to channel. */
+/* Where an array is: its first element; elements from run to run (or row to row), and from channel to channel. */
 typedef struct {
     char *data;
     ptrdiff_t n, c;
 } cbn_view;
 
-/* What coefficients are applied to, or what is reduced; where a loop does both, the two agree in n_runs, length, copies. */
+/* What coefficients are applied to, or what is reduced. The two of a loop that does both have one n_runs and length. */
 typedef struct {
     cbn_view x, g; /* input; backward: gradient of the output, dy for a reduction and dh for apply */
     cbn_view z;    /* residual, of y's type; data NULL: none */
     cbn_view y;    /* apply: y, or dx */
-    int activated; /* forward apply, backward reduction: there is a z, or an act */
-    int checked;   /* apply that is activated, of float64 elements also backward: what is infinite or NaN before the act is
-                      computed again, with a larger range */
+    int activated; /* forward apply, backward reduction: there is a z, or an act. Backward apply: for float64 elements
+                      alone, and then with `checked` */
+    int checked;   /* apply that is activated: what is infinite or NaN before the act is computed again, with a larger
+                      range */
     double negative_slope;
-    double vanishing; /* backward reduction: the largest number that the type of y takes for zero; there act' is the slope */
+    double vanishing; /* backward reduction: the largest number that the type of y takes for zero, where act' is the
+                         slope */
     ptrdiff_t n_runs, n_channels;
     /* runs: elements of a run.
      * rows: a row is `copies` times its channels, each `length` times in a row: element j is of channel
@@ -67,7 +70,7 @@ typedef struct {
     int sum_in_float64;        /* forward reduction of 16-bit elements: no float32 sums, whose range is too small */
     const double *shift_c;     /* reduction: shift, or mean; of bfloat16, unless `sum_in_float64`, zeros */
     double *sum_c, *square_c;  /* reduction: S(d) and S(d*d), or S(dh) and S(dh*d) */
-    cbn_view x_copy;           /* runs, reduction: where to put what it reads; data NULL: nowhere, and no apply beside it */
+    cbn_view x_copy;           /* runs, reduction: where to put what it reads; data NULL: nowhere, no apply beside it */
     cbn_view dh;               /* backward reduction: where to put dh, if there is an x_copy or if it is activated */
 } cbn_tile;
 
