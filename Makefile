@@ -9,7 +9,7 @@ SOURCES := setup.py pyproject.toml $(wildcard $(foreach end,pyx pxd c h,cbn/kern
 SOURCES := $(filter-out $(MODULES:.pyx=.c),$(SOURCES))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-sdist neon peers accuracy readme bench bench-full bench-peers bench-compare lint sanitize self-check wheel clean
+.PHONY: help demo test test-slow test-sdist neon peers accuracy docs readme bench bench-full bench-peers bench-compare lint sanitize self-check wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -70,7 +70,10 @@ peers: $(VENV)/.with-test $(VENV)/.with-examples $(VENV)/.with-peers ## the test
 accuracy: $(VENV)/.with-peers ## largest errors against float64, beside PyTorch's
 	$(BIN)/python -m benchmarks.accuracy
 
-readme: accuracy demo bench ## measure again what README.md shows, and put it there
+docs: $(VENV)/.with-docs ## the pages and the public API as a site, in docs/_build/html
+	$(BIN)/python -m sphinx -q -E -W --keep-going -c docs -d docs/_build/doctrees -b html . docs/_build/html
+
+readme: accuracy demo bench ## measure again what the pages show, and put it there
 	$(BIN)/python docs/update_readme.py
 
 bench: $(VENV)/.with-bench ## measure a short list against the peers that are installed; a report to look at
@@ -112,5 +115,5 @@ wheel: $(VENV)/.created ## a source distribution and a wheel, in dist
 	$(BIN)/python -m build
 
 clean: ## remove what the other targets made
-	rm -rf $(VENV) build dist cbn.egg-info examples/out $(MODULES:.pyx=.c) cbn/kernels/*.so
+	rm -rf $(VENV) build dist cbn.egg-info docs/_build examples/out $(MODULES:.pyx=.c) cbn/kernels/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -110,8 +110,8 @@ class BuildPasses(build_ext):
         self.check_builds(command, C_PROGRAM)
         self.check_builds([*command, *(f"-I{folder}" for folder in self.compiler.include_dirs)], PYTHON_PROGRAM)
         # -g0: debug information, which Python's own flags ask for, takes a third of the compiler's time
-        # Nobody reads the flags of floating-point exceptions, so a loop with a condition (`factors` in formulas.h) can
-        # be vectorized
+        # Nobody reads the flags of floating-point exceptions. Without them a loop with a condition (`factors` in
+        # formulas.h) can be vectorized
         flags = ["-O3", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math"]
         flags += ["-fvisibility=hidden", "-g0", "-Wall", "-Wextra"]
         link_flags = ["-pthread"]

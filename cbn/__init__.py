@@ -1,20 +1,20 @@
 """Batch normalization for CPUs: Cython kernels, parallel with OpenMP, behind numpy-facing layers.
 
-Every operation is measure, merge, solve, apply: statistics, those of several parts as one, coefficients, an elementwise
-pass; once forward and once backward.
+Every operation has four steps, forward and backward: measure the data, merge the statistics of its parts, solve for
+coefficients, apply them element by element.
 
 ========================  ============================================================================
 `cbn.batchnorm`           the layers: forward and backward, in training and in evaluation
-`cbn.state`               what a layer is: arguments, arrays, modes, state dict, copies
-`cbn.attributes`          attributes that refuse what they cannot hold
+`cbn.state`               the state of a layer: arguments, arrays, modes, state dict, copies
+`cbn.attributes`          checked attributes of layers
 `cbn.plan`                a layer's evaluation, prepared for one shape and dtype
-`cbn.functional`          the same without state, under PyTorch's names
-`cbn.verbs`               measure, merge, solve and apply by themselves
+`cbn.functional`          functions without state, under PyTorch's names
+`cbn.verbs`               measure, merge, solve and apply, one by one
 `cbn.quantized`           evaluation of 8-bit input
-`cbn.steps`               what a call does around the passes, and what backward needs
+`cbn.steps`               the work of a call around the passes, and the context of backward
 `cbn.moments`             count, mean and sum of squared distances; exact merge
-`cbn.inputs`              what a caller gives, as the passes take it
-`cbn.checks`              checks of arguments, and the words of every refusal
+`cbn.inputs`              arguments in the form that the passes read
+`cbn.checks`              checks of arguments, and every error message
 `cbn.entries`             entries of state dicts and files
 `cbn.storage`             layers in files
 `cbn.convert`             layers of PyTorch, Keras, ONNX, Flax, Equinox, Haiku, MLX
@@ -23,10 +23,11 @@ pass; once forward and once backward.
 `cbn.memory`              sizes of the caches, memory kept for large outputs
 `cbn.config`              show_config and the self-check
 `cbn.reference`           the specification, in float64 numpy
-`cbn.kernels`             the compiled passes; its page is the map of that folder
+`cbn.kernels`             the compiled passes; its docstring is the map of the folder
 ========================  ============================================================================
 
-Imports run one way: layers and functions → steps → inputs → kernels; `checks` and `reference` know nobody.
+Imports run one way: layers and functions → steps → inputs → kernels; `checks` and `reference` import nothing of
+cbn.
 """
 
 from . import functional, reference

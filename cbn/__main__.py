@@ -1,4 +1,4 @@
-"""`python -m cbn`: what this build is and what it found, then a self-check; exit status 1 if that fails."""
+"""`python -m cbn` prints the configuration, then runs a self-check. The exit status is 1 if the check fails."""
 
 import argparse
 import os
@@ -32,9 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(command: Callable[[], int | None]) -> int:
-    """The exit status of a command line, where a reader of its output that has gone away, as `head` does, is no fault.
+    """Run a command line and return its exit status. A reader that closes the pipe, as `head` does, is no error.
 
-    The status is then that of a program that the signal SIGPIPE ends.
+    The status is then the one of a program ended by SIGPIPE.
     """
     try:
         try:

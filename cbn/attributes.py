@@ -1,4 +1,4 @@
-"""Attributes of a layer that hold one kind of value, refused or converted where they are assigned."""
+"""Attributes of a layer that check, and if needed convert, what is assigned to them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .kernels import arrays
 
 
 class HasChannels(Protocol):
-    """What the attributes know of a layer."""
+    """The part of a layer that the attributes use."""
 
     @property
     def num_features(self) -> int: ...
@@ -23,7 +23,7 @@ class HasChannels(Protocol):
 
 
 class ChannelArray:
-    """Attribute that holds a (C,) array of the layer's dtype, or None where it is switched off."""
+    """Attribute with a (C,) array of the layer's dtype, or None if it is switched off."""
 
     name: str
     key: str
@@ -53,13 +53,13 @@ class ChannelArray:
 
 
 class Counter(ChannelArray):
-    """The same for num_batches_tracked: an int64 array without dimensions."""
+    """Attribute num_batches_tracked: an int64 array without dimensions, or None."""
 
     def checked(self, layer: HasChannels, value: Array | None) -> Array | None:
         if value is None:
             return None
         if isinstance(value, np.ndarray) and type(value) is not np.ndarray:
-            value = np.ndarray.view(value, np.ndarray)  # of a subclass, which can say of itself what it likes
+            value = np.ndarray.view(value, np.ndarray)  # a subclass may misstate its shape or dtype
         if not isinstance(value, np.ndarray) or value.shape != () or value.dtype.kind not in "iu":
             raise TypeError(f"{self.name} must be an integer array without dimensions, or None, not {value!r}")
         if not 0 <= int(value) < 1 << 63:
@@ -68,7 +68,7 @@ class Counter(ChannelArray):
 
 
 class Flag:
-    """Attribute that is a bool and nothing else."""
+    """Attribute that accepts bools alone."""
 
     name: str
     key: str
@@ -84,7 +84,7 @@ class Flag:
 
 
 def accepted_dtype(dtype: Any, native: Callable[[np.dtype[Any]], np.dtype[Any] | None], expected: str) -> np.dtype[Any]:
-    """A dtype that `native` accepts; None, which numpy takes for float64, is none."""
+    """A dtype that `native` accepts. None, which numpy reads as float64, is refused."""
     words = repr(dtype)
     if dtype is not None:
         with contextlib.suppress(TypeError):
@@ -96,7 +96,7 @@ def accepted_dtype(dtype: Any, native: Callable[[np.dtype[Any]], np.dtype[Any] |
 
 
 def shortest(value: float) -> str:
-    """A number as it was given: a float32, which files of ONNX and TensorFlow hold, by the digits of float32."""
+    """A number as the user wrote it; a float32, as ONNX and TensorFlow files hold, with the digits of float32."""
     with np.errstate(over="ignore"):
         narrow = np.float32(value)
     return f"np.float32({narrow!s})" if float(f"{value:.9g}") != value == float(narrow) else repr(value)

@@ -1,7 +1,7 @@
 """The layers: forward and backward, in training and in evaluation.
 
-What a layer is (arguments, arrays, modes) is in `cbn.state`, what normalizes in `cbn.steps`. Here is what a call reads
-of the layer, what it changes, and what it remembers.
+This module decides what a call reads from the layer, what it changes and what it remembers. `cbn.state` holds the
+layer's arguments, arrays and modes; `cbn.steps` normalizes.
 """
 
 from __future__ import annotations
@@ -41,20 +41,21 @@ _checks_inputs = False
 
 
 def set_check_inputs(check: bool) -> bool:
-    """Whether layers notice that an input was changed between forward and backward; returns what was set before.
+    """Let layers check that their input does not change between forward and backward; return the setting before.
 
-    A training forward remembers its input and its residual by reference, so `backward` computes a wrong gradient where
-    they have been written to in between. With the check a forward keeps a digest of their bytes and `backward` raises a
-    RuntimeError if it has changed. It is off by default: it reads both once more, at about 1 GB/s.
+    A training forward remembers its input and its residual by reference. If they are written to before `backward`, the
+    gradient is wrong. With the check a forward keeps a digest of their bytes, and `backward` raises a RuntimeError if
+    the digest differs. The check is off by default, because it reads both arrays once more, at about 1 GB/s.
 
     Parameters
     ----------
     check : bool
-        For all layers of the process, from their next forward on.
+        The setting for all layers of the process, from their next forward on.
 
     Returns
     -------
     bool
+        The setting before.
 
     Examples
     --------
@@ -80,71 +81,75 @@ def digest(a: Array | None) -> bytes | None:
     """A digest of an array's values."""
     if a is None:
         return None
-    import hashlib  # 3 ms, which an import of cbn need not take
+    import hashlib  # its import takes 3 ms, which `import cbn` saves
 
     return hashlib.blake2b(np.ascontiguousarray(a).reshape(-1).view(np.uint8).data, digest_size=16).digest()
 
 
 class Snapshot(NamedTuple):
-    """What one call reads of a layer, all of one moment."""
+    """Mode, attributes and copies of the arrays of a layer, as one call reads them at one moment."""
 
     version: int  # of the layer's attributes
     training: bool
-    batch_statistics: bool  # the batch's normalize, else the running ones
-    tracked: bool  # the batch moves the running ones
+    batch_statistics: bool  # normalize with the batch's statistics, else with the running ones
+    tracked: bool  # move the running statistics
     eps: float
     affine: Affine
     epilogue: Epilogue
-    sources: tuple[Array | None, ...]  # running mean and variance, weight and bias themselves,
-    values: tuple[Doubles | Any, ...]  # and as float64
+    sources: tuple[Array | None, ...]  # running mean, running variance, weight and bias themselves
+    values: tuple[Doubles | Any, ...]  # float64 copies of them
     counter: Array | None
 
 
 class BatchNorm(State):
     """Batch normalization over any input of two or more dimensions.
 
-    In training: ``y = (x - mean) / sqrt(var + eps) * weight + bias`` per channel, with the mean and the biased variance
-    of the batch, which also move the running statistics. In evaluation: the same with the running statistics.
+    A layer computes ``y = (x - mean) / sqrt(var + eps) * weight + bias`` per channel. In training mode mean and var are
+    the mean and the biased variance of the batch, and the running statistics move towards them. In evaluation mode
+    they are the running statistics.
 
     Parameters
     ----------
     num_features : int
         C, the number of channels.
     eps : float
-        Added to the variance.
+        Number added to the variance.
     momentum : float in [0, 1] or None
-        Weight of the new batch in the running statistics; None: a plain average over all batches.
+        Weight of the new batch in the running statistics. None means a plain average over all batches.
     affine : bool
-        Whether there are a weight and a bias.
+        Whether the layer has a weight and a bias.
     track_running_stats : bool
-        Whether there are running statistics; without them evaluation uses the batch's too.
+        Whether the layer has running statistics. Without them evaluation uses the batch's statistics too.
     bias : bool
         Whether an affine layer has a bias.
     dtype : float32 or float64
-        Of parameters and statistics. The output has the input's, which may be float16 or bfloat16 (of ml_dtypes) too.
+        Type of parameters and statistics. The output has the input's type, which may also be float16 or bfloat16 (of
+        ml_dtypes).
     channel_axis : int
-        1 for NC, NCL, NCHW, NCDHW; -1 for NLC, NHWC; any other axis.
+        Axis with the channels: 1 for NC, NCL, NCHW, NCDHW; -1 for NLC, NHWC; or any other.
     running_var : {"unbiased", "biased"}
-        The variance that is tracked: with 1/(n - 1), as PyTorch, or 1/n, as Keras and ONNX.
+        Variance that the layer tracks: with 1/(n - 1), as PyTorch, or with 1/n, as Keras and ONNX.
     activation : None, "relu" or ("leaky_relu", slope)
-        What the output goes through, after the residual of the call, in the same pass; backward too.
+        Activation of the output, applied in the same pass, after the residual of the call.
 
     Attributes
     ----------
     weight, bias, weight_grad, bias_grad, running_mean, running_var : (C,) ndarray or None
-        None where switched off. A (C,) array may be assigned, and is kept by reference if of the layer's dtype.
+        None if switched off. Any (C,) array may be assigned; the layer keeps one of its own dtype by reference.
     num_batches_tracked : 0-d int64 ndarray or None
+        Number of training batches in the running statistics.
     training, frozen : bool
+        The mode.
 
     Raises
     ------
     TypeError, ValueError
-        For arguments out of range.
+        If an argument has a wrong type or is out of range.
 
     Notes
     -----
-    One layer may be used by many threads: evaluation is exact, the updates of a training call are atomic. `backward`
-    belongs to the layer's last training forward, so threads that train want a layer each.
+    Many threads may use one layer: evaluation is exact, and the updates of a training call are atomic. `backward`
+    belongs to the layer's last training forward, so threads that train need one layer each.
 
     Examples
     --------
@@ -177,25 +182,25 @@ class BatchNorm(State):
         Parameters
         ----------
         x : array_like
-            Of the class's number of dimensions, of any floating dtype. In training mode it is remembered, by reference,
-            for `backward`.
+            Input of a floating dtype, with a number of dimensions that the class accepts. In training mode the layer
+            remembers it by reference for `backward`.
         out : ndarray, optional
-            Of x's shape and y's dtype; receives y. ``out=x`` works in place.
+            Receives y; has x's shape and y's dtype. ``out=x`` works in place.
         residual : array_like, optional
-            Of x's shape and y's dtype; in training mode it is remembered as x is.
+            Added to the normalized x; has x's shape and y's dtype. In training mode the layer remembers it like x.
         x_scale, x_zero_point, out_dtype
-            For an x of uint8 or int8 in evaluation mode, as in `cbn.functional.batch_norm`.
+            Quantization of uint8 or int8 input in evaluation mode, as in `cbn.functional.batch_norm`.
 
         Returns
         -------
         ndarray
-            y, of x's shape and dtype (or `out_dtype`), in x's order in memory.
+            y, with x's shape, dtype (or `out_dtype`) and order in memory.
 
         Raises
         ------
         TypeError, ValueError
-            As `cbn.functional.batch_norm`, and for another number of dimensions or channels. The layer and `out` are
-            then as they were.
+            As `cbn.functional.batch_norm`, and for another number of dimensions or channels. Neither the layer nor
+            `out` has changed then.
         """
         inp, quantization = self._input(x, x_scale, x_zero_point, out_dtype)
         given, (out, residual) = out, as_outputs(inp, out, residual)
@@ -217,7 +222,7 @@ class BatchNorm(State):
     def _input(
         self, x: ArrayLike, x_scale: Any, x_zero_point: Any, out_dtype: Any
     ) -> tuple[Input, Quantization | None]:
-        """x for the passes; of 8 bits, also what its values stand for."""
+        """x for the passes, and the quantization of an 8-bit x."""
         quantization = None
         if x_scale is None and x_zero_point is None and out_dtype is None:
             inp = as_input(x, self._channel_axis, ranks=self._ranks)
@@ -265,7 +270,7 @@ class BatchNorm(State):
         return Snapshot(version, training, batch_statistics, tracked, eps, affine, epilogue, sources, values, counter)
 
     def _finish_training(self, context: Context, now: Snapshot, out: Array | None) -> None:
-        """Remember what backward needs, and move the running statistics, at one moment."""
+        """Keep the context for backward and move the running statistics, at one moment."""
         saved: str | Context = context
         if _checks_inputs:
             context.digests = digest(context.inp.x), digest(context.epilogue.residual)
@@ -283,7 +288,7 @@ class BatchNorm(State):
             self._remember(saved)
 
     def _remember(self, saved: str | Context) -> None:
-        """Keep what backward needs, and the plan, which an assignment would drop: evaluation does not read it."""
+        """Keep the context for backward, and the plan, which an assignment would drop. Evaluation reads no context."""
         self.__dict__["_saved"] = saved
 
     def plan(
@@ -300,23 +305,22 @@ class BatchNorm(State):
         Parameters
         ----------
         shape : sequence of int
-            Of the inputs, batch included.
+            Shape of the inputs, batch included.
         dtype : float32, float64, float16 or bfloat16; with `x_scale` uint8 or int8
-            Of the inputs.
+            Type of the inputs.
         x_scale, x_zero_point, out_dtype
-            For inputs of 8 bits, as in `cbn.functional.batch_norm`.
+            Quantization of 8-bit inputs, as in `cbn.functional.batch_norm`.
 
         Returns
         -------
         EvalPlan
-            Called as ``plan(x, out=y)`` it returns what the layer in evaluation mode would return now, bit for bit. It
-            is a snapshot: later changes of the layer do not reach it. Any number of threads may call it at once.
+            ``plan(x, out=y)`` returns bit for bit what the layer in evaluation mode would return now. The plan is a
+            snapshot: later changes of the layer do not reach it. Any number of threads may call it at once.
 
         Raises
         ------
         TypeError, ValueError
-            As a call with such an input in evaluation mode; and for a layer without running statistics, which
-            evaluates by those of the batch.
+            As a call with such an input in evaluation mode; and for a layer without running statistics.
 
         Examples
         --------
@@ -348,7 +352,7 @@ class BatchNorm(State):
         return EvalPlan(name, self._coefficients(), slope, inp, self._channel_axis, self._ranks, quantization)
 
     def _check_channels(self, inp: Input, mean: Array | None, untracked: bool) -> None:
-        """Refuse an input with another number of channels, in PyTorch's words for what is compared with it first."""
+        """Refuse an input with another number of channels. PyTorch's message names the array that it compares first."""
         n = self._num_features
         if inp.n_channels == n:
             return
@@ -373,27 +377,27 @@ class BatchNorm(State):
     def backward(self, dy: ArrayLike, *, out: Array | None = None) -> Array | Any:
         """Gradient with respect to the input of the last training forward.
 
-        The gradients of weight and bias are **added** to `weight_grad` and `bias_grad`, except where those are None.
+        `backward` **adds** the gradients of weight and bias to `weight_grad` and `bias_grad`, unless these are None.
 
         Parameters
         ----------
         dy : array_like
-            Gradient of y, of its shape.
+            Gradient of y; has y's shape.
         out : ndarray, optional
-            Of x's shape and dtype; receives dx. It may be dy or x.
+            Receives dx; has x's shape and dtype. It may be dy or x.
 
         Returns
         -------
         ndarray, or tuple of two
-            dx, of x's dtype, in x's order in memory; after a forward with a residual (dx, dresidual), alike.
+            dx, with x's dtype and order in memory; after a forward with a residual (dx, dresidual).
 
         Raises
         ------
         RuntimeError
-            Before any forward in training mode, after one in evaluation mode, where the forward overwrote its input,
-            and where the input has been changed since, if `cbn.set_check_inputs` was asked to notice.
+            Before any forward in training mode; after a forward in evaluation mode; if the forward overwrote its input;
+            and if the input has changed since, with `cbn.set_check_inputs`.
         TypeError, ValueError
-            For a dy or an `out` that does not fit.
+            If dy or `out` does not fit.
         """
         if isinstance(self._saved, str):
             raise RuntimeError(self._saved)
@@ -411,7 +415,7 @@ class BatchNorm(State):
         want_sums = weight_grad is not None or bias_grad is not None
         self._check_writable(weight_grad=weight_grad, bias_grad=bias_grad)
         if out is not None and any(arrays.overlaps(a, out) for a in context.read):
-            self._remember(OVERWRITTEN)  # before the pass: an exception behind it must not leave an input that is none
+            self._remember(OVERWRITTEN)  # before the pass, since an exception in it may leave x half overwritten
         try:
             dx, dresidual, dweight, dbias = steps.backward(dy, context, True, want_sums, out)
         except MemoryError:  # before the pass
@@ -422,7 +426,7 @@ class BatchNorm(State):
         return dx if context.epilogue.residual is None else (dx, dresidual)
 
     def _coefficients(self) -> Doubles:
-        """(3, C): mean, scale and offset of evaluation now."""
+        """(3, C): the current mean, scale and offset of evaluation."""
         checks.buffers_for_eval(self.running_mean, self.running_var)
         mean, var, weight, bias = self._doubles((self.running_mean, self.running_var, self.weight, self.bias))
         return passes.coefficients(mean, passes.inverse_std(var, self._eps), weight, bias)
@@ -430,7 +434,7 @@ class BatchNorm(State):
 
 plans.plans_stand_for(BatchNorm, "_ranks")
 
-# What an evaluation goes by.
+# What an evaluation depends on.
 _EVALUATION = (
     *("forward", "__call__", "__getattribute__", "__getattr__", "_coefficients", "eps", "activation"),
     *("weight", "bias", "running_mean", "running_var", "num_features", "channel_axis"),
@@ -438,7 +442,7 @@ _EVALUATION = (
 
 
 def _definition(cls: type, name: str) -> Any:
-    """What a class has under this name, as it is there; None for nothing."""
+    """The entry of a class under this name, descriptors included; None if it has none."""
     return next((vars(c)[name] for c in cls.__mro__ if name in vars(c)), None)
 
 
@@ -446,7 +450,7 @@ _OWN = {name: _definition(BatchNorm, name) for name in _EVALUATION}
 
 
 def refuse_overrides(layer: BatchNorm, what: str) -> None:
-    """Refuse a layer that evaluates otherwise than cbn defines, by its class, a mixin, a patch or an attribute."""
+    """Refuse a layer whose evaluation a subclass, a mixin, a patch or an attribute overrides."""
     for name, own in _OWN.items():
         if name in vars(layer) or _definition(type(layer), name) is not own:
             raise TypeError(f"{type(layer).__name__} has a {name} of its own, which {what} would not follow")

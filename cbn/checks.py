@@ -1,8 +1,8 @@
-"""Checks of arguments, and the words of every refusal. Nothing here computes or changes anything.
+"""Checks of arguments, and every error message. Nothing here computes or changes anything.
 
-The words are PyTorch's where PyTorch has them, so that a search for the text finds the known answer. Types are
-Python's: ValueError for shapes and values, TypeError for dtypes and kinds of object, and `ArgumentError`, which is a
-ValueError and a RuntimeError, where PyTorch raises RuntimeError.
+Messages are PyTorch's if PyTorch has one, so that a search for the text finds the known answer. Types are Python's:
+ValueError for shapes and values, TypeError for dtypes and kinds of object. Where PyTorch raises RuntimeError, cbn
+raises `ArgumentError`, which is a ValueError and a RuntimeError.
 """
 
 import contextlib
@@ -20,13 +20,13 @@ T = TypeVar("T", covariant=True)
 
 
 class SupportsArray(Protocol):
-    """What numpy reads by its `__array__`: arrays, their scalars, tensors, data frames."""
+    """Objects that numpy reads through `__array__`: arrays, their scalars, tensors, data frames."""
 
     def __array__(self) -> npt.NDArray[Any]: ...
 
 
 class Nested(Protocol[T]):
-    """Lists and tuples of values, of lists of values, and so on. A str, which contains nothing but str, is none."""
+    """Nested lists and tuples of values. A str is excluded, because it contains nothing but str."""
 
     def __len__(self) -> int: ...
     def __contains__(self, value: object, /) -> bool: ...
@@ -34,11 +34,11 @@ class Nested(Protocol[T]):
     def index(self, value: Any, /) -> int: ...
 
 
-# As a result or an attribute, `Array | Any` is an array, or None (or a tuple) where the caller has asked for that: it
-# is for him to know, so that `bn.weight * 2` needs no assertion.
+# As a result or an attribute, `Array | Any` is an array, or None (or a tuple) if the caller asked for that. The caller
+# knows which, so that `bn.weight * 2` needs no assertion.
 Array = npt.NDArray[Any]
 Doubles = npt.NDArray[np.float64]
-# numpy's own takes str and bytes too, of which no array of numbers can be made.
+# numpy's own ArrayLike also accepts str and bytes, which hold no numbers.
 ArrayLike: TypeAlias = SupportsArray | Nested[float | SupportsArray]
 Number: TypeAlias = float | np.floating[Any] | np.integer[Any]
 Activation = Literal["relu"] | tuple[Literal["leaky_relu"], Number] | None
@@ -84,7 +84,7 @@ def dtype_of(value: Any) -> np.dtype[Any]:
 
 
 def array(x: Any, name: str) -> Array:
-    """x as an array of any dtype, itself where it is one; what holds no array is refused by the name of its type."""
+    """x as an array of any dtype; x itself if it is one. The error for other objects names their type."""
     if type(x) is np.ndarray:
         return x
     unmasked(x, name)
@@ -110,12 +110,12 @@ def array(x: Any, name: str) -> Array:
 
 
 def variable(name: str) -> str:
-    """What the caller may have called the argument."""
+    """The likely name of the argument in the caller's code."""
     return "x" if name == "input" else name
 
 
 def maker(x: Any, name: str) -> str:
-    """How to make an array of an object that holds one, but that numpy does not look into."""
+    """Advice for an object that holds an array which numpy does not read."""
     if callable(getattr(x, "toarray", None)):
         return f"; {variable(name)}.toarray() makes one"
     if callable(getattr(x, "__dlpack__", None)) and not isinstance(x, np.ndarray):
@@ -124,7 +124,7 @@ def maker(x: Any, name: str) -> str:
 
 
 def dtype_error(a: Array, x: Any, name: str, expected: str) -> TypeError:
-    """The refusal of the dtype of a, made from x; it advises a conversion only where one keeps the values."""
+    """The error for the dtype of a, which was made from x. It advises a conversion only if that keeps the values."""
     words = f"{name} has dtype {a.dtype}; expected {expected}"
     if a.ndim and np.can_cast(a.dtype, np.float32, "same_kind"):
         target = "numpy.float64" if a.dtype.kind == "f" and a.dtype.itemsize > 8 else "numpy.float32"
@@ -143,7 +143,7 @@ def dtype_error(a: Array, x: Any, name: str, expected: str) -> TypeError:
 
 
 def shape(value: Any) -> tuple[int, ...]:
-    """A shape as a tuple of ints that an array can have."""
+    """A shape as a tuple of ints, small enough for an array."""
     words = f"shape must be a sequence of integers, as x.shape is, not {reprlib.repr(value)}"
     if isinstance(value, (str, bytes, Mapping)) or not hasattr(value, "__getitem__"):
         raise TypeError(words)
@@ -159,7 +159,7 @@ def shape(value: Any) -> tuple[int, ...]:
 
 
 def other_axis(x: Array, n_channels: int) -> str:
-    """What to add to PyTorch's words where x has so many channels, but on another axis."""
+    """An addition to PyTorch's message if another axis of x has that number of channels; else nothing."""
     if n_channels not in x.shape:
         return ""
     axis = x.ndim - 1 - x.shape[::-1].index(n_channels)
@@ -173,29 +173,29 @@ def native_float(dtype: np.dtype[Any]) -> np.dtype[Any] | None:
 
 
 def native_input(dtype: np.dtype[Any]) -> np.dtype[Any] | None:
-    """The dtype in native byte order if inputs may have it, else None: also float16, and bfloat16 of ml_dtypes."""
+    """The dtype in native byte order if it is float16, bfloat16 of ml_dtypes, float32 or float64, else None."""
     if dtype.itemsize == 2 and (dtype.kind == "f" or dtype.name == "bfloat16"):
         return dtype.newbyteorder("=")
     return native_float(dtype)
 
 
 def native_bytes(dtype: np.dtype[Any]) -> np.dtype[Any] | None:
-    """The dtype if it has 8 bits and is an integer's, else None."""
+    """The dtype if it is an 8-bit integer, else None."""
     return dtype if dtype.kind in "iu" and dtype.itemsize == 1 else None
 
 
 def parameter_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """The dtype of parameters that go with inputs of this one: its own, but at least float32."""
+    """The dtype of parameters for inputs of this dtype: the same, but at least float32."""
     return FLOATS[0] if dtype.itemsize == 2 else dtype
 
 
 def gradient_dtype(x: Array, weight: Array | None) -> np.dtype[Any]:
-    """Of the gradients of weight and bias: weight's; without a weight the one that goes with x."""
+    """The dtype of the gradients of weight and bias: weight's, or without a weight that of parameters for x."""
     return parameter_dtype(x.dtype) if weight is None else weight.dtype.newbyteorder("=")
 
 
 def integer(value: Any, name: str, expected: str) -> int:
-    """value as an int of 64 bits; bools and what is no integer are refused."""
+    """value as a 64-bit int; bools and other types are refused."""
     if not isinstance(value, (bool, np.bool_)):
         try:
             found = operator.index(value)
@@ -216,7 +216,7 @@ def boolean(value: Any, name: str) -> bool:
 
 
 def unmasked(a: Any, name: str) -> None:
-    """Refuse a masked array, or a list of such, whose mask would be ignored."""
+    """Refuse a masked array, or a list of masked arrays: cbn would ignore the mask."""
     if type(a) in (list, tuple):
         for part in a[:0] if a and isinstance(a[0], (float, int)) else a:  # not number by number
             unmasked(part, name)
@@ -228,9 +228,9 @@ def unmasked(a: Any, name: str) -> None:
 
 
 def float_array(x: ArrayLike, name: str) -> Array:
-    """x as an aligned array in native byte order, of a floating type; a copy only where it has to be one."""
+    """x as an aligned floating array in native byte order, copied only if needed."""
     given = array(x, name)
-    # A view of our own: what the caller does to the shape or the dtype of his does not change it
+    # A view of our own: the caller may change shape or dtype of the array object in place
     a = given.view()
     dtype = native_input(a.dtype)
     if dtype is None:
@@ -255,7 +255,7 @@ def axis_index(channel_axis: SupportsIndex, ndim: int) -> int:
 
 
 def rank(x: Array, ranks: tuple[int, ...] | None) -> None:
-    """Refuse an input whose number of dimensions is not one of `ranks`; None: any from 2."""
+    """Refuse an input whose number of dimensions is not in `ranks`; None: 2 or more."""
     if ranks is None:
         if x.ndim < 2:
             raise ValueError(f"expected at least 2D input (got {x.ndim}D input)")
@@ -267,9 +267,9 @@ def rank(x: Array, ranks: tuple[int, ...] | None) -> None:
 def output(
     out: Array | None, shape: tuple[int, ...], dtype: np.dtype[Any], expected: str = "as the input"
 ) -> Array | Any:
-    """Refuse an `out` that is not exactly an array of this shape and dtype that can be written to; None passes.
+    """Refuse an `out` that is not a writable array of exactly this shape and dtype; None passes.
 
-    Returns a view of it: a subclass can say of itself what it likes, and the caller's object may change its shape.
+    Returns a view: a subclass may misstate its shape, and the caller's object may change its own.
     """
     if out is None:
         return None
@@ -288,14 +288,14 @@ def output(
 def per_channel(
     a: ArrayLike | None, name: str, n_channels: int, *, written: bool = False, x: Array | None = None
 ) -> Array | Any:
-    """Refuse a parameter or statistic that is no float array (C,), for x; None passes. Returns it as an array.
+    """Refuse a parameter or statistic that is no (C,) float array; None passes. Returns it as an array.
 
-    Of 16 bits too where it is only read; the caller computes with float64 copies.
+    It may be a 16-bit array if it is only read, because the caller computes with float64 copies.
     """
     if a is None:
         return None
     if type(a) is np.ndarray and a.shape == (n_channels,) and a.dtype in FLOATS and (not written or a.flags.writeable):
-        return a  # as almost always
+        return a  # the common case
     unmasked(a, name)
     if written and not isinstance(a, np.ndarray):
         raise TypeError(f"{name} is updated in place and must be a numpy array, not {type(a).__name__}")
@@ -313,13 +313,13 @@ def per_channel(
 
 
 def buffers_for_batch(running_mean: ArrayLike | None, running_var: ArrayLike | None) -> None:
-    """Refuse one running buffer without the other where batch statistics are used."""
+    """Refuse one running buffer without the other, for a call that uses batch statistics."""
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var must either both be None or neither be None")
 
 
 def buffers_for_eval(running_mean: ArrayLike | None, running_var: ArrayLike | None) -> None:
-    """Refuse absent running statistics where they are what normalizes."""
+    """Refuse a call that normalizes with running statistics if there are none."""
     if running_mean is None:
         raise ArgumentError("running_mean must be defined in evaluation mode")
     if running_var is None:
@@ -327,9 +327,9 @@ def buffers_for_eval(running_mean: ArrayLike | None, running_var: ArrayLike | No
 
 
 def number(value: Any, name: str, expected: str) -> float:
-    """value as a float; bools and what is no number are refused."""
+    """value as a float; bools and other types are refused."""
     if type(value) is float:
-        return value  # as almost always
+        return value  # the common case
     if isinstance(value, (bool, np.bool_, str, bytes)) or (hasattr(value, "ndim") and value.ndim):
         raise TypeError(f"{name} must be {expected}, not {value!r}")
     try:
@@ -341,7 +341,7 @@ def number(value: Any, name: str, expected: str) -> float:
 
 
 def epsilon(eps: Number) -> float:
-    """eps as a float that is finite and not negative."""
+    """eps as a finite float that is not negative."""
     eps = number(eps, "eps", "a number")
     if not math.isfinite(eps) or eps < 0:
         raise ValueError(f"eps must be finite and non-negative, but got {eps}")
@@ -349,7 +349,7 @@ def epsilon(eps: Number) -> float:
 
 
 def epsilon_for(eps: Number, batch_statistics: bool) -> float:
-    """eps where it is used: batch statistics, whose variance may be 0, need a positive one."""
+    """eps as a float; batch statistics, whose variance may be 0, need a positive one."""
     value = number(eps, "eps", "a number")
     if batch_statistics and value <= 0:
         raise ValueError(f"batch_norm eps must be positive during training, but got {value}")
@@ -367,7 +367,7 @@ def momentum_fraction(momentum: Number) -> float:
 
 
 def negative_slope(activation: Any) -> float:
-    """What an activation multiplies negative values by: 1 for None, 0 for "relu", s for ("leaky_relu", s)."""
+    """The factor of negative values in an activation: 1 for None, 0 for "relu", s for ("leaky_relu", s)."""
     if activation is None:
         return 1.0
     if isinstance(activation, str) and activation == "relu":
@@ -384,7 +384,7 @@ def negative_slope(activation: Any) -> float:
 
 
 def residual(a: ArrayLike | None, x: Array, dtype: np.dtype[Any], expected: str = "as the input") -> Array | Any:
-    """Refuse what cannot be added to the normalized x, of this dtype, element by element; None passes."""
+    """Refuse a residual of another shape than x or another dtype than this one; None passes."""
     if a is None:
         return None
     a = float_array(a, "residual")
@@ -396,6 +396,6 @@ def residual(a: ArrayLike | None, x: Array, dtype: np.dtype[Any], expected: str 
 
 
 def more_than_one_value(x: Array, n_channels: int) -> None:
-    """Refuse a batch with one value per channel: its variance is 0 and its output the bias alone."""
+    """Refuse a batch with one value per channel: its variance is 0, and its output is the bias."""
     if x.size == n_channels and n_channels:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")

@@ -1,4 +1,4 @@
-"""show_config: versions, compiler, OpenMP runtime, instruction sets, threads, memory; and the self-check."""
+"""show_config and the self-check."""
 
 import contextlib
 import os
@@ -19,7 +19,7 @@ __version__ = "0.1.0"
 
 
 def openmp_runtime() -> list[str]:
-    """Paths of the OpenMP runtimes that are loaded in this process; more than one fight for the processors."""
+    """Paths of the OpenMP runtimes in this process. More than one of them compete for the processors."""
     try:
         with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
             paths = {line.split(maxsplit=5)[-1].strip() for line in maps if "/" in line}
@@ -29,7 +29,7 @@ def openmp_runtime() -> list[str]:
 
 
 def config() -> dict[str, str]:
-    """What show_config prints, as a dict of strings."""
+    """The lines of show_config, as a dict of strings."""
     info = engine.build_info()
     runtimes = openmp_runtime()
     openmp = "none: built with CBN_WITHOUT_OPENMP"
@@ -68,10 +68,10 @@ def show_config() -> None:
 
 
 def self_check(report: Callable[[str], object] = print) -> bool:
-    """Compare the kernels of every instruction set available with `cbn.reference`; True if all agree.
+    """Compare the kernels of every available instruction set with `cbn.reference`; True if all agree.
 
-    Every type, both layouts, whole vectors and tails, one thread and three, forward and backward, on data whose mean is
-    large beside its spread. Errors are relative to the largest value of the exact result.
+    The check goes through every type, both layouts, whole vectors and tails, one thread and three, forward and
+    backward, on data with a mean that is large beside its spread. Errors are relative to the largest exact value.
     """
     rng = np.random.default_rng(0)
     good = True
@@ -82,7 +82,7 @@ def self_check(report: Callable[[str], object] = print) -> bool:
             engine.use_isa(isa)
             for dtype, limit in _types():
                 for layout, shape, axis in (("first", (7, 5, 113), 1), ("last", (211, 37), 1)):
-                    # Of 16 bits, 1000 ± 1 would be a handful of values
+                    # 16-bit types have only a few values in 1000 ± 1
                     x = (rng.standard_normal(shape) + (10 if dtype.itemsize == 2 else 1000)).astype(dtype)
                     dy = rng.standard_normal(shape).astype(dtype)
                     weight, bias = rng.standard_normal((2, shape[axis])).astype(checks.parameter_dtype(dtype))
@@ -100,7 +100,7 @@ def self_check(report: Callable[[str], object] = print) -> bool:
 
 
 def unchecked() -> list[str]:
-    """What `self_check` leaves out here, each with the reason."""
+    """What `self_check` cannot check here, with the reasons."""
     lines = [f"{isa}, which this processor does not have" for isa in engine.built() if isa not in engine.available()]
     if not any(dtype.name == "bfloat16" for dtype, _ in _types()):
         lines.append("bfloat16, as ml_dtypes is not installed: pip install 'cbn[bfloat16]'")
@@ -110,7 +110,7 @@ def unchecked() -> list[str]:
 
 
 def _types() -> list[tuple[np.dtype[Any], float]]:
-    """Types of input with the largest error allowed; bfloat16 where ml_dtypes has it."""
+    """Input types with the largest error allowed; bfloat16 if ml_dtypes is installed."""
     types: list[tuple[np.dtype[Any], float]] = [
         (np.dtype(np.float32), 1e-6),
         (np.dtype(np.float64), 1e-12),

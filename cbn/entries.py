@@ -1,4 +1,4 @@
-"""Entries of state dicts and files: what a layer takes from them, and what to say where it takes none."""
+"""Entries of state dicts and files: checks, conversions, and hints for entries that are elsewhere."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,14 +10,14 @@ from .checks import Array
 
 
 def array(value: Any, name: str) -> Array:
-    """value as an array, or a ValueError that names it. PyTorch's tensors are read without an import of PyTorch."""
+    """value as an array, or a ValueError that names it. It reads PyTorch tensors without importing PyTorch."""
     try:
         checks.unmasked(value, name)
         if callable(getattr(value, "detach", None)) and callable(getattr(value, "cpu", None)):
             value = value.detach().cpu()
         try:
             return np.asarray(value)
-        except TypeError:  # a tensor of bfloat16 or of 8 bits, which numpy does not know
+        except TypeError:  # a bfloat16 or 8-bit tensor, which numpy cannot read
             if not callable(getattr(value, "float", None)) or not value.is_floating_point():
                 raise
             return np.asarray(value.float())
@@ -37,7 +37,7 @@ def entry(
 ) -> Array:
     """A copy of one entry with this shape and dtype, or a ValueError that names it, prefix included.
 
-    A variance below zero is accepted where `eps` is given and their sum is positive.
+    With `eps` a negative variance is accepted if its sum with eps is positive.
     """
     key = prefix + name
     a = array(value, key)
@@ -49,7 +49,7 @@ def entry(
         raise ValueError(f"{key} has dtype {a.dtype}; expected {dtype}")
     if a.shape != shape:
         raise ValueError(f"{key} has shape {a.shape}; expected {shape}")
-    if dtype.kind == "i":  # the counter: a state in bfloat16 has it as a float
+    if dtype.kind == "i":  # the counter, which is a float in a bfloat16 state
         number = int(a) if integers else float(a)
         if not (abs(number) < 2**63 and number == int(number)):
             raise ValueError(f"{key} is {number}; expected an integer of 64 bits")
@@ -71,7 +71,7 @@ def entry(
 
 
 def differences(missing: list[str], unexpected: list[Any], most: int = 20) -> list[str]:
-    """The problems of a strict load, with PyTorch's words for each kind."""
+    """The problems of a strict load, in PyTorch's words."""
     problems = []
     for kind, keys in (("missing", missing), ("unexpected", unexpected)):
         if keys:
@@ -82,7 +82,7 @@ def differences(missing: list[str], unexpected: list[Any], most: int = 20) -> li
 
 
 def hint(state: Mapping[Any, Any], names: Sequence[str], shape: tuple[int, ...]) -> str:
-    """Words on where else in `state` the entries `names` of a layer seem to be; empty where they are not seen."""
+    """A hint where else in `state` the entries `names` of a layer seem to be; empty if nowhere."""
     if found := _prefixes(state, names, shape):
         return f"; the state has such entries with {_listed(found)}"
     for key, inner in state.items():
@@ -95,7 +95,7 @@ def hint(state: Mapping[Any, Any], names: Sequence[str], shape: tuple[int, ...])
 
 
 def _prefixes(state: Mapping[Any, Any], names: Sequence[str], shape: tuple[int, ...]) -> list[str]:
-    """What all `names` begin with in `state`; if there are such of this shape, those alone."""
+    """The prefixes of all `names` in `state`; if some entries have this shape, their prefixes alone."""
     first, *others = names
     ends = [key.removesuffix(first) for key in state if isinstance(key, str) and key.endswith(first) and key != first]
     found = [prefix for prefix in ends if all(prefix + name in state for name in others)]

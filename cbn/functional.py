@@ -1,7 +1,8 @@
-"""Batch normalization without state, under PyTorch's names and in its order of arguments: check, one step, return.
+"""Batch normalization without state, with PyTorch's names and order of arguments.
 
-`batch_norm`, `native_batch_norm` and `native_batch_norm_backward` normalize an array. The five verbs of `cbn.verbs`,
-which are here too, do the same step by step, for data in parts.
+`batch_norm`, `native_batch_norm` and `native_batch_norm_backward` normalize an array in one call. The five other
+functions, those of PyTorch's SyncBatchNorm, do the same in steps: measure, merge, solve and apply. They are for a batch
+whose parts live in several processes or chunks.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ __all__ = [
 
 
 class Running(NamedTuple):
-    """Running statistics as the caller gave them."""
+    """The caller's running statistics."""
 
     mean: Array | Any
     var: Array | Any
@@ -65,52 +66,53 @@ def batch_norm(
 ) -> Array:
     """Normalize every channel of an array.
 
-    ``y = act((x - mean) / sqrt(var + eps) * weight + bias + residual)``, with mean and var those of the batch if
-    `training` (var with 1/n), else the running ones.
+    ``y = act((x - mean) / sqrt(var + eps) * weight + bias + residual)``. In training, mean and var are the batch's, and
+    var is biased (1/n). In evaluation they are the running statistics.
 
     Parameters
     ----------
     x : array_like
-        Two or more dimensions; float32, float64, float16 or bfloat16 (of ml_dtypes); any strides. With `x_scale` also
-        uint8 or int8.
+        Input with two or more dimensions and any strides; float32, float64, float16 or bfloat16 (of ml_dtypes), and
+        with `x_scale` also uint8 or int8.
     running_mean, running_var : (C,) ndarray or None
-        Read if not `training`. If `training`, both None or both arrays that are updated in place, after all else has
-        succeeded: ``running = (1 - momentum)*running + momentum*batch``, the variance with 1/(n - 1).
+        Statistics for evaluation. In training both may be None; otherwise the function updates both in place, after all
+        else has succeeded: ``running = (1 - momentum)*running + momentum*batch``, the variance with 1/(n - 1).
     weight, bias : (C,) array_like or None
-        None means ones and zeros. Of any dtype that x may have, as are running statistics that are only read.
+        Scale and offset; None means ones and zeros. They may have any dtype that x may have, and so may running
+        statistics that are only read.
     training : bool
-        Whether to use the batch's statistics.
+        Whether to normalize with the batch's statistics.
     momentum : float in [0, 1]
-        Weight of the new batch.
+        Weight of the new batch in the running statistics.
     eps : float
-        Added to the variance; positive when training.
+        Number added to the variance; positive in training.
     channel_axis : int
-        The axis with the channels: 1 for NC, NCL, NCHW, NCDHW, -1 for NLC, NHWC.
+        Axis with the channels: 1 for NC, NCL, NCHW, NCDHW; -1 for NLC, NHWC.
     out : ndarray, optional
-        Of x's shape, and of y's dtype; receives y. It may be x or the residual, or overlap them.
+        Receives y; has x's shape and y's dtype. It may be x or the residual, or overlap them.
     activation : None, "relu" or ("leaky_relu", slope)
-        What y goes through, in the same pass. NaN stays NaN.
+        Activation of y, applied in the same pass. NaN stays NaN.
     residual : array_like, optional
-        Of x's shape, and of y's dtype; added before the activation, in the same pass.
+        Added before the activation, in the same pass; has x's shape and y's dtype.
     x_scale : float, optional
-        For 8-bit input, which stands for ``x_scale * (x - x_zero_point)``: 1/255 for images. Evaluation alone.
+        Scale of 8-bit input, in evaluation: x means ``x_scale * (x - x_zero_point)``. It is 1/255 for images.
     x_zero_point : int
-        A value of x's dtype; 0 by default.
+        Zero point of 8-bit input, a value of x's dtype; 0 by default.
     out_dtype : float32 or bfloat16
-        Of y, for 8-bit input; float32 by default.
+        Type of y for 8-bit input; float32 by default.
 
     Returns
     -------
     y : ndarray
-        Of x's shape and dtype, in x's order in memory; `out` if given.
+        Output with x's shape, dtype and order in memory; `out` if given.
 
     Raises
     ------
     TypeError
-        For another dtype, a masked array, an `out` of another dtype.
+        For another dtype, a masked array, or an `out` with another dtype.
     ValueError
-        For shapes that do not fit, eps or momentum out of range, absent running statistics, and one value per
-        channel when training. Whatever is raised, nothing has been changed.
+        If shapes do not fit, eps or momentum is out of range, running statistics are missing, or a training batch has
+        one value per channel. After an error nothing has changed.
 
     References
     ----------
@@ -153,7 +155,7 @@ def _batch_norm(
     out: Array | None,
     quantization: Quantization | None = None,
 ) -> tuple[Array, Doubles, Doubles]:
-    """(y, save_mean, save_invstd): both functions that users call. All but the input is as the caller gave it."""
+    """(y, save_mean, save_invstd) for both public functions. Only the input has been checked."""
     given = out
     out, residual = as_outputs(inp, out, epilogue.residual)
     epilogue = Epilogue(residual, epilogue.negative_slope)
@@ -175,7 +177,7 @@ def _batch_norm(
     checks.more_than_one_value(inp.x, inp.n_channels)
     y, context = steps.forward_batch(inp, affine, epsilon, epilogue, out)
     if running.mean is not None and inp.layout is not None:
-        # Those of the moment, which other threads may have moved; not where y has been written over them
+        # The current ones, which other threads may have moved; the copies if y was written over them
         written = out is not None and any(arrays.overlaps(out, a) for a in running)
         old = (mean, var) if written else None
         channels.move_running(*running, None, context.mean, context.m2, inp.count, fraction, old=old)
@@ -204,7 +206,7 @@ def native_batch_norm(
     channel_axis: SupportsIndex = 1,
     out: Array | None = None,
 ) -> tuple[Array, Doubles, Doubles]:
-    """`batch_norm` that also returns what the backward pass needs.
+    """Normalize as `batch_norm`, and return the statistics that the backward pass needs.
 
     Parameters
     ----------
@@ -216,10 +218,11 @@ def native_batch_norm(
     Returns
     -------
     y : ndarray
-    save_mean, save_invstd : (C,) ndarray of float64
-        Mean and 1/sqrt(var + eps) of the batch; of shape (0,) if not `training`; zeros for an empty batch.
-        They are float64 whatever x is: with the mean rounded to float32, the gradient of the weight on
-        values around 10^6 would be off by most of its size.
+        Output, as from `batch_norm`.
+    save_mean, save_invstd : (C,) float64 ndarray
+        Mean and 1/sqrt(var + eps) of the batch; shape (0,) in evaluation; zeros for an empty batch. They are float64
+        for every type of x: with the mean rounded to float32, the gradient of the weight on values around 10^6 would be
+        off by most of its size.
 
     Raises
     ------
@@ -266,33 +269,37 @@ def native_batch_norm_backward(
     Parameters
     ----------
     dy : array_like
-        Gradient of y, of x's shape.
+        Gradient of y; has y's shape.
     x : array_like
-        The input of the forward.
+        Input of the forward.
     weight : (C,) array_like or None
+        Weight of the forward.
     running_mean, running_var : (C,) array_like or None
-        Needed if not `train`.
+        Statistics of the forward if `train` is False.
     save_mean, save_invstd : (C,) array_like or None
-        From `native_batch_norm`; needed if `train`.
+        Statistics from `native_batch_norm` if `train` is True.
     train : bool
+        Whether the forward normalized with the batch's statistics.
     eps : float
+        Number added to the variance in the forward.
     output_mask : three bools
         Which of dx, dweight, dbias to compute; the others are None.
     channel_axis : int
+        Axis with the channels.
     out : ndarray, optional
-        Of x's shape and dtype; receives dx. It may be dy or x.
+        Receives dx; has x's shape and dtype. It may be dy or x.
 
     Returns
     -------
     dx : ndarray
-        Of x's dtype, in x's order in memory.
+        Gradient of x, with x's dtype and order in memory.
     dweight, dbias : (C,) ndarray
-        Of the dtype of weight, or without one of x, float32 at least.
+        Gradients of weight and bias, with the dtype of weight; without a weight the dtype of x, but at least float32.
 
     Raises
     ------
     TypeError, ValueError
-        As `batch_norm`; also where `out` is given and dx is masked out.
+        As `batch_norm`; also if `out` is given and dx is masked out.
 
     Examples
     --------

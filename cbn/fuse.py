@@ -1,8 +1,8 @@
 """Folding batch norms into the linear layers and convolutions beside them: numpy arrays in, numpy arrays out.
 
-In evaluation a batch norm is ``y = x*scale + offset`` per channel, scale = weight/sqrt(running_var + eps), offset =
-bias - running_mean*scale, and so is a linear layer's next (or last) step. All of it is computed in float64 and rounded
-once, to the type of the weights.
+In evaluation a batch norm is ``y = x*scale + offset`` per channel, with scale = weight/sqrt(running_var + eps) and
+offset = bias - running_mean*scale. The linear layer beside it can absorb both. The functions compute in float64 and
+round once, to the type of the weights.
 """
 
 from __future__ import annotations
@@ -35,32 +35,31 @@ def fuse_linear_bn(
     Parameters
     ----------
     weight : (out_features, in_features) array_like
-        float16, bfloat16 (of ml_dtypes), float32 or float64.
+        Weight in float16, bfloat16 (of ml_dtypes), float32 or float64.
     bias : (out_features,) array_like or None
-        None means zeros.
+        Bias; None means zeros.
     bn : BatchNorm
-        With out_features channels, in evaluation mode or frozen.
+        Layer with out_features channels, in evaluation mode or frozen.
     flush_subnormals : bool
-        Whether folded values below the type's smallest normal number become 0: arithmetic with them is slow on many
-        processors.
+        Whether folded values below the type's smallest normal number become 0. Arithmetic with subnormals is slow on
+        many processors.
     return_error : bool
-        Whether to return the error of rounding too.
+        Whether to return the rounding error too.
 
     Returns
     -------
     folded, folded_bias : ndarray
-        Of weight's shape and dtype, and (out_features,) of the same dtype.
-    error : (out_features,) ndarray of float64
-        With `return_error`: the most by which rounding (and flushing) moves each output for inputs in [-1, 1].
+        Folded weight and bias, with weight's dtype.
+    error : (out_features,) float64 ndarray
+        With `return_error`: the largest change of each output by rounding (and flushing), for inputs in [-1, 1].
 
     Raises
     ------
     TypeError
         For a dtype that no layer has.
     ValueError
-        For shapes that do not fit; for a layer in training mode, whose statistics are the batch's; for one without
-        running statistics, or with an activation; and where a folded value is beyond the dtype's range. The message
-        names it.
+        If shapes do not fit; for a layer in training mode, without running statistics or with an activation; and if a
+        folded value, which the message names, is beyond the dtype's range.
 
     References
     ----------
@@ -91,32 +90,33 @@ def fuse_conv_bn(
     flush_subnormals: bool = False,
     return_error: bool = False,
 ) -> tuple[Array, ...]:
-    """Fold a batch norm into the convolution before it, as `fuse_linear_bn` into a linear layer.
+    """Fold a batch norm into the convolution before it; `fuse_linear_bn` does it for a linear layer.
 
     Parameters
     ----------
     weight : array_like
-        PyTorch's layout: (out_channels, in_channels/groups, ...), transposed (in_channels, out_channels/groups, ...);
-        one or more spatial dimensions.
+        Weight in PyTorch's layout: (out_channels, in_channels/groups, ...), transposed
+        (in_channels, out_channels/groups, ...), with one or more spatial dimensions.
     bias : (out_channels,) array_like or None
+        Bias; None means zeros.
     bn : BatchNorm
-        With out_channels channels, in evaluation mode or frozen.
+        Layer with out_channels channels, in evaluation mode or frozen.
     transpose : bool
-        Whether the convolution is a transposed one.
+        Whether the convolution is transposed.
     groups : int
-        As the convolution has them.
+        Groups of the convolution.
     flush_subnormals, return_error
         As for `fuse_linear_bn`.
 
     Returns
     -------
     folded, folded_bias[, error]
-        As `fuse_linear_bn`. Stride, padding and dilation stay as they were.
+        As `fuse_linear_bn`. Stride, padding and dilation do not change.
 
     Raises
     ------
     TypeError, ValueError
-        As `fuse_linear_bn`, and for groups that do not divide the channels.
+        As `fuse_linear_bn`, and if groups do not divide the channels.
 
     Examples
     --------
@@ -151,14 +151,15 @@ def fuse_bn_linear(
     Parameters
     ----------
     bn : BatchNorm
-        With in_features channels, in evaluation mode or frozen.
+        Layer with in_features channels, in evaluation mode or frozen.
     weight : array_like
-        (out_features, in_features), or (out_channels, in_channels/groups, ...) of a convolution.
+        Weight (out_features, in_features), or (out_channels, in_channels/groups, ...) of a convolution.
     bias : (out_features,) array_like or None
+        Bias; None means zeros.
     padding : int, sequence of int or str
-        Of a convolution, and to be given for one. Only a convolution that does not pad can be folded.
+        Padding of a convolution, required for one. Only a convolution without padding can be folded.
     groups : int
-        Of a convolution.
+        Groups of a convolution.
     flush_subnormals, return_error
         As for `fuse_linear_bn`.
 
@@ -170,8 +171,8 @@ def fuse_bn_linear(
     Raises
     ------
     TypeError, ValueError
-        As `fuse_linear_bn`, and for a convolution that pads: the zeros that it puts around its input stand behind the
-        batch norm. Folded, they would stand before it, and the outputs at the border would be others.
+        As `fuse_linear_bn`, and for a convolution with padding. Its zeros come after the batch norm; folded, they would
+        come before it, and the outputs at the border would change.
 
     Examples
     --------
@@ -199,7 +200,7 @@ def fuse_bn_linear(
 def _arrays(
     weight: ArrayLike, bias: ArrayLike | None, least: int, most: int, words: str
 ) -> tuple[Array, Doubles | None]:
-    """The weight, and the bias in float64; of dtypes that layers have, the weight of `least` to `most` dimensions."""
+    """The weight, with `least` to `most` dimensions, and the float64 bias; both have a dtype that layers have."""
     checked: dict[str, Array] = {}
     for name, value in {"weight": weight, "bias": bias}.items():
         if value is None and name == "bias":
@@ -222,7 +223,7 @@ def _groups(groups: int, n_channels: int, name: str) -> int:
 
 
 def _coefficients(bn: BatchNorm, n_channels: int, name: str) -> Doubles:
-    """(3, C): mean, scale and offset of a layer in evaluation, for a neighbour with so many channels."""
+    """(3, C): mean, scale and offset of a layer in evaluation, for a neighbour with `n_channels`."""
     if not isinstance(bn, BatchNorm):
         raise TypeError(f"bn must be a layer of cbn, not {type(bn).__name__}; cbn.from_torch makes one of PyTorch's")
     refuse_overrides(bn, "a folded weight")
@@ -280,7 +281,7 @@ def _before(
 def _rows_of_outputs(w: Array, groups: int, transpose: bool) -> Array:
     """Weights as a matrix with a row for each output channel.
 
-    A transposed convolution has them as (in_channels, out_channels/groups, ...), the inputs of a group side by side.
+    A transposed convolution has shape (in_channels, out_channels/groups, ...), with the inputs of a group side by side.
     """
     if transpose:
         w = w.reshape(groups, len(w) // groups, *w.shape[1:]).swapaxes(1, 2)
@@ -298,7 +299,7 @@ def _as_weight(rows: Array, w: Array, groups: int, transpose: bool) -> Array:
 def _rounded(
     rows: Doubles, bias: Doubles, w: Array, groups: int, transpose: bool, flush: bool, return_error: bool
 ) -> tuple[Array, ...]:
-    """Folded weights in w's type and shape, the bias in its type, and the error of that if asked for."""
+    """Folded weights in w's type and shape, the bias in w's type, and the rounding error if asked for."""
     native = w.dtype.newbyteorder("=")
     results = []
     for exact, name in ((rows, "weight"), (bias, "bias")):

@@ -1,4 +1,4 @@
-"""What a caller gives, as the passes take it: checked, in a form that the loops read. Nothing here computes."""
+"""Arguments of a call, checked and in the form that the passes read. Nothing here computes."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def as_input(
     ranks: tuple[int, ...] | None = None,
     y_dtype: np.dtype[Any] | None = None,
 ) -> Input:
-    """An array that the passes can read, or a refusal that calls it `name`.
+    """x as an array that the passes can read, or an error that calls it `name`.
 
-    ranks: the numbers of dimensions that it may have; None: any from 2. y_dtype: of the output, for an x of 8 bits, of
-    which the caller has made a view that nobody else can change.
+    ranks: the accepted numbers of dimensions; None: 2 or more. y_dtype: the output's dtype for an 8-bit x, which must
+    be a view of the caller's own.
     """
     a: Array | Any = arrays.plain_view(x) if y_dtype is None else x
     if a is None:
@@ -33,7 +33,7 @@ def as_input(
 
 
 def as_outputs(inp: Input, out: Array | None, residual: ArrayLike | None) -> tuple[Array | Any, Array | Any]:
-    """`out` and `residual` as the loops can use them beside the input, or a refusal."""
+    """`out` and `residual` in a form that the loops can use with this input, or an error."""
     dtype = inp.x.dtype if inp.y_dtype is None else inp.y_dtype
     expected = "as the input" if inp.y_dtype is None else "as out_dtype"
     out = checks.output(out, inp.x.shape, dtype, expected)
@@ -43,7 +43,7 @@ def as_outputs(inp: Input, out: Array | None, residual: ArrayLike | None) -> tup
 
 
 def as_gradient(inp: Input, dy: ArrayLike) -> Array:
-    """The gradient of y for this input, of any floating dtype, or a refusal."""
+    """The gradient of y for this input, with any floating dtype, or an error."""
     a = arrays.with_room(checks.float_array, dy, "dy")
     if a.shape != inp.x.shape:
         raise ValueError(f"dy has shape {a.shape}; expected {inp.x.shape}, as the input")

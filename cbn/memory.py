@@ -1,9 +1,9 @@
-"""Memory: how large the processor's caches are, and how much of it cbn keeps for large outputs.
+"""Memory: the sizes of the processor's caches, and the output memory that cbn keeps.
 
-A new array of 100 MB costs more in page faults than the pass that fills it. So the memory of an output of a megabyte or
-more is kept when the array dies, for the next one of about its size, up to CBN_CACHE_BYTES in all (an eighth of the
-memory by default, 0: none). The array owns it like any other array, and may outlive the layer. Where a call of cbn's
-finds too little memory, it gives back what is kept and tries again.
+The page faults of a new 100 MB array cost more than the pass that fills it. cbn therefore keeps the memory of a dead
+output of a megabyte or more for the next output of about its size, up to CBN_CACHE_BYTES in all (an eighth of the
+memory by default; 0: none). The array owns its memory like any other, and may outlive the layer. A call of cbn that
+finds too little memory gives the kept memory back and tries again.
 """
 
 import contextlib
@@ -18,15 +18,17 @@ from .kernels.arrays import empty_cache
 
 __all__ = ["empty_cache"]
 
-L2_BYTES, L3_BYTES = 1 << 20, 1 << 23  # where the system does not say: small for what is built today
-SHARE = 8  # of the memory: one part of so many is kept for outputs
+L2_BYTES, L3_BYTES = 1 << 20, 1 << 23  # if the system does not say: small for today's processors
+SHARE = 8  # cbn keeps at most 1/SHARE of the memory for outputs
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
 def retried(function: Callable[P, T]) -> Callable[P, T]:
-    """A function that changes nothing before it has all its memory: it is called again once cbn's own is given back."""
+    """Decorate a function that changes nothing until it has its memory: after a MemoryError cbn frees what it keeps and
+    calls it again.
+    """
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -48,7 +50,7 @@ def cpu_count(cpu_list: str) -> int:
 
 
 def cache_sizes(root: str | Path = "/sys/devices/system/cpu/cpu0/cache") -> tuple[int, int]:
-    """(L2 of one core, L3 of all) in bytes, as the system says; defaults for what it does not."""
+    """(L2 of one core, L3 of all) in bytes, from the system; defaults for what it does not say."""
     sizes = {2: L2_BYTES, 3: L3_BYTES}
     for index in sorted(Path(root).glob("index*")):
         with contextlib.suppress(OSError, ValueError, KeyError, IndexError):
@@ -61,7 +63,7 @@ def cache_sizes(root: str | Path = "/sys/devices/system/cpu/cpu0/cache") -> tupl
 
 
 def memory_bytes(cgroup: str | Path = "/sys/fs/cgroup") -> int:
-    """Memory that the process may use: the machine's, or what its control group allows."""
+    """Bytes of memory that the process may use: the machine's, or its control group's limit."""
     limits = [1 << 33]
     with contextlib.suppress(OSError, ValueError):
         limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
@@ -72,7 +74,7 @@ def memory_bytes(cgroup: str | Path = "/sys/fs/cgroup") -> int:
 
 
 def explain() -> str:
-    """What show_config says of the cache of outputs."""
+    """The line of show_config on output memory."""
     kept, limit = arrays.cache_state()
     why = "CBN_CACHE_BYTES" if os.environ.get("CBN_CACHE_BYTES") else f"1/{SHARE} of the memory"
     return f"{kept / 1e6:.0f} MB kept, at most {limit / 1e6:.0f} MB ({why})"
@@ -80,7 +82,7 @@ def explain() -> str:
 
 def _at_import() -> None:
     l2, l3 = cache_sizes()
-    # What fills three quarters of a cache that others use too does not stay in it (measured at 24 to 32 MB of 32).
+    # Arrays that fill three quarters of a shared cache do not stay in it (measured at 24 to 32 MB of 32).
     engine.tune(l2_bytes=l2, l3_bytes=l3, nontemporal_bytes=l3 * 3 // 4)
     limit = memory_bytes() // SHARE
     if asked := os.environ.get("CBN_CACHE_BYTES"):

@@ -1,4 +1,4 @@
-"""Moments: count, mean and sum of squared distances per channel, and their exact merge."""
+"""Moments: count, mean and sum of squared distances per channel, which merge exactly."""
 
 from __future__ import annotations
 
@@ -19,24 +19,28 @@ __all__ = ["Moments", "moments"]
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """First two moments of every channel, in the form that can be merged.
+    """Count, mean and sum of squared distances of every channel: statistics that merge.
+
+    ``a + b``, `merge` and ``sum`` of a list merge the statistics of several parts of the data.
 
     Parameters
     ----------
     count : array_like
-        Values per channel; one number stands for all channels.
+        Values per channel; one number is for all channels.
     mean : (C,) array_like
+        Mean of every channel.
     m2 : (C,) array_like
-        ``sum((x - mean)**2)``.
+        ``sum((x - mean)**2)`` of every channel.
 
     Attributes
     ----------
-    count, mean, m2 : (C,) ndarray of float64
+    count, mean, m2 : (C,) float64 ndarray
+        The same, as arrays.
 
     Notes
     -----
-    Two sets of moments merge without their data (Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm
-    for computing sample variances", 1979), with delta = mean_b - mean_a and n = n_a + n_b::
+    Moments merge without their data (Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing
+    sample variances", 1979), with delta = mean_b - mean_a and n = n_a + n_b::
 
         mean = mean_a + delta*n_b/n
         m2   = m2_a + m2_b + delta^2*n_a*n_b/n
@@ -75,7 +79,7 @@ class Moments:
 
     @classmethod
     def _of(cls, count: float | Doubles, mean: Doubles, m2: Doubles) -> Moments:
-        """Those of arrays that nobody else has, and that need no check."""
+        """Moments from arrays of our own, without checks and copies."""
         self = cls.__new__(cls)
         if not isinstance(count, np.ndarray):
             count = np.full(mean.shape, float(count))
@@ -84,7 +88,7 @@ class Moments:
         return self
 
     def var(self, correction: Number = 0) -> npt.NDArray[np.float64]:
-        """Variance ``m2 / (count - correction)``: 0 the biased one, 1 the unbiased; NaN where count is too small."""
+        """Variance ``m2 / (count - correction)``: biased with 0, unbiased with 1; NaN if count is too small."""
         n = self.count - correction
         with np.errstate(all="ignore"):
             return np.where(n > 0, self.m2 / n, np.nan)
@@ -94,7 +98,7 @@ class Moments:
         return np.sqrt(self.var(correction))
 
     def __radd__(self, other: Any) -> Moments:
-        """The sum of a list begins with 0."""
+        """Add 0, with which the sum of a list begins."""
         return self if type(other) is int and other == 0 else NotImplemented
 
     def __add__(self, other: Moments) -> Moments:
@@ -104,8 +108,8 @@ class Moments:
             raise ValueError(f"moments of {self.mean.size} and of {other.mean.size} channels cannot be merged")
         n = self.count + other.count
         with np.errstate(all="ignore"):
-            # From the side with more values, whose mean moves less. An infinite mean has no distance to another one:
-            # the plain average gives what the mean of all values would be.
+            # The mean of the larger side moves less. An infinite mean has no distance to another: the plain average
+            # gives the mean of all values.
             larger = self.count >= other.count
             base, rest = np.where(larger, self.mean, other.mean), np.where(larger, other.mean, self.mean)
             n_rest = np.where(larger, other.count, self.count)
@@ -114,7 +118,7 @@ class Moments:
             plain = (self.mean * self.count + other.mean * other.count) / n
             mean = np.where(np.isfinite(delta), base + delta * share, plain)
             m2 = self.m2 + other.m2 + delta * delta * (n - n_rest) * share
-        # With one side empty the other one passes as it is, whatever an empty mean holds.
+        # If one side is empty the other passes unchanged, whatever the empty side's mean is.
         mean = np.where(other.count == 0, self.mean, np.where(self.count == 0, other.mean, mean))
         m2 = np.where(other.count == 0, self.m2, np.where(self.count == 0, other.m2, m2))
         return Moments(n, mean, m2)
@@ -138,14 +142,14 @@ class Moments:
 
 @dataclass(frozen=True, eq=False)
 class GradMoments:
-    """Sums that a gradient through the statistics of a batch needs, in the form that can be merged: they add up.
+    """Sums for a gradient through batch statistics. Those of several parts add up.
 
-    They are S(dh) and S(dh*(x - mean)) over `count` values of each channel. dh is the gradient of what the activation
-    was given, and mean is the one that normalized, of all parts.
+    They are S(dh) and S(dh*(x - mean)) over `count` values of each channel. dh is the gradient of the activation's
+    input, and mean is the mean of all parts, which normalized.
 
     Attributes
     ----------
-    count, sum_dh, sum_dh_xmu : (C,) ndarray of float64
+    count, sum_dh, sum_dh_xmu : (C,) float64 ndarray
     """
 
     count: npt.NDArray[np.float64]
@@ -160,23 +164,24 @@ class GradMoments:
 
 
 def moments(x: ArrayLike, *, channel_axis: SupportsIndex = 1) -> Moments:
-    """Moments of every channel of an array, in one pass over it.
+    """Measure every channel of an array.
 
     Parameters
     ----------
     x : array_like
-        Two or more dimensions; float32, float64, float16 or bfloat16; any strides. It may be empty.
+        Array with two or more dimensions and any strides; float32, float64, float16 or bfloat16. It may be empty.
     channel_axis : int
+        Axis with the channels.
 
     Returns
     -------
     Moments
-        Sums are float64 whatever x is.
+        Count, mean and m2, in float64 for every type of x.
 
     Raises
     ------
     TypeError, ValueError
-        For other dtypes, fewer dimensions, an axis out of range.
+        For another dtype, fewer dimensions, or an axis out of range.
 
     Examples
     --------
@@ -189,7 +194,7 @@ def moments(x: ArrayLike, *, channel_axis: SupportsIndex = 1) -> Moments:
 
 
 def measure(inp: Input) -> Moments:
-    """The moments of an input that has been checked."""
+    """The moments of a checked input."""
     if inp.layout is None:
         return Moments._of(0, *np.zeros((2, inp.n_channels)))
     return Moments._of(inp.count, *passes.moments(inp.layout, inp.x, inp.in_float64))

@@ -15,28 +15,24 @@ from .steps import Epilogue, forward_fixed
 
 
 class EvalPlan(plans.Planned):
-    """A layer's evaluation, prepared for inputs of one shape and dtype; `BatchNorm.plan` makes it.
+    """A layer's evaluation, prepared for inputs of one shape and dtype. `BatchNorm.plan` makes it.
 
     Parameters
     ----------
     name : str
-        Of the layer.
-    coef : (3, C) ndarray of float64
-        Mean, scale and offset. With `quantization`, for what the values of the input stand for.
+        Name of the layer.
+    coef : (3, C) float64 ndarray
+        Mean, scale and offset. With `quantization` they are for dequantized values.
     negative_slope : float
-        Of the activation; 1 for none.
+        Slope of the activation; 1 for none.
     inp : Input
-        One such input; its values are not read.
+        An example input; the plan does not read its values.
     channel_axis : int
+        Axis with the channels.
     ranks : tuple of int or None
         Numbers of dimensions that the layer accepts.
     quantization : (float, int) or None
-        For inputs of 8 bits, scale and zero point.
-
-    Attributes
-    ----------
-    shape : tuple of int
-    dtype : numpy.dtype
+        Scale and zero point of 8-bit inputs.
     """
 
     def __init__(
@@ -56,12 +52,12 @@ class EvalPlan(plans.Planned):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the inputs."""
+        """Shape of the inputs."""
         return self._shape
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Of the inputs."""
+        """Type of the inputs."""
         return self._dtype
 
     def __getstate__(self) -> dict[str, Any]:
@@ -79,33 +75,34 @@ class EvalPlan(plans.Planned):
         return as_input(x, self._axis, ranks=self._ranks, y_dtype=self._y_dtype)
 
     def _prepare(self, inp: Input) -> None:
-        """Plan for inputs that lie in memory as this one does."""
+        """Prepare the plan for inputs with the strides of this one."""
         coef = self._coef if self._quantization is None else dequantizing(self._coef, self._quantization)
         if coef is not None and not self._has_plan(inp.x):
             inp.in_float64 = self._in_float64
             self._keep(plans.Plan.of(inp, inp.x, (), (), coef, self._slope), self._version)
 
     def forward(self, x: ArrayLike, *, out: Array | None = None, residual: ArrayLike | None = None) -> Array:
-        """Normalize x; what a call does.
+        """Normalize x. A call of the plan does the same.
 
         Parameters
         ----------
         x : array_like
-            Of the plan's shape and dtype. Any strides; those of the last call, or C order at first, are fastest.
+            Input with the plan's shape and dtype, and any strides. The strides of the last call (at first C order) are
+            fastest.
         out : ndarray, optional
-            Of the same shape, and of y's dtype; receives y. ``out=x`` works in place.
+            Receives y; has the same shape and y's dtype. ``out=x`` works in place.
         residual : array_like, optional
-            Of the same shape, and of y's dtype; added before the activation.
+            Added before the activation; has the same shape and y's dtype.
 
         Returns
         -------
         ndarray
-            y, in x's order in memory.
+            y, with x's order in memory.
 
         Raises
         ------
         TypeError, ValueError
-            For an x, an `out` or a residual of another dtype or shape.
+            If x, `out` or the residual has another dtype or shape.
         """
         inp = self._input(x)
         if inp.x.dtype != self._dtype:

@@ -1,4 +1,4 @@
-"""Evaluation of 8-bit input, whose values stand for scale*(x - zero_point)."""
+"""Evaluation of 8-bit input: x means scale*(x - zero_point)."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def quantized(
     zero_point: Any,
     out_dtype: Any,
 ) -> tuple[Input, Quantization]:
-    """An 8-bit input, and what its values stand for; checked but for its channels."""
-    a = checks.array(x, "input").view()  # whose dtype nobody else can change
+    """An 8-bit input and its quantization. The number of channels is not checked."""
+    a = checks.array(x, "input").view()  # the caller may change the dtype of the array object
     if a.dtype not in BYTES or training:
         given = {"x_zero_point": zero_point, "out_dtype": out_dtype}
         name = next((name for name, value in given.items() if scale is None and value is not None), "x_scale")
@@ -37,7 +37,7 @@ def quantized(
 
 
 def dequantizing(coef: Doubles, quantization: Quantization) -> Doubles | None:
-    """Coefficients for 8-bit values in place of what they stand for; None where float32 cannot hold them.
+    """Coefficients for quantized values, from those for dequantized ones; None if float32 cannot hold them.
 
     (scale*(x - zero_point) - mean)*invstd = (x - (zero_point + mean/scale))*(scale*invstd)
     """
@@ -52,7 +52,7 @@ def dequantizing(coef: Doubles, quantization: Quantization) -> Doubles | None:
 def forward_quantized(
     inp: Input, coef: Doubles, epilogue: Epilogue, out: Array | None, quantization: Quantization
 ) -> Array:
-    """y of an 8-bit input, normalized with coefficients for what its values stand for."""
+    """y of an 8-bit input, from the coefficients for dequantized values."""
     if inp.layout is None:
         return forward_fixed(inp, coef, epilogue, out)
     folded = dequantizing(coef, quantization)
@@ -62,7 +62,7 @@ def forward_quantized(
 
 
 def _in_float64(inp: Input, coef: Doubles, epilogue: Epilogue, quantization: Quantization) -> Array:
-    """The same where float32 cannot hold the coefficients."""
+    """The same in float64, for coefficients that float32 cannot hold."""
     scale, zero_point = quantization
     values = Input(scale * (inp.x.astype(np.float64) - zero_point), inp.axis)
     residual, slope = epilogue

@@ -1,7 +1,7 @@
-"""The specification: what cbn computes, in float64 numpy. Nothing else in the package is used here.
+"""The specification of cbn in float64 numpy. It uses nothing else of the package.
 
-Every kernel is compared with these functions, over every instruction set, type, layout and number of threads. They are
-written to be read beside the formulas of Ioffe and Szegedy (2015), not to be fast; inputs are trusted.
+Tests compare every kernel with these functions, over every instruction set, type, layout and number of threads. The
+functions follow the formulas of Ioffe and Szegedy (2015), trust their inputs, and are not fast.
 """
 
 from typing import Any
@@ -14,19 +14,19 @@ Doubles = npt.NDArray[np.float64]
 
 
 def expand(v: npt.ArrayLike, x: Array, channel_axis: int) -> Doubles:
-    """A (C,) vector in a shape that broadcasts along the channel axis of x."""
+    """Reshape a (C,) vector so that it broadcasts along the channel axis of x."""
     shape = [1] * x.ndim
     shape[channel_axis] = -1
     return np.asarray(v, dtype=np.float64).reshape(shape)
 
 
 def per_channel(x: Array, channel_axis: int) -> Doubles:
-    """x as (C, n) in float64."""
+    """Return x as a (C, n) float64 array."""
     return np.moveaxis(np.asarray(x, dtype=np.float64), channel_axis, 0).reshape(x.shape[channel_axis], -1)
 
 
 def moments(x: Array, channel_axis: int = 1) -> tuple[int, Doubles, Doubles]:
-    """(n, mean, m2): values per channel, their mean, their sum of squared distances from it."""
+    """Return (n, mean, m2): values per channel, their mean, and the sum of squared distances from the mean."""
     x_cn = per_channel(x, channel_axis)
     n = x_cn.shape[1]
     if n == 0:
@@ -46,7 +46,7 @@ def normalize(
     eps: float = 1e-5,
     channel_axis: int = 1,
 ) -> Doubles:
-    """Y = (x - mean) / sqrt(var + eps) * weight + bias."""
+    """Return y = (x - mean) / sqrt(var + eps) * weight + bias."""
     d = np.asarray(x, dtype=np.float64) - expand(mean, x, channel_axis)
     y = d * expand(1 / np.sqrt(np.asarray(var, dtype=np.float64) + eps), x, channel_axis)
     if weight is not None:
@@ -57,13 +57,13 @@ def normalize(
 
 
 def activate(a: Array, residual: Array | None = None, negative_slope: float = 1) -> Doubles:
-    """act(a + residual): itself where positive or NaN, else times the slope; 0 is ReLU."""
+    """Return act(a + residual): the sum where it is positive or NaN, else the sum times the slope; 0 is ReLU."""
     a = np.asarray(a, np.float64) if residual is None else a + np.asarray(residual, np.float64)
     return np.where(a <= 0, a * negative_slope if negative_slope else 0.0, a)
 
 
 def activate_backward(dy: Array, a: Array, residual: Array | None = None, negative_slope: float = 1) -> Doubles:
-    """Gradient with respect to a (and to the residual) of `activate`."""
+    """Return the gradient of `activate` with respect to a, which is also that of the residual."""
     a = np.asarray(a, np.float64) if residual is None else a + np.asarray(residual, np.float64)
     dy = np.asarray(dy, np.float64)
     return np.where(a <= 0, dy * negative_slope if negative_slope else 0.0, dy)
@@ -80,7 +80,7 @@ def batch_norm(
     eps: float = 1e-5,
     channel_axis: int = 1,
 ) -> tuple[Doubles, Array | None, Array | None]:
-    """(y, running_mean, running_var) after one call; nothing is changed in place."""
+    """Return (y, running_mean, running_var) after one call; no argument changes."""
     if not training:
         assert running_mean is not None
         assert running_var is not None
@@ -102,7 +102,7 @@ def backward(
     train: bool = True,
     channel_axis: int = 1,
 ) -> tuple[Doubles, Doubles, Doubles]:
-    """(dx, dweight, dbias). mean and var are the batch's if `train`, else the running ones."""
+    """Return (dx, dweight, dbias). mean and var are the batch's if `train`, else the running ones."""
     n = x.size // x.shape[channel_axis] if x.size else 0
     r = 1 / np.sqrt(np.asarray(var, dtype=np.float64) + eps)
     d = np.asarray(x, dtype=np.float64) - expand(mean, x, channel_axis)

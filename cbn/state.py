@@ -1,4 +1,4 @@
-"""What a layer is: its arguments, arrays and modes, and how they are read, saved and copied."""
+"""The state of a layer: arguments, arrays and modes, and how they are read, saved and copied."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ NO_FORWARD = "there is nothing to go back through: call the layer in training mo
 
 
 def shortest(value: float) -> str:
-    """A number as it was given: a float32, which files of ONNX and TensorFlow hold, by the digits of float32."""
+    """A number as the user wrote it; a float32, as ONNX and TensorFlow files hold, with the digits of float32."""
     with np.errstate(over="ignore"):
         narrow = np.float32(value)
     return f"np.float32({narrow!s})" if float(f"{value:.9g}") != value == float(narrow) else repr(value)
 
 
 class State(plans.Planned):
-    """Base of the layers; `cbn.batchnorm.BatchNorm` has the documentation of arguments and attributes."""
+    """Base of the layers. `cbn.batchnorm.BatchNorm` documents arguments and attributes."""
 
-    _ranks: tuple[int, ...] | None = None  # numbers of dimensions that the class accepts; None: any from 2
+    _ranks: tuple[int, ...] | None = None  # numbers of dimensions that the class accepts; None: 2 or more
 
     weight: ChannelArray = ChannelArray()
     bias: ChannelArray = ChannelArray()
@@ -96,7 +96,7 @@ class State(plans.Planned):
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """dtype of parameters and statistics."""
+        """Type of parameters and statistics."""
         return self._dtype
 
     @property
@@ -106,7 +106,7 @@ class State(plans.Planned):
 
     @property
     def eps(self) -> float:
-        """What is added to the variance."""
+        """Number added to the variance."""
         return self._eps
 
     @eps.setter
@@ -115,7 +115,7 @@ class State(plans.Planned):
 
     @property
     def momentum(self) -> float | Any:
-        """Weight of the new batch; None: a plain average."""
+        """Weight of the new batch in the running statistics; None: a plain average."""
         return self._momentum
 
     @momentum.setter
@@ -124,7 +124,7 @@ class State(plans.Planned):
 
     @property
     def activation(self) -> Activation:
-        """What follows the normalization: None, "relu" or ("leaky_relu", slope)."""
+        """Activation after the normalization: None, "relu" or ("leaky_relu", slope)."""
         return self._activation
 
     @activation.setter
@@ -147,13 +147,13 @@ class State(plans.Planned):
 
     @property
     def frozen(self) -> bool:
-        """Whether the running statistics normalize, and stay as they are, whatever the mode."""
+        """Whether the layer normalizes with its running statistics and keeps them, in both modes."""
         return self._frozen
 
     def freeze(self: Layer) -> Layer:
         """Normalize with the running statistics and keep them, in training mode too; returns the layer.
 
-        It survives `train()`. In training mode a frozen layer remembers its input, so that gradients flow through it.
+        `train()` does not undo it. In training mode a frozen layer remembers its input, so gradients flow through it.
         """
         checks.buffers_for_eval(self.running_mean, self.running_var)
         self._frozen = True
@@ -168,7 +168,7 @@ class State(plans.Planned):
 
     @retried
     def _fill(self, **values: float) -> None:
-        """Fill arrays that are there with numbers, in place; all or none."""
+        """Fill those of the arrays that are not None with numbers, in place; all or none."""
         arrays = {name: getattr(self, name) for name in values}
         new = [None if a is None else np.full(a.shape, values[name], a.dtype) for name, a in arrays.items()]
         channels.replace(list(arrays.values()), new, list(arrays))
@@ -178,15 +178,15 @@ class State(plans.Planned):
         self._fill(weight_grad=0, bias_grad=0)
 
     def reset_running_stats(self) -> None:
-        """Running mean 0, variance 1, no batches counted; in place."""
+        """Set the running mean to 0, the variance to 1 and the counter to 0, in place."""
         self._fill(running_mean=0, running_var=1, num_batches_tracked=0)
 
     def reset_parameters(self) -> None:
-        """Weight 1, bias 0, and `reset_running_stats`; in place."""
+        """Set the weight to 1 and the bias to 0, and reset the running statistics, in place."""
         self._fill(weight=1, bias=0, running_mean=0, running_var=1, num_batches_tracked=0)
 
     def parameters(self) -> Iterator[Array]:
-        """Iterate over the weight and the bias, where there are any."""
+        """Iterate over the weight and the bias, unless they are None."""
         return iter([a for a in (self.weight, self.bias) if a is not None])
 
     # ---- state dict ------------------------------------------------------------------------------------------------
@@ -195,7 +195,7 @@ class State(plans.Planned):
     _array_names = (*_state_names, "weight_grad", "bias_grad")
 
     def state_dict(self) -> dict[str, Array]:
-        """Copies of all parameters and statistics under PyTorch's names, without those that are None.
+        """Return copies of all parameters and statistics that are not None, under PyTorch's names.
 
         Examples
         --------
@@ -214,24 +214,24 @@ class State(plans.Planned):
         Parameters
         ----------
         state : mapping
-            From `state_dict` or from PyTorch's, of any floating dtype. A missing num_batches_tracked keeps the layer's.
+            State dict of cbn or PyTorch, with any floating dtype. Without num_batches_tracked the layer keeps its own.
         strict : bool
-            Whether missing and unexpected entries are errors; wrong shapes and values always are.
+            Whether missing and unexpected entries are errors. Wrong shapes and values always are.
         prefix : str
-            What the layer's entries begin with in the state of a whole model, as in "layer1.0.bn1."; entries that
-            begin otherwise are not looked at.
+            Start of the layer's keys in the state of a whole model, as "layer1.0.bn1.". Entries with another start are
+            ignored.
 
         Returns
         -------
         (missing_keys, unexpected_keys) : tuple of lists
-            With the prefix.
+            The keys, with the prefix.
 
         Raises
         ------
         TypeError
-            If state is no mapping or prefix no string.
+            If `state` is no mapping or `prefix` no string.
         ValueError
-            One error that lists everything that is wrong; the layer is then as it was.
+            If an entry does not fit. One error lists all problems, and the layer has not changed.
 
         Examples
         --------
@@ -278,50 +278,50 @@ class State(plans.Planned):
         allow_nonfinite: bool = False,
         allow_negative_var: bool = False,
     ) -> None:
-        """Write the layer to a file that `cbn.load` reads: class, arguments, arrays, mode.
+        """Write class, arguments, arrays and mode to a file that `cbn.load` reads.
 
         Parameters
         ----------
         file : str, path-like or binary file object
-            Its name chooses the format: safetensors where it ends with .safetensors, for which the package of that name
-            is needed, else numpy's .npz. A regular file is replaced as a whole, or not at all, and keeps its mode and
-            its owner; a link stays a link, but other hard links keep the old content. A pipe or a device is written
-            to. A file object need not be one that can be sought; it is neither flushed nor closed.
+            The name chooses the format: safetensors if it ends with .safetensors (which needs the package of that
+            name), else numpy's .npz. `save` replaces a regular file as a whole or not at all, and keeps its mode and
+            owner. A symbolic link stays a link; other hard links keep the old content. `save` writes to a pipe or a
+            device. A file object need not be seekable; it is neither flushed nor closed.
         allow_nonfinite : bool
-            Whether NaN and infinities may be written.
+            Whether the file may contain NaN and infinities.
         allow_negative_var : bool
-            Whether running variances below zero may be written, while their sum with eps is positive: rounding left
-            such in some converted models, which evaluate all the same. `cbn.load` needs the same switch.
+            Whether the file may contain running variances below zero whose sum with eps is positive. Rounding left such
+            variances in some converted models, which evaluate all the same. `cbn.load` needs the same switch.
 
         Raises
         ------
         ValueError
             If an array is not finite, or a running variance negative.
         TypeError
-            For what is neither a path nor a file object that takes bytes.
+            If `file` is neither a path nor a file object that takes bytes.
         OSError
             If the file cannot be written.
         ImportError
-            For the safetensors format, without the package of that name.
+            If the safetensors package is missing and the format needs it.
         """
         storage.save(self, file, allow_nonfinite=allow_nonfinite, allow_negative_var=allow_negative_var)
 
     def _doubles(self, arrays: tuple[Array | None, ...]) -> tuple[Doubles | Any, ...]:
-        """Float64 copies of (C,) arrays of the layer, all of the same moment."""
+        """Float64 copies of (C,) arrays of the layer, all taken at one moment."""
         try:
             return channels.as_doubles(self._num_features, *arrays)
         except ValueError as error:
             raise self._unfit() or error from None
 
     def _snapshot(self, names: tuple[str, ...]) -> dict[str, Array]:
-        """Copies of the arrays that are there, all of the same moment."""
+        """Copies of the arrays that are not None, all taken at one moment."""
         if error := self._unfit():
             raise error
         arrays = channels.copies(*[getattr(self, name) for name in names])
         return {name: a for name, a in zip(names, arrays, strict=True) if a is not None}
 
     def _unfit(self) -> ValueError | None:
-        """The error of an array whose shape or dtype has been assigned to in place, past the layer."""
+        """The error for an array whose shape or dtype was assigned in place, unseen by the layer; None if all fit."""
         for name in self._array_names:
             a, expected = getattr(self, name), f"({self._num_features},) floats"
             if name == "num_batches_tracked":
@@ -347,12 +347,12 @@ class State(plans.Planned):
 
     def __getstate__(self) -> dict[str, Any]:
         attributes = self.__dict__ | {"_saved": NO_FORWARD}
-        # The arrays too: a pickle that is written later must not see half an update
+        # Copies of the arrays too: pickle writes them later, and must not see half an update
         return attributes | {"_" + name: a for name, a in self._snapshot(self._array_names).items()}
 
     def __repr__(self) -> str:
-        """PyTorch's; then what is not at its default, and the calls that lead to the mode, so that it can be evaluated;
-        then which arrays are there, or not, against what that says.
+        """PyTorch's repr, other arguments that are not at their default, and the calls that set the mode: Python can
+        evaluate it. Then the arrays that are missing or additional.
         """
         has_bias = self.affine and self.bias is not None
         arguments: dict[str, Any] = {

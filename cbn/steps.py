@@ -1,8 +1,8 @@
-"""What a call does around the passes: measure, merge, solve, apply, forward and backward; and what backward needs.
+"""The work of a call around the passes, forward and backward, and the context of backward.
 
-Arguments are checked (`cbn.inputs`). A layer or a function checks, calls one step, and keeps or returns what it gives.
-Where a `merge` stands between, as for the statistics of several ranks, the four are separate passes; where nobody does,
-one fused pass.
+A layer or a function checks its arguments (`cbn.inputs`), calls one step, and keeps or returns its results. Without a
+`merge` a step calls one fused pass. With a `merge`, as for the statistics of several ranks, it calls a pass for each of
+measure, solve and apply, with the merge after measure.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from .moments import GradMoments, Moments, measure
 
 
 class Affine(NamedTuple):
-    """What is applied to the normalized values, per channel, as float64; None for ones or zeros."""
+    """Weight and bias, per channel, in float64; None for ones or zeros."""
 
     weight: Doubles | Any
     bias: Doubles | Any
 
 
 class Epilogue(NamedTuple):
-    """What follows the normalization: act(a + residual), act(a) = a*negative_slope where a <= 0."""
+    """Residual and activation after the normalization: act(a + residual), act(a) = a*negative_slope where a <= 0."""
 
     residual: Array | Any = None
     negative_slope: float = 1
 
 
 class Gradients(NamedTuple):
-    """Of the input, of the residual, and per channel of weight and bias; None for what nobody wanted."""
+    """Gradients of input and residual, and per channel of weight and bias; None if not wanted."""
 
     dx: Array | Any
     dresidual: Array | Any
@@ -50,10 +50,10 @@ GradMerge = Callable[[GradMoments], GradMoments]
 
 @dataclass(slots=True)
 class Context:
-    """What backward needs of one forward: input and residual by reference, what was read per channel as copies.
+    """The context of one forward for backward: input and residual by reference, per-channel arrays as copies.
 
-    With `batch_statistics` mean, m2 and invstd are those that normalized, over `count` values of each channel (with a
-    `merge` those of all parts); else mean and invstd are the running ones.
+    With `batch_statistics` mean, m2 and invstd are the statistics that normalized, over `count` values of each channel
+    (with a `merge` the statistics of all parts). Otherwise mean and invstd are the running statistics.
     """
 
     inp: Input
@@ -64,22 +64,22 @@ class Context:
     invstd: Doubles
     m2: Doubles | Any = None
     count: float | Doubles = 0
-    digests: tuple[bytes | None, bytes | None] | None = None  # of input and residual, where they are to be checked
+    digests: tuple[bytes | None, bytes | None] | None = None  # of input and residual, if they are checked
 
     @property
     def moments(self) -> Moments:
-        """The statistics that normalized, of a batch."""
+        """The batch statistics that normalized."""
         return Moments._of(self.count, self.mean, self.m2)
 
     @property
     def read(self) -> list[Array]:
-        """The arrays that backward reads, element by element."""
+        """The arrays that backward reads."""
         residual, slope = self.epilogue
         return [self.inp.x] if residual is None or slope == 1 else [self.inp.x, residual]
 
 
 def copied_into(y: Array, out: Array | None) -> Array:
-    """y, put into `out` if it was computed beside it."""
+    """`out` with y in it, copied if y was computed elsewhere; y without an `out`."""
     if out is None or y is out:
         return y
     np.copyto(out, y)
@@ -92,7 +92,7 @@ def copied_into(y: Array, out: Array | None) -> Array:
 def forward_batch(
     inp: Input, affine: Affine, eps: float, epilogue: Epilogue, out: Array | None, merge: Merge | None = None
 ) -> tuple[Array, Context]:
-    """y, normalized with the statistics of the batch, or with what `merge` makes of them."""
+    """y, normalized with the statistics of the batch, merged if there is a `merge`."""
     if merge is not None:
         return _forward_merged(inp, affine, eps, epilogue, out, merge)
     if inp.layout is None:
@@ -127,7 +127,7 @@ def coefficients(mean: Doubles, invstd: Doubles, affine: Affine) -> Doubles:
 
 
 def forward_fixed(inp: Input, coef: Doubles | Any, epilogue: Epilogue, out: Array | None) -> Array:
-    """y, normalized with the coefficients given."""
+    """y, normalized with these coefficients."""
     if inp.layout is None:
         return arrays.empty_like(inp.x, inp.y_dtype) if out is None else out
     residual, slope = epilogue
@@ -147,9 +147,9 @@ def backward(
     out: Array | None,
     merge: GradMerge | None = None,
 ) -> Gradients:
-    """Gradients of a forward pass; dweight and dbias are None unless `want_sums`, and local whatever `merge` does.
+    """Gradients of a forward pass. dweight and dbias are None unless `want_sums`; a `merge` does not change them.
 
-    Where dy's dtype differs from x's, both are taken as float64.
+    If dy's dtype differs from x's, both become float64.
     """
     inp = context.inp
     if inp.layout is None:
@@ -165,12 +165,12 @@ def backward(
 
 
 def _working_dtype(dy: Array, context: Context) -> np.dtype[Any]:
-    """The dtype in which dh = dy*act' and dx are computed and kept in between."""
+    """The dtype in which the passes compute and store dh = dy*act' and dx."""
     dtype = context.inp.x.dtype
     if dy.dtype != dtype:
         return np.dtype(np.float64)
     if dtype.itemsize == 2 and context.epilogue.negative_slope not in (0, 1):
-        return np.dtype(np.float32)  # dy*slope, which is kept in between, has more digits than 16 bits hold
+        return np.dtype(np.float32)  # the stored dy*slope has more digits than 16 bits hold
     return dtype
 
 
@@ -183,7 +183,7 @@ def _backward_wider(
     merge: GradMerge | None,
     work: np.dtype[Any],
 ) -> Gradients:
-    """`backward` with wider copies of its arrays, and its results rounded."""
+    """`backward` on copies of its arrays in a larger type, with rounded results."""
     inp, (residual, slope) = context.inp, context.epilogue
     dtype = inp.x.dtype
     wider = _widened(inp, work)
@@ -206,7 +206,7 @@ def _backward_wider(
 
 
 def _widened(inp: Input, dtype: np.dtype[Any]) -> Input:
-    """An input with a copy of x in this dtype; itself where it has it."""
+    """An input with a copy of x in this dtype; inp itself if x has it."""
     if inp.x.dtype == dtype:
         return inp
     wider = Input(arrays.with_room(inp.x.astype, dtype, order="K"), inp.axis)
@@ -215,7 +215,7 @@ def _widened(inp: Input, dtype: np.dtype[Any]) -> Input:
 
 
 def before_activation(context: Context) -> Array:
-    """What the activation of a forward pass was given, in its own arithmetic, rounded to its dtype."""
+    """The input of a forward pass's activation, in the arithmetic of that pass, rounded to x's dtype."""
     residual = context.epilogue.residual
     epilogue = Epilogue(None if residual is None else context.inp.matched(residual))
     return forward_fixed(context.inp, coefficients(context.mean, context.invstd, context.affine), epilogue, None)
@@ -230,12 +230,12 @@ def _backward(
     merge: GradMerge | None,
     y_dtype: np.dtype[Any] | None,
 ) -> Gradients:
-    """`backward` where dy and x have one dtype; `y_dtype` is the forward pass's where they are wider copies."""
+    """`backward` for dy and x with one dtype. `y_dtype` is the forward pass's if they are copies in a larger type."""
     inp, (residual, slope) = context.inp, context.epilogue
     dy = inp.matched(dy)
     residual = None if residual is None else inp.matched(residual)
     dx = inp.output(out, dy, *context.read) if want_dx else None
-    # The pass that finds the sums leaves dh in the memory of dresidual; or of dx, unless it has to read x once more
+    # The reduction stores dh in dresidual, or in dx unless that overlaps x, which apply reads again
     dh = dresidual = None
     if slope != 1:
         if residual is not None:
@@ -267,16 +267,16 @@ def _backward(
 
 
 def _scale(dh: Array, context: Context, dx: Array) -> None:
-    """dx = dh*scale, through statistics that do not depend on x."""
+    """dx = dh*scale, for statistics that do not depend on x."""
     inp = context.inp
     zeros = np.zeros(inp.n_channels)
-    # With mean 0, and with offset -0, which keeps the sign of a zero
+    # Mean 0, and offset -0, which keeps the sign of a zero
     coef = passes.coefficients(zeros, context.invstd, context.affine.weight, -zeros)
     passes.apply(inp.layout, dh, dx, coef, inp.in_float64)
 
 
 def _solve_and_apply(dh: Array, context: Context, total: GradMoments, dx: Array) -> None:
-    """dx through the statistics of a batch, with the sums of all its parts."""
+    """dx through batch statistics, from the sums of all parts."""
     inp = context.inp
     sums = total.sum_dh, total.sum_dh_xmu, total.count
     coef = passes.grad_coefficients(context.mean, context.invstd, context.affine.weight, *sums)
@@ -291,7 +291,7 @@ def _grad_moments(inp: Input, sums: Doubles, products: Doubles) -> GradMoments:
 
 
 def measure_gradients(dy: Array, context: Context) -> GradMoments:
-    """The sums of this part of a batch."""
+    """The backward sums of this part of a batch."""
     inp = context.inp
     if inp.layout is None:
         return _grad_moments(inp, *np.zeros((2, inp.n_channels)))
@@ -301,7 +301,7 @@ def measure_gradients(dy: Array, context: Context) -> GradMoments:
 
 
 def apply_gradients(dy: Array, context: Context, total: GradMoments, out: Array | None) -> Array:
-    """dx of this part, from the sums of all parts."""
+    """dx of this part of a batch, from the sums of all parts."""
     inp = context.inp
     dtype = inp.x.dtype
     if inp.layout is None:

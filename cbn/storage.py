@@ -1,7 +1,7 @@
-"""Layers in files: numpy's .npz or safetensors, with a JSON header, and nothing that could run code on loading.
+"""Layers in files: numpy's .npz or safetensors, with a JSON header. Loading runs no code of the file.
 
-A file is not believed: its header says which arrays the layer has, so their sizes are known and are compared with what
-the file has before any is read, and every read is bounded.
+`load` trusts no file. The header says which arrays the layer has, so their sizes are known. `load` compares them with
+the sizes in the file before it reads an array, and every read is bounded.
 """
 
 import contextlib
@@ -27,16 +27,16 @@ __all__ = ["load", "save"]
 
 HEADER = "cbn"
 FORMAT = 1
-CLASSES: dict[str, type[Any]] = {}  # of the layers, which know this module, and not the other way round
+CLASSES: dict[str, type[Any]] = {}  # of the layers; they register here, since they import this module
 ARRAYS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked", "weight_grad", "bias_grad")
 ARGUMENTS = (
     *("num_features", "eps", "momentum", "affine", "track_running_stats"),
     *("bias", "dtype", "channel_axis", "running_var", "activation"),
 )
-LIMIT = 1 << 17  # bytes of one read, so of every header: cbn's take less than 4 KB, and zipfile reads 64 KB at the end
+LIMIT = 1 << 17  # bytes of one read, so of a header: cbn's has less than 4 KB, and zipfile reads 64 KB at the end
 
 Path = str | os.PathLike[str]
-Described = dict[str, tuple[tuple[int, ...], str]]  # what a file says of its arrays before one is read: shape, dtype
+Described = dict[str, tuple[tuple[int, ...], str]]  # shapes and dtypes of the arrays, from a file's headers
 Content = tuple[Any, Described, Callable[[], Iterable[tuple[str, Array]]]]  # header, arrays described, arrays read
 
 
@@ -74,7 +74,7 @@ def save(
         "arrays": sorted(arrays),
     }
     described = {key: (a.shape, a.dtype.name) for key, a in arrays.items()}
-    # What cannot be loaded is not written
+    # `save` does not write what `load` would refuse
     _build(header, described, arrays.items, allow_nonfinite, allow_negative_var)
     content = _content(package, json.dumps(header), arrays)
     if path is not None:
@@ -85,10 +85,10 @@ def save(
 
 @retried
 def _content(package: Any, header: str, arrays: dict[str, Array]) -> bytes:
-    """What a file holds: a failure writes no part of it."""
+    """The whole content of a file, made before anything is written."""
     if package:
         return package.numpy.save(arrays, metadata={HEADER: header})  # type: ignore[no-any-return]
-    buffer = io.BytesIO()  # a stream that cannot be sought gets no data descriptors
+    buffer = io.BytesIO()  # seekable, so that zipfile writes no data descriptors
     entries: dict[str, Any] = {HEADER: np.array(header), **arrays}
     np.savez(buffer, **entries)
     return buffer.getvalue()
@@ -105,31 +105,30 @@ def load(
     Parameters
     ----------
     file : str, path-like or binary file object
-        Its first bytes tell the format; a file that is named .safetensors must have that one. A file object is read
-        from where it stands to its end, because a file holds one layer. A stream that cannot be sought, as of a socket,
-        must have the safetensors format, and is read to the end of the layer.
+        The first bytes tell the format; a file named .safetensors must have that format. `load` reads a file object
+        from its position to its end, because a file holds one layer. A stream that is not seekable, for example a
+        socket, must have the safetensors format, and is read to the end of the layer.
     allow_nonfinite : bool
-        Whether NaN and infinities are accepted.
+        Whether to accept NaN and infinities.
     allow_negative_var : bool
-        Whether running variances below zero are accepted, while their sum with eps is positive.
+        Whether to accept running variances below zero whose sum with eps is positive.
 
     Returns
     -------
     BatchNorm
-        Of the class that was saved, or the cbn class that it extended.
+        Layer of the class that was saved, or of the cbn class that this class extended.
 
     Raises
     ------
     ValueError
-        For anything but such a file: foreign, truncated, pickled, of wrong shapes or values. Nothing is unpickled, and
-        no more memory is taken than the layer needs (twice that in the safetensors format), whatever sizes the file
-        claims.
+        For any other file: foreign, truncated, pickled, with wrong shapes or values. `load` unpickles nothing, and
+        takes no more memory than the layer needs (twice that for safetensors), whatever sizes the file claims.
     TypeError
-        For what is neither a path nor a file object that reads bytes.
+        If `file` is neither a path nor a file object that reads bytes.
     OSError
         If the file cannot be read.
     ImportError
-        For the safetensors format, without the package of that name.
+        If the safetensors package is missing and the format needs it.
 
     Examples
     --------
@@ -164,7 +163,7 @@ def load(
 
 
 def _path(file: Any, method: str) -> str | None:
-    """The path as it was written, or None for a binary file object that can do this."""
+    """The path as given, or None for a binary file object with this method."""
     if isinstance(file, (str, os.PathLike)):
         return os.fsdecode(file)
     mode = "rb" if method == "read" else "wb"
@@ -177,7 +176,7 @@ def _path(file: Any, method: str) -> str | None:
 
 
 def _name(file: Any) -> str:
-    """What a file is called in a message; its end may name the format."""
+    """The name of a file for messages; its suffix may choose the format."""
     if isinstance(file, (str, os.PathLike)):
         return os.fsdecode(file)
     name = getattr(file, "name", None)
@@ -185,12 +184,12 @@ def _name(file: Any) -> str:
 
 
 def _is_safetensors(name: str) -> bool:
-    """Whether the file's name asks for that format."""
+    """Whether the file's name chooses the safetensors format."""
     return name.lower().endswith(".safetensors")
 
 
 def _safetensors() -> Any:
-    """The package, which is optional."""
+    """The optional safetensors package."""
     try:
         import safetensors.numpy
     except ImportError as error:
@@ -199,7 +198,7 @@ def _safetensors() -> Any:
 
 
 def _write(file: BinaryIO, content: bytes) -> None:
-    """Write everything; a raw file may take a part at a time."""
+    """Write all bytes; a raw file may take them in parts."""
     try:
         if not isinstance(file, io.RawIOBase):
             file.write(content)
@@ -217,9 +216,9 @@ def _write(file: BinaryIO, content: bytes) -> None:
 
 
 def _replace(path: str, content: bytes) -> None:
-    """Write a file: one that is there is replaced as a whole, or not at all, and keeps its mode and its owner.
+    """Replace a regular file as a whole or not at all, with the old mode and owner; or create it.
 
-    What is no regular file, a pipe, a device, the descriptor behind /dev/stdout, is written to.
+    Anything else (a pipe, a device, the descriptor behind /dev/stdout) is written to.
     """
     try:
         old = os.stat(path)
@@ -227,7 +226,9 @@ def _replace(path: str, content: bytes) -> None:
         old = None
     target = _behind_links(path)
     if target is None or (old and not stat.S_ISREG(old.st_mode)) or not os.path.basename(path):
-        with open(path, "ab" if target is None else "wb", buffering=0) as stream:  # a descriptor's file may have more
+        with open(
+            path, "ab" if target is None else "wb", buffering=0
+        ) as stream:  # a descriptor's file may have content
             _write(cast(BinaryIO, stream), content)
         return
     if old and not os.access(path, os.W_OK):
@@ -242,18 +243,18 @@ def _replace(path: str, content: bytes) -> None:
                     os.fchown(file.fileno(), old.st_uid, old.st_gid)
                 os.fchmod(file.fileno(), stat.S_IMODE(old.st_mode))
             file.flush()
-            os.fsync(file.fileno())  # or a machine that stops could leave the name on an empty file
+            os.fsync(file.fileno())  # or a power failure could leave an empty file
         os.replace(temporary, target)
     except BaseException as error:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             os.unlink(temporary)
         if isinstance(error, OSError) and error.errno is not None:
-            raise OSError(error.errno, error.strerror, path) from None  # as the user wrote it
+            raise OSError(error.errno, error.strerror, path) from None  # with the user's path
         raise
 
 
 def _behind_links(path: str) -> str | None:
-    """The file that a path leads to through links, which may not be there; None for an open descriptor's."""
+    """The target of a path through symbolic links, which may not exist; None for an open descriptor."""
     while os.path.islink(path):
         if os.path.abspath(path).startswith("/proc/"):
             return None
@@ -262,7 +263,7 @@ def _behind_links(path: str) -> str | None:
 
 
 class _Reader:
-    """A binary file from where it stands, for zipfile too: reads are whole, and none is longer than `LIMIT`."""
+    """A binary file from its position on, also for zipfile. A read is complete, and never longer than `LIMIT`."""
 
     def __init__(self, file: BinaryIO, name: str) -> None:
         self._file, self._name = file, name
@@ -313,7 +314,7 @@ class _Reader:
 
 
 def _bytes(read: Callable[[int], bytes], size: int) -> bytearray:
-    """So many bytes; memory is taken as they come, and not before."""
+    """Read `size` bytes; memory grows with the bytes that arrive."""
     data = bytearray()
     while len(data) < size:
         part = read(min(LIMIT, size - len(data)))
@@ -342,7 +343,7 @@ def _read_npz(reader: _Reader, start: bytes) -> Content:
         raise ValueError("it is compressed, and cbn compresses nothing")  # so no entry is larger than the file
 
     def opened(key: str) -> tuple[Any, tuple[int, ...], np.dtype[Any]]:
-        """An entry's bytes from behind its npy header, and what the header says."""
+        """A stream after the npy header of an entry, and shape and dtype from the header."""
         stream = archive.open(infos[key])
         if np.lib.format.read_magic(stream) != (1, 0):
             raise ValueError(f"{key} is no array of cbn's")

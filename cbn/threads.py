@@ -1,10 +1,10 @@
-"""How many threads: one owner of the number.
+"""The number of threads, which this module alone decides.
 
-In this order: what the calling thread asked for (`num_threads`), what the process asked for (`set_num_threads`, or
-CBN_NUM_THREADS), else OpenMP's own number, read at each call, bounded by the processors that the process may use (its
-affinity, and its control group's quota, which OpenMP runtimes ignore). What was asked for is used as it is. Nothing of
-the host program is changed: the number travels with each parallel region. Where so many threads cannot be created,
-or not in a forked child, a region has fewer: kernels/threads.c.
+It is the number that the calling thread asked for (`num_threads`), else the number that the process asked for
+(`set_num_threads`, or CBN_NUM_THREADS), else OpenMP's own number. A number that was asked for is used as it is.
+OpenMP's number is read at each call and bounded by the processors that the process may use: its affinity, and its
+control group's quota, which OpenMP runtimes ignore. The number travels with each parallel region, so nothing in the
+host program changes. If the threads cannot be created, or in a forked child, a region has fewer (kernels/threads.c).
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from .kernels import engine
 
 __all__ = ["get_num_threads", "num_threads", "set_num_threads"]
 
-environment = 0  # threads that CBN_NUM_THREADS asks for; 0: it does not
+environment = 0  # threads from CBN_NUM_THREADS; 0: not set
 
 
 def checked(n: int | None, name: str = "n") -> int:
@@ -32,17 +32,17 @@ def checked(n: int | None, name: str = "n") -> int:
 
 
 def set_num_threads(n: int | None) -> None:
-    """Use n threads in this process, from the next call on; more than there are processors is allowed.
+    """Use n threads in this process, from the next call on. n may exceed the number of processors.
 
     Parameters
     ----------
     n : int or None
-        From 1 to 1024; None: back to the default, which is CBN_NUM_THREADS if it is set.
+        Number from 1 to 1024. None restores the default, which is CBN_NUM_THREADS if it is set.
 
     Raises
     ------
     TypeError, ValueError
-        For what is no such number.
+        If n is not such a number.
 
     Examples
     --------
@@ -55,10 +55,10 @@ def set_num_threads(n: int | None) -> None:
 
 
 def get_num_threads() -> int:
-    """The number of threads that a large call from this thread would use now, as far as that is known.
+    """Return the number of threads that a large call from this thread would use now, as far as that is known.
 
-    Whether so many can be created is seen at that call. Where they cannot, this number is smaller from then on, until a
-    call finds more; one a second tries.
+    That call finds out whether the system creates so many. If it does not, this number is smaller from then on, until a
+    call finds more; one call a second tries.
     """
     return engine.get_threads()
 
@@ -69,12 +69,12 @@ def num_threads(n: int | None) -> contextlib.AbstractContextManager[None]:
     Parameters
     ----------
     n : int or None
-        From 1 to 1024; None: as many as the process uses, also inside another such block.
+        Number from 1 to 1024. None means the number of the process, also inside another such block.
 
     Raises
     ------
     TypeError, ValueError
-        For what is no such number.
+        If n is not such a number.
 
     Examples
     --------
@@ -97,10 +97,10 @@ def _num_threads(n: int) -> Iterator[None]:
 
 
 def cgroup_quota(root: str | Path = "/sys/fs/cgroup", own: str | Path = "/proc/self/cgroup") -> int:
-    """Whole processors that the control group's quota allows, rounded up; 0 where there is none.
+    """Processors that the control group's quota allows, rounded up; 0 without a quota.
 
-    Version 2 keeps "max 100000" or "150000 100000" in cpu.max of the process's group and of every one above it, version
-    1 two files. A container sees its own group at the root.
+    Version 2 keeps "max 100000" or "150000 100000" in cpu.max of the process's group and of every group above it;
+    version 1 has two files. A container sees its own group at the root.
     """
     root = Path(root)
     folders = [root]
@@ -122,7 +122,7 @@ def cgroup_quota(root: str | Path = "/sys/fs/cgroup", own: str | Path = "/proc/s
 
 
 def explain() -> str:
-    """Why `get_num_threads` says what it says."""
+    """The reason for the number of `get_num_threads`."""
     n = engine.get_threads()
     here, process = engine.asked_threads()
     info = engine.build_info()

@@ -1,8 +1,7 @@
-"""The verbs of batch normalization by themselves: measure, merge, solve and apply, forward and backward.
+"""The verbs of batch normalization one by one: measure, merge, solve and apply, forward and backward.
 
-They are what `batch_norm` and its gradient do in one go, for data in parts: several ranks, chunks, or producers of
-statistics stand between them. Names and order of arguments are those of PyTorch's SyncBatchNorm; all are in
-`cbn.functional`.
+`batch_norm` and its gradient do all four in one call. The functions here are for data in parts, which live in several
+ranks or chunks. Names and order of arguments are from PyTorch's SyncBatchNorm. `cbn.functional` exports all of them.
 """
 
 from __future__ import annotations
@@ -20,29 +19,30 @@ from .steps import NO_EPILOGUE, Affine, Context, Epilogue
 
 
 def batch_norm_stats(x: ArrayLike, eps: Number, *, channel_axis: SupportsIndex = 1) -> tuple[Doubles, Doubles]:
-    """Measure: mean and 1/sqrt(var + eps) of every channel of one part of a batch.
+    """Measure mean and 1/sqrt(var + eps) of every channel of one part of a batch.
 
     Parameters
     ----------
     x : array_like
-        As for `batch_norm`; it may be empty.
+        Part of the batch, as for `batch_norm`; it may be empty.
     eps : float
-        Added to the variance, which has 1/n; positive.
+        Positive number added to the biased variance (1/n).
     channel_axis : int
+        Axis with the channels.
 
     Returns
     -------
-    mean, invstd : (C,) ndarray of float64
+    mean, invstd : (C,) float64 ndarray
         Zeros for an empty part.
 
     Raises
     ------
     TypeError, ValueError
-        As `batch_norm`, but for one value per channel: a part may have one.
+        As `batch_norm`, except that a part may have one value per channel.
 
     Examples
     --------
-    Two parts of a batch, as two processes have them, normalized as the whole batch would be:
+    Two processes have one part of a batch each, and normalize it like the whole batch:
 
     >>> import numpy as np
     >>> from cbn.functional import batch_norm_stats, batch_norm_gather_stats_with_counts, batch_norm_elemt
@@ -74,34 +74,37 @@ def batch_norm_gather_stats_with_counts(
     eps: Number,
     counts: ArrayLike,
 ) -> tuple[Doubles, Doubles]:
-    """Merge: mean and 1/sqrt(var + eps) of a batch from those of its parts, in the order given.
+    """Merge the statistics of the parts of a batch, in the order given, and move the running statistics.
 
-    The running statistics move as in `batch_norm`, once, by the whole batch. invstd and eps give the variance back to
-    about 1e-16*(1 + eps/var); `cbn.Moments` merges without that loss.
+    The running statistics move once, by the whole batch, as in `batch_norm`. The function recovers the variances from
+    invstd and eps, with a relative error of about 1e-16*(1 + eps/var); `cbn.Moments` merges without that loss.
 
     Parameters
     ----------
     x : array_like or None
-        Not read; it is there for PyTorch's order of arguments.
+        Ignored; it keeps PyTorch's order of arguments.
     mean, invstd : (K, C) array_like
-        From `batch_norm_stats`, of K parts.
+        Statistics of K parts, from `batch_norm_stats`.
     running_mean, running_var : (C,) ndarray or None
-        Updated in place after all else has succeeded; both or none.
+        Running statistics, updated in place after all else has succeeded; both or none.
     momentum : float in [0, 1]
+        Weight of the new batch in the running statistics.
     eps : float
-        That which `batch_norm_stats` was given.
+        The eps of `batch_norm_stats`.
     counts : (K,) array_like
-        Values per channel of each part; 0 for an empty one, whose statistics are not read.
+        Values per channel of each part; 0 for an empty part, whose statistics are ignored.
 
     Returns
     -------
-    mean, invstd : (C,) ndarray of float64
-        Zeros where all parts are empty; then the running statistics stay.
+    mean, invstd : (C,) float64 ndarray
+        Mean and 1/sqrt(var + eps) of the batch. If all parts are empty they are zeros, and the running statistics do
+        not move.
 
     Raises
     ------
     TypeError, ValueError
-        For shapes that do not fit, negative counts, and one value per channel in all. Nothing has been changed.
+        If shapes do not fit, a count is negative, or all parts together have one value per channel. Nothing has changed
+        then.
 
     References
     ----------
@@ -148,7 +151,7 @@ def batch_norm_gather_stats_with_counts(
 
 
 def _counts(counts: ArrayLike | Number, name: str) -> Doubles:
-    """Numbers of values, as float64, that are not negative."""
+    """Counts as float64 numbers that are not negative."""
     values = checks.doubles(counts, name)
     if not np.all((values >= 0) & np.isfinite(values)):
         raise ValueError(f"{name} must be finite and not negative, but got {values.tolist()}")
@@ -156,7 +159,7 @@ def _counts(counts: ArrayLike | Number, name: str) -> Doubles:
 
 
 def _statistics(inp: Input, mean: ArrayLike, invstd: ArrayLike, *others: Array | None) -> tuple[Any, ...]:
-    """Float64 copies of mean, invstd and other per-channel arrays that have been checked."""
+    """Float64 copies of mean and invstd, and of other per-channel arrays, which are checked already."""
     given = []
     for a, name in ((mean, "mean"), (invstd, "invstd")):
         given.append(checks.per_channel(a, name, inp.n_channels, x=inp.x))
@@ -178,21 +181,21 @@ def batch_norm_elemt(
     activation: Activation = None,
     residual: ArrayLike | None = None,
 ) -> Array:
-    """Solve and apply: ``y = act((x - mean)*invstd*weight + bias + residual)``, with the statistics given.
+    """Solve and apply: ``y = act((x - mean)*invstd*weight + bias + residual)`` with given statistics.
 
     Parameters
     ----------
     x, weight, bias, channel_axis, out, activation, residual
         As for `batch_norm`.
     mean, invstd : (C,) array_like
-        From `batch_norm_gather_stats_with_counts`, or from `batch_norm_stats` for a batch in one part.
+        Statistics from `batch_norm_gather_stats_with_counts`, or from `batch_norm_stats` for a batch in one part.
     eps : float
-        Not read, since invstd has it in it; it is there for PyTorch's order of arguments.
+        Ignored, since invstd contains it; it keeps PyTorch's order of arguments.
 
     Returns
     -------
     y : ndarray
-        Of x's shape and dtype, in x's order in memory; `out` if given.
+        Output with x's shape, dtype and order in memory; `out` if given.
 
     Raises
     ------
@@ -230,23 +233,24 @@ def batch_norm_backward_reduce(
     *,
     channel_axis: SupportsIndex = 1,
 ) -> tuple[Doubles | Any, Doubles | Any, Array | Any, Array | Any]:
-    """Measure, backward: the sums of one part of a batch.
+    """Measure the sums of one part of a batch that backward needs.
 
     Parameters
     ----------
     dy, x, weight, channel_axis
         As for `native_batch_norm_backward`; x may be empty.
     mean, invstd : (C,) array_like
-        Of the whole batch.
+        Statistics of the whole batch.
     input_g, weight_g, bias_g : bool
-        Which results are wanted; the others are None.
+        Which results to return; the others are None.
 
     Returns
     -------
-    sum_dy, sum_dy_xmu : (C,) ndarray of float64
-        S(dy) and S(dy*(x - mean)). The sums of all parts are what `batch_norm_backward_elemt` takes.
+    sum_dy, sum_dy_xmu : (C,) float64 ndarray
+        S(dy) and S(dy*(x - mean)). Add those of all parts for `batch_norm_backward_elemt`.
     dweight, dbias : (C,) ndarray
-        This part's own: S(dy*(x - mean))*invstd and S(dy), of weight's dtype; without one of x's, float32 at least.
+        Gradients of this part: S(dy*(x - mean))*invstd and S(dy), with the dtype of weight; without a weight the dtype
+        of x, but at least float32.
 
     Raises
     ------
@@ -300,16 +304,16 @@ def batch_norm_backward_elemt(
     dy, x, weight, channel_axis, out
         As for `native_batch_norm_backward`.
     mean, invstd : (C,) array_like
-        Of the whole batch, this part included.
+        Statistics of the whole batch, this part included.
     sum_dy, sum_dy_xmu : (C,) array_like
-        Sums over all parts of what `batch_norm_backward_reduce` returns.
+        Sums over all parts, from `batch_norm_backward_reduce`.
     count : float or (K,) array_like
-        n, the values per channel of the whole batch; or of each part.
+        Values per channel, n, of the whole batch or of each part.
 
     Returns
     -------
     dx : ndarray
-        Of x's dtype, in x's order in memory.
+        Gradient of x, with x's dtype and order in memory.
 
     Raises
     ------

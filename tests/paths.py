@@ -11,7 +11,7 @@ PARAMETERS = {half: np.float32 for half in HALVES} | {dtype: dtype for dtype in 
 # Largest error allowed, relative to the largest value of the exact result; for 16 bits half a unit in the last place.
 ROUNDING = {np.dtype(np.float16): 2**-11, np.dtype(ml_dtypes.bfloat16): 2**-8}
 LIMIT = {np.dtype(np.float32): 1e-6, np.dtype(np.float64): 1e-12, **ROUNDING}
-# Statistics: sums are of float64, but for those of a few 16-bit elements, which are of float32.
+# Statistics: float64 sums, except for float32 sums of a few 16-bit elements.
 STATISTICS_LIMIT = {np.dtype(t): 1e-12 for t in DTYPES} | {np.dtype(t): 1e-6 for t in HALVES}
 GRADIENT_LIMIT = {np.dtype(np.float32): 1e-5, np.dtype(np.float64): 1e-11, **ROUNDING}
 

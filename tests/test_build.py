@@ -182,7 +182,8 @@ ONLY_PACKED = {"PKG-INFO", "setup.cfg"} | {
 LITTER = (
     *(f"cbn/kernels/{name}.c" for name in kernels.__all__), "cbn/kernels/passes.so", "cbn/__pycache__/a.pyc",
     "examples/out/a.md", "benchmarks/out/accuracy.md", "benchmarks/out/native/limits.so", "examples/extension/frames.c",
-    "examples/extension/build/a.c", "build/a.py", ".venv/a.py", "dist/a.md", ".hypothesis/a.py",
+    "examples/extension/build/a.c", "docs/_build/html/a.html", "build/a.py", ".venv/a.py", "dist/a.md",
+    ".hypothesis/a.py",
 )  # fmt: skip
 
 

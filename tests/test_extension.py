@@ -1,4 +1,4 @@
-"""The example of a compiled tool that cimports cbn's passes: built as its author would build it, and called."""
+"""The example extension, which cimports cbn's passes: built as its author would build it, and called."""
 
 import importlib.util
 import shutil

@@ -1,8 +1,8 @@
-"""Layers from other systems: their parameters, and what each means by eps, momentum and running variance.
+"""Layers from other systems, each with its own eps, momentum and running variance.
 
-A converter gives a layer with the same values as what it was given, in training and in evaluation, or it refuses and
-says why. No system is imported here before it is asked for, and most not even then: what is read are attributes and
-arrays.
+A converter returns a layer that computes the same values as the original, in training and in evaluation, or it raises
+an error with the reason. `import cbn` imports no other system, and most converters import none either: they read
+attributes and arrays.
 
 =================  =======  ========================  =====================  ====================
 system             eps      momentum                  running variance       mode of the layer

@@ -1,4 +1,4 @@
-"""What all converters do: a layer from arrays, a momentum turned round, and what makes a foreign object another one."""
+"""Parts of all converters: a layer from arrays, the other convention of momentum, and checks for overrides."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def layer_of(
     track: bool = True,
     counter: Array | int | None = 0,
 ) -> BatchNorm:
-    """A layer with copies of these arrays, and None for those that are None; float64 if one of them is.
+    """A layer with copies of these arrays (None stays None); a float64 layer if one of them is float64.
 
-    `names` are those by which errors call the arrays; `n` is the number of channels where something else than the
-    arrays says it; `counter` is num_batches_tracked, None for a layer without.
+    `names` are the names of the arrays in errors. `n` is the number of channels if the arrays do not decide it.
+    `counter` is num_batches_tracked, or None.
     """
     called = {name: (names or {}).get(name, name) for name in ARRAYS}
     there = {name: _parameter(a, called[name]) for name in ARRAYS if (a := arrays.get(name)) is not None}
@@ -73,7 +73,7 @@ def layer_of(
 
 
 def _parameter(a: Array, name: str) -> Array:
-    """A parameter's values as float32 or float64; types of fewer bits become float32."""
+    """A parameter as float32 or float64; smaller types become float32."""
     if a.dtype.kind == "f" and a.dtype.itemsize in (4, 8):
         return a
     if (a.dtype.kind == "f" and a.dtype.itemsize == 2) or a.dtype.name.startswith(("bfloat16", "float8", "float4")):
@@ -82,7 +82,7 @@ def _parameter(a: Array, name: str) -> Array:
 
 
 def weight_of_new(momentum: float, name: str) -> float:
-    """The weight of the new batch, from that of the old statistics, without the last digits that 1 - 0.99 leaves."""
+    """The weight of the new batch, 1 - momentum, without the rounding error of 1 - 0.99."""
     momentum = checks.number(momentum, name, "a number in [0, 1]")
     if not 0 <= momentum <= 1:
         raise ValueError(f"{name} must be in [0, 1] (the weight of the old statistics), but got {momentum}")
@@ -90,13 +90,13 @@ def weight_of_new(momentum: float, name: str) -> float:
 
 
 def base_of(a: Any, names: Iterable[str], packages: Iterable[str]) -> type | None:
-    """The class of these names and packages that an object is of, or that its class extends."""
+    """The class with one of these names and packages in the MRO of an object; None if there is none."""
     names, packages = set(names), set(packages)
     return next((c for c in type(a).__mro__ if c.__name__ in names and c.__module__.split(".")[0] in packages), None)
 
 
 def refuse_start(decay: float, count: int, system: str) -> None:
-    """Refuse averages whose start still shows: their next batch weighs (1 - decay)/(1 - decay**(count + 1))."""
+    """Refuse debiased averages of few batches: the next batch would weigh (1 - decay)/(1 - decay**(count + 1))."""
     if decay >= 1:
         raise ValueError(f"with a weight of {decay} for the old statistics {system} has none: it divides them by zero")
     left = decay ** (count + 1)
@@ -109,12 +109,12 @@ def refuse_start(decay: float, count: int, system: str) -> None:
 
 
 def listed(names: Iterable[str]) -> str:
-    """Names for an error."""
+    """Names for an error message."""
     return ", ".join(repr(name) for name in sorted(names)) or "none"
 
 
 def one_of(found: Iterable[str], name: str | None) -> str:
-    """The name that is asked for, or the only one."""
+    """The requested name, or the only one."""
     found = list(found)
     if name is None and len(found) == 1:
         return found[0]
@@ -133,7 +133,7 @@ def switched(
     prefix: str,
     hint: str = "",
 ) -> dict[str, bool]:
-    """Which parameters a module has; an error where a flag says other, and for none where no flag says that."""
+    """Which parameters a module has. A flag that contradicts is an error; so are no parameters without a flag."""
     for key, flag in flags.items():
         if flag is not None and flag != (key in own):
             raise ValueError(f"{prefix}{key} is {flag}, but {name!r} has {'a' if key in own else 'no'} {key}")
@@ -145,14 +145,14 @@ def switched(
     return {key: key in own for key in flags}
 
 
-# What a subclass may redefine without another value of a call; names in double underscores but these may be, too.
+# Special methods that change what a call computes; a subclass may redefine other special methods.
 MEANT = {"__call__", "__getattribute__", "__getattr__", "__getitem__", "__contains__"}
 
 
 def overrides(a: Any, base: type, call: str, read: Iterable[str], harmless: Iterable[str]) -> list[str]:
-    """Names by which an object differs from its base: those that its class redefines, and functions of its own.
+    """Names that an object's class redefines, and functions that the object has as attributes.
 
-    `call` is the method that computes, which may have been replaced in the base too; `read` are attributes, which a
+    `call` is the method that computes; a patch may have replaced it in the base too. `read` are attributes that a
     subclass may turn into properties.
     """
     found = []
@@ -176,7 +176,7 @@ def overrides(a: Any, base: type, call: str, read: Iterable[str], harmless: Iter
 
 
 def refuse_overrides(a: Any, base: type, call: str, read: Iterable[str], harmless: Iterable[str]) -> None:
-    """Refuse an object that may compute something else than its base."""
+    """Refuse an object that may compute other values than its base."""
     found = overrides(a, base, call, read, harmless)
     if found:
         kind = f"{type(a).__module__}.{type(a).__qualname__}"
@@ -192,5 +192,5 @@ def kind_of(a: Any) -> str:
 
 
 def missing_package(function: str, package: str, extra: str) -> ImportError:
-    """The error of a function whose package is not installed."""
+    """The error of a function that needs a missing package."""
     return ImportError(f'{function} needs the {package} package: pip install "cbn[{extra}]"')

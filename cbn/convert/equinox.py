@@ -15,37 +15,37 @@ HARMLESS = ("__abstractmethods__", "_abc_impl")
 
 
 def from_equinox(layer: Any, state: Any, *, frozen: bool = False) -> BatchNorm:
-    """A layer like an Equinox BatchNorm and its part of a model's state.
+    """Convert an Equinox BatchNorm with its part of a model's state.
 
     Parameters
     ----------
     layer : equinox.nn.BatchNorm
-        Of ``mode="batch"``, or with `frozen` of any.
+        Layer with ``mode="batch"``, or with any mode if `frozen`.
     state : equinox.nn.State
-        Of the model that has the layer, or of the layer.
+        State of the model or of the layer.
     frozen : bool
-        Whether the layer is for evaluation alone: it is frozen, so that both modes normalize with the running
-        statistics. A layer of ``mode="ema"``, and one that has seen few batches, can be converted only so.
+        Whether to freeze the layer for evaluation, so that both modes normalize with the running statistics. A layer
+        with ``mode="ema"`` or with few batches can be converted only frozen.
 
     Returns
     -------
     BatchNorm
-        For inputs of any rank with channels in axis 1, those of Equinox' layer under a `vmap` over axis 0, in the
-        mode that `inference` says.
+        Layer for inputs of any rank with channels in axis 1, as Equinox' layer under a `vmap` over axis 0; `inference`
+        decides the mode.
 
     Raises
     ------
     TypeError
         For another kind of object, and for a subclass that redefines ``__call__``.
     ValueError
-        For a state of another model, and for a layer that would not train as in Equinox. See the notes.
+        For the state of another model, and for a layer that would train otherwise than in Equinox (see the notes).
 
     Notes
     -----
-    Equinox keeps hidden averages that start at 0, and divides them by ``1 - momentum**n`` after n batches; here are
-    the quotients. The next batch's weight is then ``(1 - momentum) / (1 - momentum**(n + 1))`` in Equinox, and
-    ``1 - momentum`` in cbn: where they differ in float32, for n below some ``17 / (1 - momentum)``, training would go
-    another way. A layer of ``mode="ema"`` normalizes with the running statistics in training, too.
+    Equinox keeps hidden averages that start at 0, and divides them by ``1 - momentum**n`` after n batches. The
+    converted layer has the quotients. The next batch then weighs ``(1 - momentum) / (1 - momentum**(n + 1))`` in
+    Equinox and ``1 - momentum`` in cbn. If the two weights differ in float32, for n below some ``17 / (1 - momentum)``,
+    training would differ too. A layer with ``mode="ema"`` normalizes with the running statistics in training, too.
 
     Examples
     --------
@@ -107,5 +107,5 @@ def _entry(state: Any, index: Any) -> Any:
 
 
 def _shared(a: Array, share: float) -> Array:
-    """An average that started at 0, from its hidden value and the share of the weights that batches have had."""
+    """A debiased average, from its hidden value and the total weight of its batches."""
     return (a.astype(np.float64) / share).astype(a.dtype if a.dtype == np.float64 else np.float32)

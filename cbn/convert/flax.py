@@ -30,29 +30,28 @@ def from_flax(
     use_scale: bool | None = None,
     use_bias: bool | None = None,
 ) -> BatchNorm:
-    """A layer from the variables of a Flax model, or from a module of flax.nnx.
+    """Convert a batch norm of Flax, from the variables of a model or from a module of flax.nnx.
 
     Parameters
     ----------
     variables : mapping, flax.nnx.State, or flax.nnx.Module
-        What `init` of a Linen model gives: "batch_stats" with mean and var, "params" with scale and bias, of a
-        BatchNorm or of a model that has some. Or an nnx.State, or what ``nnx.to_pure_dict`` makes of one. Or an
-        nnx.BatchNorm, or an nnx.Module that has some.
+        Variables of a Linen model, as `init` returns them ("batch_stats" with mean and var, "params" with scale and
+        bias), an nnx.State or its ``nnx.to_pure_dict``, an nnx.BatchNorm, or an nnx.Module that contains one.
     name : str, optional
-        Which one, as a path with slashes: "Block_0/BatchNorm_1". It can be left out where there is only one.
+        Path of the batch norm, with slashes: "Block_0/BatchNorm_1". It may be omitted if there is only one.
     params : str, optional
-        The path of its scale and bias in "params", where that is another than `name`.
+        Path of scale and bias in "params", if it differs from `name`.
     momentum, epsilon, axis : optional
-        The arguments of that module where only its variables are given, which do not have them; left out, they are
-        Flax's defaults, 0.99, 1e-5 and -1. momentum is Flax's, the weight of the old statistics. An nnx.Module has its
-        own, so that none may be given.
+        Arguments of a Linen module, which its variables do not contain. The defaults are Flax's: 0.99, 1e-5 and -1.
+        momentum is Flax's, the weight of the old statistics. An nnx.Module has its own, so they must be omitted.
     use_scale, use_bias : bool, optional
-        Likewise. Left out, what is there says them; a module with neither has to be named as one, by two times False.
+        Further arguments of a Linen module. By default the variables decide. A module with neither scale nor bias needs
+        both arguments, as False.
 
     Returns
     -------
     BatchNorm
-        For inputs of any rank, with the biased variance that Flax tracks; in the mode of an nnx.Module
+        Layer for inputs of any rank, with the biased variance that Flax tracks; in the mode of an nnx.Module
         (`use_running_average`), else in evaluation mode.
 
     Raises
@@ -60,14 +59,14 @@ def from_flax(
     TypeError
         For another kind of object, and for a subclass of nnx.BatchNorm that redefines ``__call__``.
     ValueError
-        For a name that is not there, and without one where there are several; for parameters that are not there; it
-        lists what there is. For statistics of more than one axis, and a module with `axis_name`, whose statistics are
-        those of several devices.
+        If the name or the parameters do not exist, or there are several batch norms and no name; the message lists the
+        names. For statistics of more than one axis, and for a module with `axis_name`, whose statistics belong to
+        several devices.
 
     Notes
     -----
-    Masks belong to a call and are not converted. Whether a Linen module has an `axis_name` its variables do not say.
-    cbn computes in float32 or float64 where a module with a 16-bit `dtype` rounds what it reads.
+    Masks belong to a call and are not converted. The variables of a Linen module do not tell whether it has an
+    `axis_name`. cbn computes in float32 or float64, while a module with a 16-bit `dtype` rounds its inputs.
 
     Examples
     --------
@@ -136,7 +135,7 @@ def _is_nnx(module: Any) -> bool:
 
 
 def _from_module(module: Any, name: str | None) -> BatchNorm:
-    """The layer of an nnx.BatchNorm, or of the one of this name below."""
+    """The layer of an nnx.BatchNorm, or of the nnx.BatchNorm with this name in a module."""
     from flax import nnx
 
     found = {"/".join(map(str, path)): node for path, node in nnx.iter_graph(module) if isinstance(node, nnx.BatchNorm)}
@@ -171,7 +170,7 @@ def _layer(arrays: Mapping[str, Any], *, epsilon: float, momentum: float, axis: 
 
 
 def _values(a: Any) -> Array:
-    """The array of a leaf: of a variable of NNX, of a box of Linen, or itself."""
+    """The array of a leaf: an NNX variable, a Linen box, or an array."""
     if hasattr(a, "unbox"):
         a = a.unbox()
     if _is_nnx(a):
@@ -180,7 +179,7 @@ def _values(a: Any) -> Array:
 
 
 def _nodes(tree: Mapping[Any, Any], path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-    """(path, leaves) of every mapping that has some."""
+    """(path, leaves) of every mapping with leaves."""
     leaves = {str(key): value for key, value in tree.items() if not isinstance(value, Mapping)}
     if leaves:
         yield path, leaves

@@ -28,44 +28,44 @@ def from_haiku(
     create_offset: bool | None = None,
     frozen: bool = False,
 ) -> BatchNorm:
-    """A layer from the parameters and the state of a Haiku model, in evaluation mode.
+    """Convert a batch norm of a Haiku model, from its parameters and its state, to evaluation mode.
 
     Parameters
     ----------
     params, state : mapping of module names to mappings
-        What `init` and `apply` of ``haiku.transform_with_state`` give.
+        Results of `init` or `apply` of ``haiku.transform_with_state``.
     decay_rate : float in [0, 1]
-        The argument of that module, the weight of the old statistics.
+        Argument of the module: the weight of the old statistics.
     name : str, optional
-        Which module: "res_net50/~/initial_batchnorm". It can be left out where there is only one.
+        Name of the module: "res_net50/~/initial_batchnorm". It may be omitted if there is only one.
     eps, data_format
-        The arguments of that module, which its state does not have; Haiku's defaults.
+        Arguments of the module, which its state does not contain. The defaults are Haiku's.
     create_scale, create_offset : bool, optional
-        The arguments of that module. Left out, what there is in `params` says them; a module with neither has to be
-        named as one, by two times False.
+        Arguments of the module. By default `params` decides. A module with neither scale nor offset needs both
+        arguments, as False.
     frozen : bool
-        Whether the layer is for evaluation alone: it is frozen, so that both modes normalize with the running
-        statistics. One that has seen few batches can be converted only so.
+        Whether to freeze the layer for evaluation, so that both modes normalize with the running statistics. A module
+        with few batches can be converted only frozen.
 
     Returns
     -------
     BatchNorm
-        For inputs of any rank, with the debiased averages and the biased variance that Haiku keeps.
+        Layer for inputs of any rank, with Haiku's debiased averages and biased variance.
 
     Raises
     ------
     TypeError
-        For what is no mapping.
+        If `params` or `state` is no mapping.
     ValueError
-        For a name that is not there, and without one where there are several; for parameters that are not there; for
-        a layer that would not train as in Haiku, see the notes. It lists what there is.
+        If the name or the parameters do not exist, or there are several modules and no name; the message lists the
+        names. For a layer that would train otherwise than in Haiku (see the notes).
 
     Notes
     -----
-    Haiku divides its averages by ``1 - decay_rate**n`` after n batches, so that the next batch weighs
-    ``(1 - decay_rate) / (1 - decay_rate**(n + 1))``, and in cbn ``1 - decay_rate``: where they differ in float32, for n
-    below some ``17 / (1 - decay_rate)``, training would go another way. Whether the module has a `cross_replica_axis`,
-    or a scale that is given at its call, its state does not say.
+    Haiku divides its averages by ``1 - decay_rate**n`` after n batches, so the next batch weighs
+    ``(1 - decay_rate) / (1 - decay_rate**(n + 1))``. In cbn it weighs ``1 - decay_rate``. If the two weights differ in
+    float32, for n below some ``17 / (1 - decay_rate)``, training would differ too. The state does not tell whether the
+    module has a `cross_replica_axis`, or gets its scale at each call.
 
     Examples
     --------
@@ -116,7 +116,7 @@ def from_haiku(
 
 
 def _per_channel(a: Any, name: str, axis: int, data_format: str) -> Array:
-    """The values of an array (1, ..., C, ..., 1) whose axis C is the channels'."""
+    """The values of an array (1, ..., C, ..., 1) along its channel axis."""
     a = np.asarray(a)
     if a.ndim < 2 or a.size != a.shape[axis]:
         raise ValueError(f"{name} has shape {a.shape}; with {data_format!r} only axis {axis} may be longer than 1")
@@ -124,7 +124,7 @@ def _per_channel(a: Any, name: str, axis: int, data_format: str) -> Array:
 
 
 def _refuse_other_decay(ema: Mapping[str, Any], decay_rate: float, count: int) -> None:
-    """Refuse a decay_rate that has not made this state: the share of the average that is hidden shows it."""
+    """Refuse a decay_rate that contradicts the state: the ratio of hidden value and average depends on it."""
     average, hidden = np.asarray(ema["average"]), np.asarray(ema.get("hidden", ema["average"]))
     share = 1 - decay_rate**count
     if "hidden" in ema and not np.allclose(hidden, average * share, rtol=0.02, atol=1e-30):

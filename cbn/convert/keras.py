@@ -24,35 +24,35 @@ HARMLESS = (
 
 
 def from_keras(layer: Any, *, running_var: Literal["unbiased", "biased"] | None = None) -> BatchNorm:
-    """A layer like a Keras BatchNormalization, in evaluation mode.
+    """Convert a Keras BatchNormalization, to evaluation mode.
 
     Parameters
     ----------
     layer : keras.layers.BatchNormalization
-        Built, so that it has its variables; with any backend.
+        Built layer, which has its variables; any backend.
     running_var : {"biased", "unbiased"}, optional
-        The variance that the layer tracks while training. Left out, the layer says it: biased, but for a layer of
-        Keras 2 that uses TensorFlow's fused kernel (`layer.fused`), which tracks the unbiased one.
+        Variance that the layer tracks in training. By default it is biased, except for a layer of Keras 2 with
+        TensorFlow's fused kernel (`layer.fused`), which tracks the unbiased variance.
 
     Returns
     -------
     BatchNorm
-        For inputs of any rank, with Keras' axis as `channel_axis` and 1 - momentum; frozen where the layer is not
-        `trainable`, which in Keras means the same.
+        Layer for inputs of any rank, with Keras' axis as `channel_axis` and with 1 - momentum; frozen if the Keras
+        layer is not `trainable`, which means the same.
 
     Raises
     ------
     TypeError
-        For another kind of object, and for a subclass or an instance that redefines call or what it uses.
+        For another kind of object, and for a subclass or an instance that redefines `call` or what `call` uses.
     ValueError
-        For a layer that is not built, that normalizes over several axes, or that in training normalizes by something
-        else than the batch's statistics: `renorm`, `virtual_batch_size`, `synchronized`.
+        For a layer that is not built, that normalizes over several axes, or that does not train with the batch's
+        statistics alone: `renorm`, `virtual_batch_size`, `synchronized`.
 
     Notes
     -----
     Masks belong to a call and are not converted; initializers, regularizers and constraints belong to an optimizer's
-    step. A layer with a 16-bit dtype policy converts its input to that type, cbn takes it as it comes: give it what
-    the layer would be given in its model.
+    step. A Keras layer with a 16-bit dtype policy converts its input to that type. cbn does not convert: give it the
+    input that the layer gets in its model.
 
     Examples
     --------

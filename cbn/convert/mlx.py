@@ -18,25 +18,26 @@ HARMLESS = (
 
 
 def from_mlx(layer: Any) -> BatchNorm:
-    """A layer like an MLX BatchNorm, in its mode.
+    """Convert an MLX BatchNorm, in its mode.
 
     Parameters
     ----------
     layer : mlx.nn.BatchNorm
-        Of any floating dtype; float16 and bfloat16 parameters become float32.
+        Layer with any floating dtype; float16 and bfloat16 parameters become float32.
 
     Returns
     -------
     BatchNorm
-        For inputs with channels in the last axis. Which running variance it tracks is found out by one training step
-        of a new mlx.nn.BatchNorm: the unbiased one since MLX 0.32.1, the biased one before.
+        Layer for inputs with channels in the last axis. One training step of a new mlx.nn.BatchNorm shows which
+        variance it tracks: the unbiased one since MLX 0.32.1, the biased one before.
 
     Raises
     ------
     TypeError
-        For another kind of object, and for a subclass or an instance that redefines ``__call__`` or what it uses.
+        For another kind of object, and for a subclass or an instance that redefines ``__call__`` or what
+        ``__call__`` uses.
     ValueError
-        For arrays that do not fit together, and a momentum outside [0, 1].
+        If arrays do not fit together, or the momentum is outside [0, 1].
 
     Examples
     --------
@@ -53,7 +54,7 @@ def from_mlx(layer: Any) -> BatchNorm:
     missing = [name for name in ("running_mean", "running_var") if tracked and name not in layer]
     if missing:
         raise ValueError(f"the MLX layer has track_running_stats, but no {missing[0]}")
-    # Without track_running_stats MLX evaluates by the batch's statistics, even where it has running ones
+    # Without track_running_stats MLX evaluates with the batch's statistics, even if it has running ones
     used = ARRAYS if tracked else ARRAYS[:2]
     return layer_of(
         BatchNorm,
@@ -68,14 +69,14 @@ def from_mlx(layer: Any) -> BatchNorm:
 
 
 def _from_mlx_array(a: Any) -> Array:
-    """An array's values; float32 for those of types that numpy has not."""
+    """The values of an MLX array; types that numpy lacks become float32."""
     import mlx.core as mx
 
     return np.array(a.astype(mx.float32) if a.dtype in (mx.float16, mx.bfloat16) else a)
 
 
 def _tracks_unbiased(cls: Any) -> bool:
-    """Whether the running variance of this version is unbiased: that of 0 and 2 is then 2, else 1."""
+    """Whether this version tracks the unbiased variance: for the values 0 and 2 it is 2, else 1."""
     import mlx.core as mx
 
     probe = cls(1, momentum=1.0)

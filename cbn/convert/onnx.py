@@ -1,4 +1,4 @@
-"""Layers from the nodes of ONNX models, those of subgraphs and of the model's own functions included."""
+"""Layers from the nodes of ONNX models, including subgraphs and the model's own functions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..batchnorm import BatchNorm
 from ..checks import Array
 from .common import ARRAYS, layer_of, missing_package, weight_of_new
 
-# All that the operator has had in any version; another attribute could mean anything.
+# All attributes of the operator in any version; another attribute could mean anything.
 ATTRIBUTES = {"epsilon", "momentum", "training_mode", "is_test", "spatial", "consumed_inputs"}
 INPUTS = ("scale", "B", "mean", "var")
 RANDOM = {
@@ -28,42 +28,41 @@ NO_NODES = (
 
 
 def from_onnx(model: Any, *, skip: bool = False) -> dict[str, BatchNorm]:
-    """The batch norms of an ONNX model.
+    """Convert the batch norms of an ONNX model.
 
     Parameters
     ----------
     model : onnx.ModelProto, path or bytes
-        A model, its file, or the file's content.
+        Model, path of its file, or content of the file.
     skip : bool
-        Whether to leave out, with a warning that lists them, the nodes that cannot be converted, which are an error
-        otherwise.
+        Whether to skip nodes that cannot be converted, with a warning that lists them. Otherwise they are an error.
 
     Returns
     -------
     dict of str to BatchNorm
-        By the name of the node, or of its output where it has none, in the model's order. Nodes of subgraphs and of
-        functions that the model defines have the path to them before it: "if_1/then_branch/bn", "call_1/bn"; each
-        call of a function gives layers of its own. A name that is there already gets "#2", "#3".
+        Layers in the model's order. The key is the name of the node, or of its output if the node has no name. In
+        subgraphs and in functions of the model a path precedes the name: "if_1/then_branch/bn", "call_1/bn". Each
+        call of a function has layers of its own. A repeated name gets "#2", "#3".
 
-        The layers take inputs of any rank with channels in axis 1, have 1 - momentum and the biased variance of ONNX.
-        They are in training mode for nodes that train: those with `training_mode`, from opset 7 to 13 those with more
-        than one output, before those without `is_test`; else in evaluation mode.
+        The layers take inputs of any rank with channels in axis 1, and have 1 - momentum and the biased variance of
+        ONNX. A layer is in training mode if its node trains: with `training_mode`; from opset 7 to 13 with more than
+        one output; before opset 7 without `is_test`. Otherwise it is in evaluation mode.
 
     Raises
     ------
     ImportError
-        Without the onnx package.
+        If the onnx package is missing.
     TypeError
         For another kind of object.
     ValueError
-        For what is no ONNX model. For nodes whose parameters are not stored in the model or do not fit together, are
-        per element (`spatial=0` of old models, where they are not (C,)), or that have a domain or an attribute that
-        ONNX does not know: one error that lists all of them.
+        If `model` is no ONNX model. For nodes whose parameters are not stored in the model, do not fit together or are
+        per element (`spatial=0` of old models with parameters that are not (C,)), and for nodes with a domain or an
+        attribute unknown to ONNX. One error lists all nodes.
 
     Warns
     -----
     UserWarning
-        For nodes that `skip` has left out, and for a model without batch norms, which exporters may have folded.
+        For skipped nodes, and for a model without batch norms, which an exporter may have folded.
 
     Examples
     --------
@@ -100,7 +99,7 @@ def from_onnx(model: Any, *, skip: bool = False) -> dict[str, BatchNorm]:
 
 
 def _loaded(model: Any) -> Any:
-    """The model that was given, or whose path or bytes were."""
+    """The model, read from a path or bytes if needed."""
     import onnx
 
     if isinstance(model, onnx.ModelProto):
@@ -111,7 +110,7 @@ def _loaded(model: Any) -> Any:
             model = onnx.load_from_string(model) if isinstance(model, bytes) else onnx.load(model)
         except OSError:
             raise
-        except Exception as error:  # protobuf's, and those of the text formats that onnx.load knows
+        except Exception as error:  # protobuf's errors, and those of onnx.load's text formats
             raise ValueError(f"{words} no ONNX model ({error})") from error
         words = "the model"
     else:
@@ -122,11 +121,11 @@ def _loaded(model: Any) -> Any:
 
 
 class _Scope:
-    """The body of a graph or a function: what its names stand for, and what it computes from stored tensors alone.
+    """The names in the body of a graph or a function, and the values that it computes from stored tensors alone.
 
-    `arguments` are its inputs: where a function is called, the caller's scope and the caller's name; None for what
-    comes from outside of the model. `attributes` are those of the call, which nodes of a function may refer to;
-    `dynamic` are the names that depend on the model's inputs, or on chance.
+    `arguments` are the inputs: scope and name of the caller's value for a function, None for an input of the model.
+    `attributes` are the attributes of the call, to which nodes of a function may refer. `dynamic` are the names whose
+    values depend on the model's inputs or on random numbers.
     """
 
     def __init__(
@@ -144,7 +143,7 @@ class _Scope:
         self.tensors = {tensor.name: tensor for tensor in getattr(body, "initializer", ())}
         self.nodes = {name: node for node in body.node for name in node.output if name}
         self.dynamic = {name for name, source in arguments.items() if source is None} - self.tensors.keys()
-        for node in body.node:  # in order, so that no chain of nodes has to be followed up
+        for node in body.node:  # in order, so one walk finds all
             if node.op_type in RANDOM or not self.dynamic.isdisjoint(node.input):
                 self.dynamic.update(filter(None, node.output))
         self.found: dict[str, Array | None] = {}
@@ -174,7 +173,7 @@ class _Scope:
         return _Scope(function, opsets, self.functions, arguments, attributes, calls=(*self.calls, called))
 
     def resolved(self, node: Any) -> Any:
-        """The node with the call's attributes where it refers to them."""
+        """The node with references to the call's attributes resolved."""
         if not any(a.ref_attr_name for a in node.attribute):
             return node
         other = type(node)()
@@ -193,7 +192,7 @@ class _Scope:
         if name in self.dynamic:
             return None
         if name not in self.found:
-            self.found[name] = None  # meanwhile: a graph with a circle has no value
+            self.found[name] = None  # meanwhile, so that a cycle in the graph has no value
             try:
                 self.found[name] = self._value(name)
             except ValueError:
@@ -218,7 +217,7 @@ class _Scope:
         return self.outer.value(name) if self.outer else None
 
     def _computed(self, node: Any, name: str) -> Array | None:
-        """An output of a node on constants, by ONNX's own implementation of the operator."""
+        """An output of a node with constant inputs, from ONNX's reference implementation."""
         from onnx import helper
         from onnx.reference import ReferenceEvaluator
 
@@ -248,7 +247,7 @@ def _opsets(a: Any) -> dict[str, int]:
 
 
 def _batch_norms(body: Any, scope: _Scope, prefix: str = "") -> Iterator[tuple[str, Any, _Scope]]:
-    """(path, node, scope) of every BatchNormalization of a graph or function, and of what it contains and calls."""
+    """(path, node, scope) of every BatchNormalization in a graph or function, its subgraphs and its calls."""
     for node in body.node:
         path = prefix + (node.name or next(filter(None, node.output), node.op_type))
         node = scope.resolved(node)
@@ -299,7 +298,7 @@ def _from_node(node: Any, scope: _Scope) -> BatchNorm:
 
 
 def _trains(node: Any, attributes: Mapping[str, Any], version: int) -> bool:
-    """Whether a node normalizes by the batch's statistics, which versions of the operator say in three ways."""
+    """Whether a node normalizes with the batch's statistics; the operator's versions have three ways to say it."""
     if version >= 14:
         return bool(attributes.get("training_mode", 0))
     if version >= 7:
@@ -308,5 +307,5 @@ def _trains(node: Any, attributes: Mapping[str, Any], version: int) -> bool:
 
 
 def _decimal(attribute: float) -> float:
-    """The number that was written: ONNX keeps attributes in float32, 1e-5 as 9.999999747378752e-06."""
+    """The decimal number of a float32 attribute, since ONNX stores 1e-5 as 9.999999747378752e-06."""
     return float(str(np.float32(attribute)))

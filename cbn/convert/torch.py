@@ -1,4 +1,4 @@
-"""Layers from PyTorch modules, and back as a state dict."""
+"""Layers from PyTorch modules, and state dicts for PyTorch."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from ..batchnorm import BatchNorm
 from ..checks import Activation, Array
 from .common import ARRAYS, base_of, kind_of, layer_of, missing_package, refuse_overrides
 
-# PyTorch's classes and those of cbn that accept the same ranks.
+# PyTorch's classes, and cbn's classes for the same ranks.
 CLASSES = {
     "BatchNorm1d": batchnorm.BatchNorm1d,
     "BatchNorm2d": batchnorm.BatchNorm2d,
     "BatchNorm3d": batchnorm.BatchNorm3d,
     "SyncBatchNorm": BatchNorm,
 }
-# Classes of other packages whose values are known, by module and name: what normalizes, then `drop` and `act` if any.
+# Known classes of other packages, by module and name: a batch norm, then `drop` and `act` if they exist.
 TIMM = {
     (module, name)
     for module in ("timm.layers.norm_act", "timm.models.layers.norm_act")
@@ -45,33 +45,32 @@ HOOKS = ("forward_pre_hooks", "forward_hooks", "backward_pre_hooks", "backward_h
 
 
 def from_torch(module: Any) -> BatchNorm:
-    """A layer like a PyTorch one: arguments, parameters, statistics, mode.
+    """Convert a PyTorch batch norm: arguments, parameters, statistics, mode.
 
     Parameters
     ----------
     module : torch.nn.BatchNorm1d, BatchNorm2d, BatchNorm3d or SyncBatchNorm
-        On any device, of any floating dtype; float16 and bfloat16 parameters become float32. Subclasses too that
-        redefine nothing of what is computed, and what is known to be a batch norm and an activation: a
-        torch.nn.Sequential of one and ReLU, LeakyReLU or Identity, torch.ao's BNReLU2d and BNReLU3d, timm's
-        BatchNormAct2d, the FrozenBatchNorm2d of torchvision and detectron2, and what torch.compile makes of these.
+        Module on any device, with any floating dtype; float16 and bfloat16 parameters become float32. Subclasses are
+        accepted if they do not redefine the computation. So are known classes with a batch norm and an activation: a
+        torch.nn.Sequential of a batch norm and ReLU, LeakyReLU or Identity, torch.ao's BNReLU2d and BNReLU3d, timm's
+        BatchNormAct2d, the FrozenBatchNorm2d of torchvision and detectron2; and any of these after torch.compile.
 
     Returns
     -------
     BatchNorm1d, BatchNorm2d, BatchNorm3d, or for SyncBatchNorm BatchNorm
-        With copies of the module's arrays, in the module's mode; of a frozen class, frozen.
+        Layer with copies of the module's arrays, in the module's mode; frozen for a frozen class.
 
     Raises
     ------
     TypeError
-        For another kind of object, and for a subclass or an instance that redefines forward or what it calls.
+        For another kind of object, and for a subclass or an instance that redefines `forward` or what `forward` calls.
     ValueError
-        For a lazy module that has seen no input yet; for a module with hooks, its own or those of all modules, with
-        parametrized weights, or on the meta device; for a SyncBatchNorm among several processes; for another
-        activation.
+        For a lazy module without an input so far; for a module with hooks (its own or global ones), with parametrized
+        weights, or on the meta device; for a SyncBatchNorm among several processes; for another activation.
 
     Notes
     -----
-    Hooks of tensors and the `requires_grad` of parameters are not looked at.
+    The function ignores hooks of tensors and the `requires_grad` of parameters.
 
     Examples
     --------
@@ -106,23 +105,24 @@ def from_torch(module: Any) -> BatchNorm:
 
 
 def to_torch_state(bn: BatchNorm) -> dict[str, Any]:
-    """A layer's `state_dict` as PyTorch's tensors, for its `load_state_dict`.
+    """Return a layer's `state_dict` as PyTorch tensors, for `load_state_dict` of a PyTorch module.
 
     Parameters
     ----------
     bn : BatchNorm
+        Layer of cbn.
 
     Returns
     -------
     dict of str to torch.Tensor
-        Copies, without those that are None.
+        Copies of all arrays that are not None.
 
     Raises
     ------
     TypeError
-        For what is no layer of cbn.
+        If `bn` is no layer of cbn.
     ImportError
-        Without PyTorch.
+        If PyTorch is missing.
 
     Examples
     --------
@@ -144,12 +144,12 @@ def to_torch_state(bn: BatchNorm) -> dict[str, Any]:
 
 
 def _known(module: Any) -> tuple[str, str]:
-    """Module and name of the class, by which those that are known are found."""
+    """Module and name of the class, for the tables of known classes."""
     return type(module).__module__, type(module).__qualname__
 
 
 def _from_batch_norm(module: Any, cls: type[BatchNorm], activation: Activation) -> BatchNorm:
-    """The layer of a torch.nn class's instance, which computes what its class says."""
+    """The layer of a plain instance of a torch.nn class."""
     _refuse_hooks(module)
     if cls is BatchNorm:
         _refuse_processes(module)
@@ -167,7 +167,7 @@ def _from_batch_norm(module: Any, cls: type[BatchNorm], activation: Activation) 
 
 
 def _from_frozen(module: Any, activation: Activation) -> BatchNorm:
-    """The layer of a module that normalizes with its buffers in both modes."""
+    """The frozen layer of a module that normalizes with its buffers in both modes."""
     _refuse_hooks(module)
     arrays = {name: _from_tensor(getattr(module, name), name) for name in ARRAYS}
     layer = layer_of(
@@ -182,7 +182,7 @@ def _from_frozen(module: Any, activation: Activation) -> BatchNorm:
 
 
 def _from_sequence(module: Any) -> BatchNorm:
-    """The layer of a batch norm that an activation may follow."""
+    """The layer of a batch norm and an optional activation."""
     _refuse_patched(module)
     _refuse_hooks(module)
     parts = list(module.children())
@@ -198,7 +198,7 @@ def _from_sequence(module: Any) -> BatchNorm:
 
 
 def _after(module: Any) -> Activation:
-    """The activation of a known class with `drop` and `act`."""
+    """The activation of a known class with attributes `drop` and `act`."""
     _refuse_patched(module)
     drop = getattr(module, "drop", None)
     if drop is not None and _known(drop) != ("torch.nn.modules.linear", "Identity"):
@@ -207,7 +207,7 @@ def _after(module: Any) -> Activation:
 
 
 def _activation(module: Any) -> Activation:
-    """An activation module as `activation`."""
+    """An activation module as an `activation` argument."""
     if module is None:
         return None
     _refuse_patched(module)
@@ -226,7 +226,7 @@ def _activation(module: Any) -> Activation:
 
 
 def _refuse_hooks(module: Any) -> None:
-    """Refuse hooks, which may change values and gradients: the module's and, where PyTorch is loaded, everybody's."""
+    """Refuse hooks, which may change values and gradients: the module's own and, if PyTorch is loaded, global ones."""
     everybody = sys.modules.get("torch.nn.modules.module")
     for name in HOOKS:
         own = getattr(module, f"_{name}", None)
@@ -242,9 +242,7 @@ def _refuse_hooks(module: Any) -> None:
 
 
 def _refuse_patched(module: Any) -> None:
-    """Refuse an instance with a function of its own in place of one of its class, whose forward is known; and a class
-    whose forward has been replaced.
-    """
+    """Refuse an instance that hides a method of its class with an attribute, and a class with a replaced forward."""
     kind = type(module)
     if (getattr(kind.forward, "__module__", None) or "").split(".")[0] != kind.__module__.split(".")[0]:
         raise TypeError(f"the forward of {kind_of(module)} has been replaced, so its values may be others")
@@ -263,7 +261,7 @@ def _refuse_parametrized(module: Any) -> None:
 
 
 def _refuse_processes(module: Any) -> None:
-    """Refuse a SyncBatchNorm where there are several processes, whose batches it normalizes together."""
+    """Refuse a SyncBatchNorm among several processes, since it normalizes their batches together."""
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         n = distributed.get_world_size(module.process_group)
@@ -275,7 +273,7 @@ def _refuse_processes(module: Any) -> None:
 
 
 def _from_tensor(tensor: Any, name: str) -> Array | None:
-    """A tensor's values; float32 for those of types that numpy has not."""
+    """The values of a tensor; types that numpy lacks become float32."""
     if tensor is None:
         return None
     if tensor.is_meta:

@@ -1,5 +1,5 @@
 # cython: boundscheck=False, wraparound=False
-"""A compiled tool that embeds cbn: it normalizes frames as they come, while other Python threads run.
+"""A Cython extension that embeds cbn: it normalizes frames as they come, while other Python threads run.
 
 Each frame, (pixels, channels) of float32, is normalized with its own statistics, whose average over all frames
 is kept. The whole loop holds no GIL and makes no Python object; the passes are cbn's, and so are their threads.
