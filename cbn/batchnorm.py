@@ -265,7 +265,8 @@ class BatchNorm(State):
         if batch_statistics:
             checks.more_than_one_value(inp.x, inp.n_channels)
             if tracked:
-                self._check_writable(running_mean=running_mean, running_var=running_var, num_batches_tracked=counter)
+                names = "running_mean", "running_var", "num_batches_tracked"
+                channels.check_writable((running_mean, running_var, counter), names)
         affine = Affine(values[2], values[3])
         return Snapshot(version, training, batch_statistics, tracked, eps, affine, epilogue, sources, values, counter)
 
@@ -274,7 +275,7 @@ class BatchNorm(State):
         saved: str | Context = context
         if _checks_inputs:
             context.digests = digest(context.inp.x), digest(context.epilogue.residual)
-        if out is not None and any(arrays.overlaps(a, out) for a in context.read):
+        if context.is_overwritten_by(out):
             saved = OVERWRITTEN
         if now.batch_statistics and now.tracked and context.inp.layout is not None:
             momentum = 0.0 if self._momentum is None and now.counter is None else self._momentum
@@ -368,12 +369,6 @@ class BatchNorm(State):
         words = f"{name} should contain {inp.n_channels} elements not {n}"
         raise checks.ArgumentError(words + checks.other_axis(inp.x, n))
 
-    @staticmethod
-    def _check_writable(**arrays: Array | None) -> None:
-        for name, a in arrays.items():
-            if a is not None and not a.flags.writeable:
-                raise ValueError(f"{name} is read-only, but has to be updated")
-
     def backward(self, dy: ArrayLike, *, out: Array | None = None) -> Array | Any:
         """Gradient with respect to the input of the last training forward.
 
@@ -413,8 +408,8 @@ class BatchNorm(State):
         weight_grad = None if context.affine.weight is None else self.weight_grad
         bias_grad = None if self.bias is None else self.bias_grad
         want_sums = weight_grad is not None or bias_grad is not None
-        self._check_writable(weight_grad=weight_grad, bias_grad=bias_grad)
-        if out is not None and any(arrays.overlaps(a, out) for a in context.read):
+        channels.check_writable((weight_grad, bias_grad), ("weight_grad", "bias_grad"))
+        if context.is_overwritten_by(out):
             self._remember(OVERWRITTEN)  # before the pass, since an exception in it may leave x half overwritten
         try:
             dx, dresidual, dweight, dbias = steps.backward(dy, context, True, want_sums, out)

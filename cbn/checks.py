@@ -248,6 +248,8 @@ def doubles(x: Any, name: str) -> Doubles:
 
 def axis_index(channel_axis: SupportsIndex, ndim: int) -> int:
     """The channel axis as an index from 0."""
+    if type(channel_axis) is int and -ndim <= channel_axis < ndim:
+        return channel_axis % ndim  # the common case
     axis = integer(channel_axis, "channel_axis", "an integer")
     if not -ndim <= axis < ndim:
         raise ValueError(f"channel_axis {axis} is out of range for an input of {ndim} dimensions")
@@ -273,6 +275,10 @@ def output(
     """
     if out is None:
         return None
+    if type(out) is np.ndarray:
+        view = out.view()
+        if view.dtype is dtype and view.shape == shape and view.flags.writeable:
+            return view  # the common case
     if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
         raise TypeError(f"out must be a numpy array, not {type(out).__name__}")
     out = np.ndarray.view(out, np.ndarray)

@@ -8,7 +8,7 @@ whose parts live in several processes or chunks.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple, SupportsIndex
+from typing import Any, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
@@ -37,13 +37,6 @@ __all__ = [
     "native_batch_norm",
     "native_batch_norm_backward",
 ]
-
-
-class Running(NamedTuple):
-    """The caller's running statistics."""
-
-    mean: Array | Any
-    var: Array | Any
 
 
 def batch_norm(
@@ -140,14 +133,13 @@ def batch_norm(
         raise checks.dtype_error(a, x, "input", checks.INPUTS)
     else:
         inp = as_input(a, channel_axis)
-    affine, running = Affine(weight, bias), Running(running_mean, running_var)
-    return _batch_norm(inp, affine, running, training, momentum, eps, Epilogue(residual, slope), out, quantization)[0]
+    arrays_c = running_mean, running_var, weight, bias
+    return _batch_norm(inp, arrays_c, training, momentum, eps, Epilogue(residual, slope), out, quantization)[0]
 
 
 def _batch_norm(
     inp: Input,
-    affine: Affine,
-    running: Running,
+    arrays_c: tuple[Any, Any, Any, Any],
     training: bool,
     momentum: Number,
     eps: Number,
@@ -155,42 +147,41 @@ def _batch_norm(
     out: Array | None,
     quantization: Quantization | None = None,
 ) -> tuple[Array, Doubles, Doubles]:
-    """(y, save_mean, save_invstd) for both public functions. Only the input has been checked."""
+    """(y, save_mean, save_invstd) for both public functions. Only the input has been checked.
+
+    arrays_c: running mean, running variance, weight and bias, as the caller gave them.
+    """
     given = out
     out, residual = as_outputs(inp, out, epilogue.residual)
-    epilogue = Epilogue(residual, epilogue.negative_slope)
+    if residual is not None:
+        epilogue = Epilogue(residual, epilogue.negative_slope)
     fraction = checks.momentum_fraction(momentum)
-    (checks.buffers_for_batch if training else checks.buffers_for_eval)(*running)
-    running, affine = _per_channel(inp, running, affine, updated=bool(training))
+    running_mean, running_var, weight, bias = arrays_c
+    (checks.buffers_for_batch if training else checks.buffers_for_eval)(running_mean, running_var)
+    x, n = inp.x, inp.n_channels
+    running_mean = checks.per_channel(running_mean, "running_mean", n, written=bool(training), x=x)
+    running_var = checks.per_channel(running_var, "running_var", n, written=bool(training), x=x)
+    weight = checks.per_channel(weight, "weight", n, x=x)
+    bias = checks.per_channel(bias, "bias", n, x=x)
     epsilon = checks.epsilon_for(eps, training)
-    statistics = () if training else running
-    inp.promote_for(*[a.dtype for a in (*affine, *statistics) if a is not None])
-    mean, var, weight, bias = channels.as_doubles(inp.n_channels, *running, *affine)
-    affine = Affine(weight, bias)
+    mean, var, *affine = channels.as_doubles(n, running_mean, running_var, weight, bias)
     if not training:
-        coef = steps.coefficients(mean, passes.inverse_std(var, epsilon), affine)
+        inp.promote_for(running_mean, running_var, weight, bias)
+        coef = passes.coefficients(mean, passes.inverse_std(var, epsilon), *affine)
         if quantization is None:
             y = steps.forward_fixed(inp, coef, epilogue, out)
         else:
             y = forward_quantized(inp, coef, epilogue, out, quantization)
         return y if given is None else given, np.empty(0), np.empty(0)
-    checks.more_than_one_value(inp.x, inp.n_channels)
-    y, context = steps.forward_batch(inp, affine, epsilon, epilogue, out)
-    if running.mean is not None and inp.layout is not None:
+    inp.promote_for(weight, bias)
+    checks.more_than_one_value(x, n)
+    y, context = steps.forward_batch(inp, Affine(*affine), epsilon, epilogue, out)
+    if running_mean is not None and inp.layout is not None:
         # The current ones, which other threads may have moved; the copies if y was written over them
-        written = out is not None and any(arrays.overlaps(out, a) for a in running)
+        written = out is not None and (arrays.overlaps(out, running_mean) or arrays.overlaps(out, running_var))
         old = (mean, var) if written else None
-        channels.move_running(*running, None, context.mean, context.m2, inp.count, fraction, old=old)
+        channels.move_running(running_mean, running_var, None, context.mean, context.m2, inp.count, fraction, old=old)
     return y if given is None else given, context.mean, context.invstd
-
-
-def _per_channel(inp: Input, running: Running, affine: Affine, *, updated: bool) -> tuple[Running, Affine]:
-    """The four per-channel arguments, checked in PyTorch's order."""
-    n, x = inp.n_channels, inp.x
-    mean = checks.per_channel(running.mean, "running_mean", n, written=updated, x=x)
-    var = checks.per_channel(running.var, "running_var", n, written=updated, x=x)
-    weight = checks.per_channel(affine.weight, "weight", n, x=x)
-    return Running(mean, var), Affine(weight, checks.per_channel(affine.bias, "bias", n, x=x))
 
 
 def native_batch_norm(
@@ -238,8 +229,8 @@ def native_batch_norm(
     >>> mean, invstd
     (array([2.]), array([0.49999938]))
     """
-    inp, affine, running = as_input(x, channel_axis), Affine(weight, bias), Running(running_mean, running_var)
-    return _batch_norm(inp, affine, running, training, momentum, eps, NO_EPILOGUE, out)
+    inp, arrays_c = as_input(x, channel_axis), (running_mean, running_var, weight, bias)
+    return _batch_norm(inp, arrays_c, training, momentum, eps, NO_EPILOGUE, out)
 
 
 def native_batch_norm_backward(
@@ -338,7 +329,7 @@ def native_batch_norm_backward(
         checks.buffers_for_eval(running_mean, running_var)
         mean = checks.per_channel(running_mean, "running_mean", inp.n_channels, x=inp.x)
         invstd = checks.per_channel(running_var, "running_var", inp.n_channels, x=inp.x)
-    inp.promote_for(*[a.dtype for a in (weight, *(() if train else (mean, invstd))) if a is not None])
+    inp.promote_for(weight, *(() if train else (mean, invstd)))
     mean, invstd, scale = channels.as_doubles(inp.n_channels, mean, invstd, weight)
     if not train:
         invstd = passes.inverse_std(invstd, epsilon)

@@ -44,7 +44,9 @@ def as_outputs(inp: Input, out: Array | None, residual: ArrayLike | None) -> tup
 
 def as_gradient(inp: Input, dy: ArrayLike) -> Array:
     """The gradient of y for this input, with any floating dtype, or an error."""
-    a = arrays.with_room(checks.float_array, dy, "dy")
+    a: Array | Any = arrays.plain_view(dy)
+    if a is None:
+        a = arrays.with_room(checks.float_array, dy, "dy")
     if a.shape != inp.x.shape:
         raise ValueError(f"dy has shape {a.shape}; expected {inp.x.shape}, as the input")
     return a

@@ -73,9 +73,18 @@ class Context:
 
     @property
     def read(self) -> list[Array]:
-        """The arrays that backward reads."""
+        """The arrays that backward reads, element by element."""
         residual, slope = self.epilogue
         return [self.inp.x] if residual is None or slope == 1 else [self.inp.x, residual]
+
+    def is_overwritten_by(self, out: Array | None) -> bool:
+        """Whether a write to `out` changes what backward reads."""
+        if out is None:
+            return False
+        residual, slope = self.epilogue
+        return arrays.overlaps(self.inp.x, out) or (
+            residual is not None and slope != 1 and arrays.overlaps(residual, out)
+        )
 
 
 def copied_into(y: Array, out: Array | None) -> Array:
@@ -158,20 +167,13 @@ def backward(
             merge(_grad_moments(inp, *zeros))
         dx = (arrays.empty_like(inp.x) if out is None else out) if want_dx else None
         return Gradients(dx, None if context.epilogue.residual is None else arrays.empty_like(inp.x), *zeros)
-    work = _working_dtype(dy, context)
-    if work != inp.x.dtype or dy.dtype != inp.x.dtype:
-        return _backward_wider(dy, context, want_dx, want_sums, out, merge, work)
-    return _backward(dy, context, want_dx, want_sums, out, merge, None)
-
-
-def _working_dtype(dy: Array, context: Context) -> np.dtype[Any]:
-    """The dtype in which the passes compute and store dh = dy*act' and dx."""
-    dtype = context.inp.x.dtype
+    dtype = inp.x.dtype
     if dy.dtype != dtype:
-        return np.dtype(np.float64)
+        return _backward_wider(dy, context, want_dx, want_sums, out, merge, np.dtype(np.float64))
     if dtype.itemsize == 2 and context.epilogue.negative_slope not in (0, 1):
-        return np.dtype(np.float32)  # the stored dy*slope has more digits than 16 bits hold
-    return dtype
+        # dy*slope, which is kept in between, has more digits than 16 bits hold
+        return _backward_wider(dy, context, want_dx, want_sums, out, merge, np.dtype(np.float32))
+    return _backward(dy, context, want_dx, want_sums, out, merge, None)
 
 
 def _backward_wider(

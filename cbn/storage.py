@@ -11,7 +11,6 @@ import json
 import math
 import os
 import re
-import secrets
 import stat
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
@@ -233,7 +232,7 @@ def _replace(path: str, content: bytes) -> None:
         return
     if old and not os.access(path, os.W_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
-    temporary = os.path.join(os.path.dirname(target), f".cbn-{secrets.token_hex(8)}.tmp")
+    temporary = os.path.join(os.path.dirname(target), f".cbn-{os.urandom(8).hex()}.tmp")
     try:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
         with open(os.open(temporary, flags, 0o600 if old else 0o666), "wb") as file:

@@ -214,7 +214,7 @@ def batch_norm_elemt(
     given, (out, residual) = out, as_outputs(inp, out, residual)
     weight = checks.per_channel(weight, "weight", inp.n_channels, x=inp.x)
     bias = checks.per_channel(bias, "bias", inp.n_channels, x=inp.x)
-    inp.promote_for(*[a.dtype for a in (weight, bias) if a is not None])
+    inp.promote_for(weight, bias)
     means, invstds, *affine = _statistics(inp, mean, invstd, weight, bias)
     coef = steps.coefficients(means, invstds, Affine(*affine))
     y = steps.forward_fixed(inp, coef, Epilogue(residual, slope), out)
@@ -333,7 +333,7 @@ def batch_norm_backward_elemt(
     given, out = out, checks.output(out, inp.x.shape, inp.x.dtype)
     dy = as_gradient(inp, dy)
     weight = checks.per_channel(weight, "weight", inp.n_channels, x=inp.x)
-    inp.promote_for(*[a.dtype for a in (weight,) if a is not None])
+    inp.promote_for(weight)
     sums = [
         checks.per_channel(a, name, inp.n_channels, x=inp.x)
         for a, name in ((sum_dy, "sum_dy"), (sum_dy_xmu, "sum_dy_xmu"))

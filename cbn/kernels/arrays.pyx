@@ -331,10 +331,12 @@ cdef class Input:
         """Values per channel; 0 for an empty array, whatever is empty about it."""
         return 0 if self.layout is None else self.layout.count
 
-    def promote_for(self, *dtypes):
-        """Compute in the widest of these dtypes and x's own; in float32 at least."""
-        own = max(cnp.PyArray_ITEMSIZE(self.x), 4)
-        self.in_float64 = any([dtype.itemsize > own for dtype in dtypes])
+    def promote_for(self, *parameters):
+        """Compute in the widest dtype of these arrays and x, in float32 at least; a dtype will do, and None is none."""
+        cdef Py_ssize_t own = max(cnp.PyArray_ITEMSIZE(self.x), 4)
+        for a in parameters:
+            if a is not None and <Py_ssize_t>a.itemsize > own:
+                self.in_float64 = True
 
     def can_walk(self, cnp.ndarray a):
         """Whether the loops can go through `a`, of the same shape, with x's partition."""

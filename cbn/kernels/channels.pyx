@@ -86,6 +86,16 @@ cdef Vector writable(cnp.ndarray a, Py_ssize_t n, str name) except *:
     return vector_of(a)
 
 
+def check_writable(tuple arrays, tuple names):
+    """Refuse a read-only array by its name; None passes."""
+    cdef cnp.ndarray a
+    cdef Py_ssize_t i
+    for i in range(len(arrays)):
+        a = arrays[i]
+        if a is not None and not cnp.PyArray_ISWRITEABLE(a):
+            raise ValueError(f"{names[i]} is read-only, but has to be updated")
+
+
 cdef cnp.ndarray new_doubles(cnp.npy_intp n):
     return cnp.PyArray_SimpleNew(1, &n, cnp.NPY_DOUBLE)
 
