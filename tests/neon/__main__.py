@@ -1,12 +1,14 @@
 """`make neon`: the loops for 64-bit Arm, cross-compiled, run by an emulator, and compared with the reference.
 
 Every type, both layouts and directions, plain and activated, with and without a residual; reduction, apply, and both at
-once. The results of each set have to lie within the limits of tests/conftest.py. The sets `baseline` and `neon` have to
-give the same bits where the compiler fuses no multiplication with an addition (-ffp-contract=off). By default it does,
-and may choose other places in the two sets; then the number of cases with the same bits is shown.
+once. The results of each set have to lie within the limits of tests/paths.py. Where the compiler fuses no multiplication
+with an addition (-ffp-contract=off), the sets `baseline` and `neon` have to give the same bits, and on an x86-64 machine
+its own `baseline` too. By default the compiler fuses, and may choose other places in the two sets; then the number of
+cases with the same bits is shown.
 """
 
 import os
+import platform
 import shutil
 import struct
 import subprocess
@@ -21,12 +23,13 @@ import numpy as np
 
 from cbn import reference
 
-from ..conftest import GRADIENT_LIMIT, LIMIT, STATISTICS_LIMIT
+from ..paths import GRADIENT_LIMIT, LIMIT, STATISTICS_LIMIT
 
 ROOT = Path(__file__).parents[2]
 KERNELS = ROOT / "cbn" / "kernels"
 TOOLS = ("aarch64-linux-gnu-gcc", "qemu-aarch64")
 SETS = ("baseline", "neon")
+NATIVE = "baseline of x86-64"
 # Those of setup.py, but quickly compiled: -O1, with the optimizations that fuse multiplications with additions
 FLAGS = ["-O1", "-fexpensive-optimizations", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-fwrapv", "-Wall",
          "-Wextra", "-Werror", f"-I{KERNELS}"]  # fmt: skip
@@ -163,9 +166,17 @@ def compile_all(folder):
         yield variant, program
 
 
-def results(program, name, path):
+def compile_native(folder):
+    """The driver for this machine, with the baseline of x86-64, which has no instruction that fuses."""
+    program = folder / "native"
+    sources = [KERNELS / "sets" / "baseline.c", Path(__file__).parent / "driver.c"]
+    subprocess.run(["cc", *FLAGS, "-DBASELINE_ALONE", *sources, "-lm", "-o", program], check=True)
+    return program
+
+
+def results(program, name, path, emulator=(TOOLS[1], "-L", "/usr/aarch64-linux-gnu")):
     """Case -> its errors and its digest."""
-    command = [TOOLS[1], "-L", "/usr/aarch64-linux-gnu", program, name, path]
+    command = [*emulator, program, name, path]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{' '.join(map(str, command))}: status {done.returncode}\n{done.stderr}")
@@ -187,14 +198,14 @@ def differences(variant, found, about):
                     failures += 1
                     print(f"{variant}, {name}: {case}: {what} is {error:.2e} off, more than {limit:.2e}")
     differ = [case for case in about if len({of_set[case][1] for of_set in found.values()}) > 1]
-    print(f"{variant}: {len(about)} cases, {len(about) - len(differ)} with the same bits from {' and '.join(SETS)}")
+    print(f"{variant}: {len(about)} cases, {len(about) - len(differ)} with the same bits from {', '.join(found)}")
     for type_ in TYPES:
         errors = [f"{what} {e:.1e}" for (t, what), e in worst.items() if t == type_ and e]
         print(f"  largest errors of {type_}: {', '.join(errors)}")
     if variant == NOT_FUSED:
         failures += len(differ)
         for case in differ:
-            print(f"{variant}: {case}: other bits from {' and '.join(SETS)}")
+            print(f"{variant}: {case}: not the same bits from {', '.join(found)}")
     return failures
 
 
@@ -213,7 +224,10 @@ def main():
                 file.write(data)
                 about[case] = limits(y_type, backward)
         for variant, program in compile_all(folder):
-            failures += differences(variant, {name: results(program, name, path) for name in SETS}, about)
+            found = {name: results(program, name, path) for name in SETS}
+            if variant == NOT_FUSED and platform.machine() == "x86_64":
+                found[NATIVE] = results(compile_native(folder), "baseline", path, emulator=())
+            failures += differences(variant, found, about)
     print(f"{'failed' if failures else 'passed'} in {time.monotonic() - began:.0f} s")
     return failures > 0
 
