@@ -1,10 +1,10 @@
 """`make neon`: the loops for 64-bit Arm, cross-compiled, run by an emulator, and compared with the reference.
 
-Every type, both layouts and directions, plain and activated, with and without a residual; reduction, apply, and both
-at once. The results of each set have to lie within the limits of tests/paths.py. Where the compiler fuses no
-multiplication with an addition (-ffp-contract=off), the sets `baseline` and `neon` have to give the same bits, and on an
-x86-64 machine its own `baseline` too. By default the compiler fuses, and may choose other places in the two sets; then
-the number of cases with the same bits is shown.
+Every type, both layouts and directions, plain and activated, with and without a residual; reduction, apply, both at
+once. The results of each set have to lie within the limits of tests/paths.py. Where the compiler fuses no
+multiplication with an addition (-ffp-contract=off), the sets `baseline` and `neon` have to give the same bits, and
+on an x86-64 machine its own `baseline` too. By default the compiler fuses, and may choose other places in the two
+sets; then the number of cases with the same bits is shown.
 """
 
 import os
