@@ -14,7 +14,7 @@ coefficients, apply them element by element.
 `cbn.steps`               the work of a call around the passes, and the context of backward
 `cbn.moments`             count, mean and sum of squared distances; exact merge
 `cbn.inputs`              arguments in the form that the passes read
-`cbn.checks`              checks of arguments, and every error message
+`cbn.checks`              checks of arguments that layers and functions share, with their messages
 `cbn.entries`             entries of state dicts and files
 `cbn.storage`             layers in files
 `cbn.convert`             layers of PyTorch, Keras, ONNX, Flax, Equinox, Haiku, MLX

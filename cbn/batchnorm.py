@@ -289,7 +289,7 @@ class BatchNorm(State):
             self._remember(saved)
 
     def _remember(self, saved: str | Context) -> None:
-        """Keep the context for backward, and the plan, which an assignment would drop. Evaluation reads no context."""
+        """Keep the context for backward, without an assignment, which would drop the plan."""
         self.__dict__["_saved"] = saved
 
     def plan(
@@ -406,7 +406,7 @@ class BatchNorm(State):
         dy = as_gradient(inp, dy)
         given, out = out, checks.output(out, inp.x.shape, inp.x.dtype)
         weight_grad = None if context.affine.weight is None else self.weight_grad
-        bias_grad = None if self.bias is None else self.bias_grad
+        bias_grad = None if context.affine.bias is None else self.bias_grad
         want_sums = weight_grad is not None or bias_grad is not None
         channels.check_writable((weight_grad, bias_grad), ("weight_grad", "bias_grad"))
         if context.is_overwritten_by(out):

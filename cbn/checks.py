@@ -1,4 +1,4 @@
-"""Checks of arguments, and every error message. Nothing here computes or changes anything.
+"""Checks of arguments that layers and functions share, with their messages. Nothing here computes or changes anything.
 
 Messages are PyTorch's if PyTorch has one, so that a search for the text finds the known answer. Types are Python's:
 ValueError for shapes and values, TypeError for dtypes and kinds of object. Where PyTorch raises RuntimeError, cbn

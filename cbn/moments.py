@@ -197,4 +197,4 @@ def measure(inp: Input) -> Moments:
     """The moments of a checked input."""
     if inp.layout is None:
         return Moments._of(0, *np.zeros((2, inp.n_channels)))
-    return Moments._of(inp.count, *passes.moments(inp.layout, inp.x, inp.in_float64))
+    return Moments._of(inp.count, *passes.moments(inp.layout, inp.x))

@@ -1,8 +1,8 @@
 """The work of a call around the passes, forward and backward, and the context of backward.
 
-A layer or a function checks its arguments (`cbn.inputs`), calls one step, and keeps or returns its results. Without a
-`merge` a step calls one fused pass. With a `merge`, as for the statistics of several ranks, it calls a pass for each of
-measure, solve and apply, with the merge after measure.
+A layer or a function checks its arguments (`cbn.inputs`), calls one step, and keeps or returns its results. Through the
+statistics of the batch a step is one fused pass. With a `merge`, as for the statistics of several ranks, it calls a
+pass for each of measure, solve and apply, with the merge after measure.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Context:
     """The context of one forward for backward: input and residual by reference, per-channel arrays as copies.
 
     With `batch_statistics` mean, m2 and invstd are the statistics that normalized, over `count` values of each channel
-    (with a `merge` the statistics of all parts). Otherwise mean and invstd are the running statistics.
+    (with a `merge` the statistics of all parts). Otherwise mean and invstd are those of the running statistics.
     """
 
     inp: Input
@@ -156,9 +156,9 @@ def backward(
     out: Array | None,
     merge: GradMerge | None = None,
 ) -> Gradients:
-    """Gradients of a forward pass. dweight and dbias are None unless `want_sums`; a `merge` does not change them.
+    """Gradients of a forward pass. dweight and dbias may be None unless `want_sums`; a `merge` does not change them.
 
-    If dy's dtype differs from x's, both become float64.
+    If dy's dtype differs from x's, both become float64; for 16-bit elements and a leaky slope, float32.
     """
     inp = context.inp
     if inp.layout is None:
@@ -251,11 +251,12 @@ def _backward(
     forward = context.mean, context.invstd, *context.affine, inp.in_float64, residual, slope, dh
     sums: Doubles | Any = None
     products: Doubles | Any = None
+    dweight: Doubles | Any = None
     if dx is not None and context.batch_statistics and merge is None:
         keeps_dh = dresidual is not None
-        sums, products = passes.gradients(inp.layout, dy, inp.x, dx, *forward, keeps_dh, y_dtype)
+        sums, products, dweight = passes.gradients(inp.layout, dy, inp.x, dx, *forward, keeps_dh, y_dtype)
     elif want_sums or dh is not None or (context.batch_statistics and dx is not None):
-        sums, products = passes.grad_moments(inp.layout, dy, inp.x, *forward, y_dtype)
+        sums, products, dweight = passes.grad_moments(inp.layout, dy, inp.x, *forward, y_dtype)
     if dx is not None:
         if not context.batch_statistics:
             _scale(dy if dh is None else dh, context, dx)
@@ -263,9 +264,7 @@ def _backward(
             total = merge(_grad_moments(inp, sums, products))
             _solve_and_apply(dy if dh is None else dh, context, total, dx)
         dx = copied_into(dx, out)
-    if sums is None:
-        return Gradients(dx, dresidual, None, None)
-    return Gradients(dx, dresidual, passes.product(products, context.invstd), sums)
+    return Gradients(dx, dresidual, dweight, sums)
 
 
 def _scale(dh: Array, context: Context, dx: Array) -> None:
@@ -299,7 +298,9 @@ def measure_gradients(dy: Array, context: Context) -> GradMoments:
         return _grad_moments(inp, *np.zeros((2, inp.n_channels)))
     if dy.dtype != inp.x.dtype:
         inp, dy = _widened(inp, np.dtype(np.float64)), arrays.with_room(dy.astype, np.float64)
-    return _grad_moments(inp, *passes.grad_moments(inp.layout, inp.matched(dy), inp.x, context.mean, context.invstd))
+    return _grad_moments(
+        inp, *passes.grad_moments(inp.layout, inp.matched(dy), inp.x, context.mean, context.invstd)[:2]
+    )
 
 
 def apply_gradients(dy: Array, context: Context, total: GradMoments, out: Array | None) -> Array:

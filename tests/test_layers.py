@@ -813,3 +813,19 @@ def test_a_counter_of_a_subclass_is_kept_as_what_it_is():
     assert type(bn.num_batches_tracked) is np.ndarray
     assert bn.num_batches_tracked.dtype == np.int64
     assert bn.num_batches_tracked == 7
+
+
+def test_backward_follows_the_forward_and_not_what_has_been_switched_off_since(rng):
+    x = rng.standard_normal((6, 3)).astype(np.float32)
+    bn = cbn.BatchNorm1d(3)
+    bn(x)
+    bn.weight = bn.bias = None
+    bn.backward(np.ones_like(x))
+    assert np.array_equal(bn.bias_grad, np.full(3, 6, np.float32))
+    assert np.abs(bn.weight_grad).max() < 1e-5
+    bn = cbn.BatchNorm1d(3, affine=False)
+    bn(x)
+    bn.weight = bn.bias = np.ones(3, np.float32)
+    bn.weight_grad = bn.bias_grad = np.zeros(3, np.float32)
+    bn.backward(np.ones_like(x))
+    assert not bn.bias_grad.any()

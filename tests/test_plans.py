@@ -13,7 +13,8 @@ import pytest
 
 import cbn
 from cbn import batchnorm
-from cbn.kernels import engine
+from cbn.inputs import as_input
+from cbn.kernels import engine, plans
 
 from .paths import DTYPES, LAYOUTS, in_memory_order
 
@@ -682,3 +683,15 @@ def test_shape_and_dtype_of_a_plan_cannot_be_assigned():
     vars(plan)["_shape"] = (2, 1 << 22)  # nobody's business, and still no crash
     with pytest.raises(ValueError, match=r"coefficients of shape \(3, 3\) for 4194304 channels"):
         plan(np.ones((2, 1 << 22), np.float32))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_plan_is_kept_for_values_that_the_arrays_do_not_have(dtype):
+    """As where another thread repairs a statistic while an evaluation reads it: a NaN is equal to nothing but a NaN."""
+    x = np.ones((4, 3), dtype)
+    for source, value, kept in ((1, 1, True), (1, np.nan, False), (np.nan, 1, False), (np.nan, np.nan, True)):
+        sources = (np.full(3, source, dtype), np.ones(3, dtype), None, None)
+        values = (np.full(3, float(value)), np.ones(3), None, None)
+        coef = np.array([values[0], values[1], np.zeros(3)])
+        plan = plans.Plan.of(as_input(x, 1), x, sources, values, coef)
+        assert (plan is not None) == kept, (source, value)

@@ -15,7 +15,7 @@ Where each line is, from a numpy array down to an instruction:
     plans.pyx         calls that repeat: everything prepared that does not depend on values
     arrays.pyx        numpy's side: how an array lies in memory (`Layout`, `Input`), memory of outputs; pool.c
     channels.pyx      parameters and statistics of a layer, read and written as one
-    ----------------  below this line no Python object, and no GIL
+    ----------------  below this line a job touches no Python object, and needs no GIL
     engine.pyx        threads, instruction sets, knobs; runs a job: which items, two passes or one pipeline; threads.c
     job.pxd           `Job`: all that one call of a pass is
     partition.pxd     how a pass falls into items for the threads
@@ -40,12 +40,12 @@ The words of this folder:
     copies         rows of few channels that are walked as one longer row
     shift          what a reduction subtracts from x, near the mean, so that no digits cancel
     dh             the gradient behind the activation: dy times the slope of act
-    coefficients   per channel, float64, (n, C): named rows in kernels.h
+    coefficients   per channel, float64, (n, C): named rows in kernels.h and coefficients.pxd
     factors        the same in the arithmetic of a loop, for one channel or one column
     pipeline       reduction and apply tile by tile, so that memory is read once
 
-So that a pass gives the same bits whatever runs it, the partition is made from shape, dtype and layout alone. What may
-change with the machine (threads, caches, kind of store, prefetch) decides no bit.
+So that a pass gives the same bits with one instruction set, what decides a sum is made from shape, dtype and layout
+alone. What may change with the machine (threads, caches, kind of store, prefetch) decides no bit.
 """
 
 __all__ = ["arrays", "channels", "engine", "passes", "plans"]

@@ -1,6 +1,7 @@
 # Solve: what a channel's statistics make of its coefficients, and whether float32 arithmetic does for them.
 #
-# An array of coefficients is (n, C), contiguous float64; kernels.h names its rows. Row i of channel c is coef[i*C + c].
+# An array of coefficients is (n, C), contiguous float64; kernels.h names its rows, but for BOUND below. Row i of
+# channel c is coef[i*C + c].
 from libc.math cimport fabs, isfinite, sqrt
 
 from .kernels cimport CBN_GRAD_MEAN, CBN_MEAN, CBN_OFFSET, CBN_SCALE, CBN_SLOPE
@@ -17,6 +18,7 @@ cdef extern from *:
 cdef enum:
     BOUND = 4                # backward, for the engine alone: what (x - mean)*slope and the lower parts can add
     FORWARD_ROWS = 3
+    REREAD_ROWS = 4          # forward, as backward reads them again
     BACKWARD_ROWS = 5
 
 
@@ -66,7 +68,7 @@ cdef inline double finite(double a) noexcept nogil:
 
 
 cdef inline bint takes_float64(double mean, double scale, double third, double slope, double added) noexcept nogil:
-    """Whether a channel of smaller elements does. Coefficients that are not finite are so in every type."""
+    """Whether a channel of smaller elements needs float64 arithmetic. Infinities and NaN are such in every type."""
     return not fits_float32(finite(mean), finite(scale), finite(third), finite(slope), finite(added))
 
 
@@ -83,7 +85,10 @@ cdef inline bint channel_takes_float64(const double *coef, Py_ssize_t C, Py_ssiz
 
 cdef inline bint all_fit(const double *coef, Py_ssize_t C, Py_ssize_t first, Py_ssize_t end, bint backward,
                          Py_ssize_t itemsize) noexcept nogil:
-    """Whether some channels need no float64 arithmetic; of float64 elements, no check of what comes out."""
+    """Whether none of these channels needs float64 arithmetic; of float64 elements, whether none can overflow.
+
+    A NaN counts as no.
+    """
     cdef Py_ssize_t c
     cdef const double *mean = coef + CBN_MEAN * C
     cdef const double *scale = coef + CBN_SCALE * C

@@ -4,7 +4,7 @@ from .kernels cimport cbn_isa, cbn_view
 from .partition cimport Extents
 
 cdef enum:
-    SMALL = 1 << 14       # bytes of an array that `apply_here` is done with before the GIL would be released
+    SMALL = 1 << 14       # bytes of an array: below, releasing the GIL costs more than `apply_here` takes
 
 cdef const cbn_isa *active    # the instruction set in use
 

@@ -1,5 +1,5 @@
-# The engine runs a Job on threads. The table of loops, the threads and the knobs are here, and no other module of the
-# kernels has state. The engine knows no array: it is given pointers and strides.
+# The engine runs a Job on threads. The instruction set in use, the numbers of threads and the knobs are here, and
+# nowhere else. The engine knows no array: it is given pointers and strides.
 """Instruction sets, threads, knobs, and the order of the work. Internal."""
 from cython.parallel cimport prange
 from libc.stdlib cimport labs
@@ -23,7 +23,7 @@ from .partition cimport (
     run_follows_run,
     runs_grid,
 )
-from .statistics cimport PLAIN, choose_shifts, fetch_samples, merge, solve
+from .statistics cimport IN_OWN_TYPE, choose_shifts, fetch_samples, merge, solve
 from .tiles cimport apply_tile, in_copy, tile_to_apply, tile_to_reduce, to_cache_lines
 
 import os
@@ -220,10 +220,11 @@ def tune(**knobs):
     No result depends on any of them.
 
     bytes_per_thread   memory from which another thread is worth its start; 1: for any two items
-    nontemporal_bytes  size of all arrays of a call from which its stores are non-temporal; 0: always
+    nontemporal_bytes  size of all arrays of a call from which its stores are non-temporal, unless in place, and from
+                       which the pipeline copies runs; 0: always
     l2_bytes           cache of one core; 0 and l3_bytes=0: two passes always, never channel by channel
     l3_bytes           cache of all cores
-    prefetch           whether the next channels are fetched while the present ones are computed
+    prefetch           whether reductions fetch what comes next
     """
     global bytes_per_thread, nontemporal_bytes, l2_bytes, l3_bytes, prefetch
     before = {"bytes_per_thread": bytes_per_thread, "nontemporal_bytes": nontemporal_bytes, "l2_bytes": l2_bytes,
@@ -240,7 +241,7 @@ def tune(**knobs):
 # ---- jobs ------------------------------------------------------------------------------------------------------
 
 cdef double vanishing(Element element) noexcept nogil:
-    """The largest float32, or float64 for that, that becomes zero as an element: half of the smallest one."""
+    """The largest value that rounds to zero in a 16-bit type, half of its smallest one; 0 for the others."""
     if element == F16:
         return 2.0 ** -25
     return 2.0 ** -134 if element == BF16 else 0
@@ -251,7 +252,7 @@ cdef Job make_job(const Extents *e, cbn_view x, Element element, Py_ssize_t item
     job.element, job.itemsize, job.y_itemsize = element, itemsize, itemsize
     job.n_bytes = e.C * e.N * e.S * itemsize
     job.in_float64 = in_float64 or element == F64
-    job.backward = job.batch_statistics = job.nontemporal = job.fused = False
+    job.backward = job.nontemporal = job.fused = False
     job.prefetch = prefetch
     job.copy = NULL
     job.x = job.y = job.g = x
@@ -259,7 +260,7 @@ cdef Job make_job(const Extents *e, cbn_view x, Element element, Py_ssize_t item
     job.negative_slope = 1
     job.z.data = job.dh.data = NULL
     job.weight_c = job.bias_c = job.shift_c = job.partial = job.sum_c = NULL
-    job.square_c = job.invstd_c = job.coef_c = job.forward_c = job.in_float64_c = NULL
+    job.square_c = job.invstd_c = job.coef_c = job.forward_c = job.sums_in_float64_c = NULL
     job.eps = 0
     job.vanishing = vanishing(element)
     if element == F64:
@@ -293,7 +294,7 @@ cdef void set_output(Job *job, const Extents *e, cbn_view y, Py_ssize_t itemsize
     job.y = y
     if job.itemsize == 1:
         job.y_itemsize = itemsize
-        job.n_bytes *= itemsize
+        job.n_bytes = e.C * e.N * e.S * itemsize
         if job.element == U8:
             job.loops = active.u8_f32 if itemsize == 4 else active.u8_bf16
         else:
@@ -365,8 +366,8 @@ cdef void choose_tiles(Job *job) noexcept nogil:
     """Whether reduction and apply go through tiles of whole channels, one after the other, and how large these are.
 
     They do where two tiles or more are left to each thread, the array is more than a quarter of a core's L2, and a tile
-    stays in the cache: in half of L2, or of the core's share of L3. Runs are joined to longer ones of several channels,
-    for the prefetchers of the hardware, as far as that allows.
+    stays in the cache: in half of L2, or in a quarter of the core's share of L3. Then several channels of runs are
+    joined in a tile, for the prefetchers of the hardware: up to twice L2.
     """
     cdef Grid *g = &job.reduction
     cdef Py_ssize_t arrays = 2 if job.backward else 1, n_bytes = arrays * job.n_bytes, channel_bytes = n_bytes // g.C
@@ -387,9 +388,6 @@ cdef void choose_tiles(Job *job) noexcept nogil:
         else ceil_div(g.S * job.itemsize, CACHE_LINE) * CACHE_LINE // job.itemsize + CACHE_LINE // job.itemsize
     job.copy_n = g.group * job.copy_c + 4 * CACHE_LINE // job.itemsize
     job.copy_bytes = ceil_div(arrays * g.N * job.copy_n * job.itemsize, CACHE_LINE) * CACHE_LINE
-    if job.fused and job.copying and not job.keeps_dh:
-        job.dh.data = NULL
-        job.nontemporal = stores_nontemporal(job)
 
 
 cdef Py_ssize_t copies_bytes(const Job *job) noexcept nogil:
@@ -401,8 +399,11 @@ cdef void set_copies(Job *job, char *memory) noexcept nogil:
     """Let the pipeline have that memory; without it, reduction and apply are two passes."""
     if memory == NULL:
         job.fused = False
-    else:
-        job.copy = memory + (-<Py_ssize_t>memory & (CACHE_LINE - 1))
+        return
+    job.copy = memory + (-<Py_ssize_t>memory & (CACHE_LINE - 1))
+    if not job.keeps_dh:
+        job.dh.data = NULL    # the copies have dh
+        job.nontemporal = stores_nontemporal(job)
 
 
 cdef void reduce_tile_again(Job *job, Py_ssize_t tile, cbn_view x_copy, int todo) noexcept nogil:
@@ -413,7 +414,7 @@ cdef void reduce_tile_again(Job *job, Py_ssize_t tile, cbn_view x_copy, int todo
     cdef cbn_tile reduction
     cdef cbn_loop loop = loop_of(job, job.loops, job.reduction.rows)
     while todo:
-        again.sum_in_float64 = not todo & PLAIN
+        again.sum_in_float64 = not todo & IN_OWN_TYPE
         for k in range(n_partials(&job.reduction)):
             r = rectangle(&job.reduction, item_of(&job.reduction, tile, k))
             reduction = tile_to_reduce(&again, &r)
@@ -443,7 +444,8 @@ cdef void pipeline(Job *job, Py_ssize_t begin, Py_ssize_t end, int thread) noexc
     g_copy = x_copy
     g_copy.data += x_copy.n * job.reduction.N * job.itemsize
     for tile in range(begin, end + 1):
-        # A tile that is applied begins with the cache line that it shares with the tile before
+        # Apply and the next reduction can be one call only if the tile before took `job.loops` too: the two tiles
+        # share a cache line, which the later one writes
         together = begin < tile < end and fit and (fit_before or job.copying)
         fit_before = fit
         for k in range(blocks):
@@ -472,7 +474,7 @@ cdef void pipeline(Job *job, Py_ssize_t begin, Py_ssize_t end, int thread) noexc
                 loop(&applied if together else NULL, &reduction)
         if tile == end:
             return
-        todo = merge(job, PLAIN, r.c, r.c + r.n_channels)
+        todo = merge(job, IN_OWN_TYPE, r.c, r.c + r.n_channels)
         if todo:
             reduce_tile_again(job, tile, x_copy, todo)
         solve(job, r.c, r.c + r.n_channels)
@@ -482,11 +484,11 @@ cdef void pipeline(Job *job, Py_ssize_t begin, Py_ssize_t end, int thread) noexc
 cdef void measure(Job *job) noexcept nogil:
     """Moments of all channels, or backward sums; once more with better shifts or float64 sums where that is needed."""
     cdef int threads = threads_for(job.n_bytes * (2 if job.backward else 1), n_items(&job.reduction))
-    cdef int todo = PLAIN
+    cdef int todo = IN_OWN_TYPE
     if not job.backward:
         choose_shifts(job, 0, job.reduction.C)
     while todo:
-        job.sum_in_float64 = not todo & PLAIN
+        job.sum_in_float64 = not todo & IN_OWN_TYPE
         run(reduce_items, job, n_items(&job.reduction), threads)
         todo = merge(job, todo, 0, job.reduction.C)
 

@@ -11,10 +11,9 @@ cdef struct Job:
     const cbn_loops *loops_in_float64    # for coefficients that float32 cannot hold
     bint in_float64             # every channel takes these
     bint backward               # reductions of dy and x, not of x alone
-    bint batch_statistics       # backward through them
     bint nontemporal            # apply stores past the caches
     bint prefetch               # the reduction fetches what comes next
-    bint fused                  # reduction and apply go through the same tiles, as a pipeline
+    bint fused                  # reduction and apply go tile by tile, as a pipeline (before `choose_tiles`: may do so)
     Element element             # of x
     Py_ssize_t itemsize
     Py_ssize_t y_itemsize       # another one for 8-bit input
@@ -25,7 +24,7 @@ cdef struct Job:
     cbn_view dh                 # backward, activated: dy times the slope of the activation
     bint keeps_dh               # whether somebody asks for it
     bint sum_in_float64         # which reduction this is, see kernels.h
-    double *in_float64_c        # whether a channel takes that one
+    double *sums_in_float64_c   # whether the sums of a channel are float64 (bfloat16)
     bint activated              # what is normalized goes through act(. + z)
     double negative_slope
     double vanishing            # the largest number that the type of y takes for zero
@@ -37,7 +36,7 @@ cdef struct Job:
     double eps
     double *weight_c            # C, or NULL: ones
     double *bias_c              # C, or NULL: zeros
-    double *shift_c             # what the reductions subtract: a value of the channel, or its mean
+    double *shift_c             # what the reductions subtract: the mean of eight values, or of all; bfloat16: 0
     double *partial             # (blocks*pieces, 2, C)
     double *sum_c               # forward: S(d), then the mean; backward: S(dh)
     double *square_c            # forward: S(d*d), then m2; backward: S(dh*(x - mean))
@@ -48,7 +47,7 @@ cdef struct Job:
 
 
 cdef inline double count_of(const Job *job, Py_ssize_t c) noexcept nogil:
-    """Values of a channel."""
+    """Values of channel c. Every channel has as many; a count for each would change this function alone."""
     return <double>(job.reduction.N * job.reduction.S)
 
 

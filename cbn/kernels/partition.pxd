@@ -1,15 +1,15 @@
 # How a pass falls into items for the threads. Arithmetic on shapes alone: no array, no Python.
 #
 # An item is a rectangle of runs (or rows) and channels that one thread does. A reduction leaves one partial sum per
-# block, and these are added in the order of the blocks. So the bits of a sum depend on the partition, and the partition
-# is made from shape, dtype and layout alone, never from the number of threads or the size of a cache.
+# block, and these are added in the order of the blocks. So the bits of a sum depend on blocks and pieces, which are
+# made from shape, dtype and layout alone; only how many channels an item has may follow threads and caches.
 from .kernels cimport CBN_ROW_BYTES, cbn_view
 
 cdef enum:
     CHUNK = 1 << 16       # elements of one item
     SHORT_RUN = 512       # bytes: below, runs side by side are better read as rows, if there are
     SHORT_RUN_ROWS = 8    # so many of them
-    MIN_VALUES = 256      # rows of one item: fewer, and the partial sums are a traffic of their own
+    MIN_VALUES = 256      # rows of the array in one item: fewer, and the partial sums are a traffic of their own
     MIN_ROWS = 96         # rows of several joined: fewer, and to add up their columns is work of its own
     MAX_ROWS = 512        # of one item: more, and their sums have more additions each than is good for their digits
     ROW_ITEMS = 256       # items that suffice for any number of threads

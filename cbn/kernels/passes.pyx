@@ -5,9 +5,9 @@
            measure             solve                   apply
 =========  ==================  ======================  ====================
 forward    `moments`           `coefficients`          `apply`
-fused      `normalize`: all three, one read of x
+fused      `normalize`: all three; one read of x where the pipeline runs
 backward   `grad_moments`      `grad_coefficients`     `grad_apply`
-fused      `gradients`: all three, one read of dy and x
+fused      `gradients`: all three; one read of dy and x where the pipeline runs
 =========  ==================  ======================  ====================
 
 Every function trusts its arguments: arrays that are not empty, aligned, native, that `Input.can_walk`; what is per
@@ -23,6 +23,7 @@ from .arrays cimport Input, Layout, doubles, element_of, give_memory, is_plain, 
 from .coefficients cimport (
     BACKWARD_ROWS,
     FORWARD_ROWS,
+    REREAD_ROWS,
     all_fit,
     forward_takes_float64,
     solve_backward,
@@ -89,7 +90,7 @@ cdef cnp.ndarray new_room(Job *job):
 cdef void scratch(Job *job, double *room_c) noexcept nogil:
     """Memory of a call that measures: (2 + BACKWARD_ROWS + 2*partials, C)."""
     cdef Py_ssize_t C = job.reduction.C
-    job.shift_c, job.in_float64_c, job.coef_c = room_c, room_c + C, room_c + 2 * C
+    job.shift_c, job.sums_in_float64_c, job.coef_c = room_c, room_c + C, room_c + 2 * C
     job.partial = job.coef_c + BACKWARD_ROWS * C
 
 
@@ -107,9 +108,9 @@ cdef cnp.ndarray new_coefficients(Py_ssize_t rows, Py_ssize_t C):
 
 # ---- forward ---------------------------------------------------------------------------------------------------
 
-def moments(Layout layout, cnp.ndarray x, bint in_float64=False):
+def moments(Layout layout, cnp.ndarray x):
     """(mean, m2 = S((x - mean)^2)) of every channel."""
-    cdef Job job = job_of(layout, x, in_float64)
+    cdef Job job = job_of(layout, x, False)
     cdef Py_ssize_t C = layout.extents.C
     mean, m2 = new_doubles(C), new_doubles(C)
     room = new_room(&job)
@@ -212,22 +213,25 @@ cdef tuple backward(Layout layout, cnp.ndarray dy, cnp.ndarray x, cnp.ndarray dx
                     cnp.ndarray weight, cnp.ndarray bias, bint in_float64, cnp.ndarray residual, double negative_slope,
                     cnp.ndarray dh, bint keeps_dh, y_dtype):
     cdef Job job = job_of(layout, x, in_float64)
-    cdef Py_ssize_t C = layout.extents.C
+    cdef Py_ssize_t c, C = layout.extents.C
     cdef cnp.ndarray forward
-    sums, products = new_doubles(C), new_doubles(C)
+    cdef double *dweight_c
+    # Before the pass, which may overwrite x: nothing behind it takes memory
+    sums, products, dweight = new_doubles(C), new_doubles(C), new_doubles(C)
+    dweight_c = doubles(dweight, C)
     room = new_room(&job)
     scratch(&job, doubles(room, room.size))
-    job.backward, job.batch_statistics = True, dx is not None
+    job.backward = True
     job.shift_c, job.invstd_c = doubles(mean, C), doubles(invstd, C)
     job.weight_c, job.bias_c = doubles(weight, C), doubles(bias, C)
     job.sum_c, job.square_c = doubles(sums, C), doubles(products, C)
     job.g = layout.view(dy)
     if dh is not None:
         follow_with(&job, layout, residual, negative_slope)
-        job.dh, job.keeps_dh = layout.view(dh), keeps_dh or dx is None
+        job.dh, job.keeps_dh = layout.view(dh), keeps_dh
         if y_dtype is not None:
             job.vanishing = vanishing(F32 if y_dtype.itemsize > 2 else F16 if y_dtype == np.float16 else BF16)
-        forward = new_coefficients(CBN_IN_FLOAT64 + 1, C)
+        forward = new_coefficients(REREAD_ROWS, C)
         go_back_through(&job, <double *>cnp.PyArray_DATA(forward))
     if dx is not None:
         write_to(&job, layout, dx)
@@ -237,13 +241,15 @@ cdef tuple backward(Layout layout, cnp.ndarray dy, cnp.ndarray x, cnp.ndarray dx
             measure_and_apply(&job)
         else:
             measure(&job)
-    return sums, products
+        for c in range(C):
+            dweight_c[c] = job.square_c[c] * job.invstd_c[c]
+    return sums, products, dweight
 
 
 def grad_moments(Layout layout, cnp.ndarray dy, cnp.ndarray x, cnp.ndarray mean, cnp.ndarray invstd,
                  cnp.ndarray weight=None, cnp.ndarray bias=None, bint in_float64=False, cnp.ndarray residual=None,
                  double negative_slope=1, cnp.ndarray dh=None, y_dtype=None):
-    """(S(dh), S(dh*(x - mean))) of every channel.
+    """(S(dh), S(dh*(x - mean)), S(dh*(x - mean))*invstd) of every channel: dbias, dweight/invstd, dweight.
 
     Without `dh` the forward pass had no activation, and dh is dy. Else act(. + residual) followed its normalization
     with mean, invstd, weight and bias, and dh = dy times the slope of act is put there; `dh` may be dy. `y_dtype` is
@@ -263,7 +269,7 @@ def gradients(Layout layout, cnp.ndarray dy, cnp.ndarray x, cnp.ndarray dx, cnp.
 
 def grad_coefficients(cnp.ndarray mean, cnp.ndarray invstd, cnp.ndarray weight, cnp.ndarray sum_dh,
                       cnp.ndarray sum_dh_xmu, cnp.ndarray count):
-    """(5, C) for `grad_apply`, from sums over `count` values of each channel; zeros where there are none."""
+    """(5, C) for `grad_apply`, from sums over `count` values of each channel; coefficients.pxd has the rows."""
     cdef Py_ssize_t c, C = cnp.PyArray_SIZE(mean)
     cdef cnp.ndarray coef = new_coefficients(BACKWARD_ROWS, C)
     cdef double *coef_c = <double *>cnp.PyArray_DATA(coef)
@@ -359,7 +365,7 @@ cdef class Passes:
         job[0] = job_of(layout, inp.x, False)
         write_to(job, layout, inp.x)
         self.C, self.count = layout.extents.C, layout.count
-        self.room = new_doubles(self.C * (2 + BACKWARD_ROWS + 2 * n_partials(&job.reduction)))
+        self.room = new_room(job)
         self.room_c = doubles(self.room, self.room.size)
 
     def __dealloc__(self):
@@ -394,7 +400,7 @@ cdef class Passes:
                        const double *invstd_c, double *sum_c, double *product_c) noexcept nogil:
         cdef Job job = (<Job *>self.job)[0]
         cdef Py_ssize_t c
-        job.backward = job.batch_statistics = True
+        job.backward = True
         job.x.data, job.g.data, job.y.data = <char *>x, <char *>dy, <char *>dx
         scratch(&job, self.room_c)
         job.shift_c, job.invstd_c, job.weight_c = <double *>mean_c, <double *>invstd_c, <double *>weight_c

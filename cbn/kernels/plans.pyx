@@ -129,6 +129,7 @@ cdef class Plan:
         cdef cnp.ndarray a
         cdef Py_ssize_t c, C = self.layout.extents.C
         cdef double *value
+        cdef float f
         cdef char *seen = cnp.PyArray_BYTES(self.seen)
         cdef int i
         for i in range(len(self.sources)):
@@ -140,7 +141,8 @@ cdef class Plan:
                     return False
             elif usable(a, C, cnp.NPY_FLOAT):
                 for c in range(C):
-                    if not (<float *>cnp.PyArray_DATA(a))[c] == value[c] and value[c] == value[c]:
+                    f = (<float *>cnp.PyArray_DATA(a))[c]
+                    if f != value[c] and (f == f or value[c] == value[c]):    # two NaNs are the same
                         return False
             else:
                 return False

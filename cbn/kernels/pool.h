@@ -1,4 +1,4 @@
-/* pool.h: memory of large outputs, used again. What numpy calls for the arrays that passes.empty_like makes.
+/* pool.h: memory of large outputs, used again. What numpy calls for the arrays that arrays.empty_like makes.
  *
  * A new block of 100 MB costs more in page faults than a pass over it. A block that is given back stays here, up to
  * a limit in all, for the next output of about its size.

@@ -23,7 +23,7 @@ cdef enum:
     MANY_VALUES = 1024    # of a channel of bfloat16: from here on the rounding of float32 sums averages out
 
 cdef enum:    # reductions that are still to be done
-    PLAIN = 1         # of the channels that are not marked for float64 sums
+    IN_OWN_TYPE = 1         # of the channels that are not marked for float64 sums
     IN_FLOAT64 = 2    # and of those that are
 
 
@@ -39,7 +39,7 @@ cdef inline double shift_for_loops(Job *job, double shift) noexcept nogil:
 
 
 cdef inline Py_ssize_t sample(Job *job, Py_ssize_t k) noexcept nogil:
-    """Where one of them is, in elements from a channel's first one: pairs of neighbours, mostly in one cache line."""
+    """Where sample k is, in elements from a channel's first one: pairs of neighbours, mostly in one cache line."""
     cdef Py_ssize_t n = job.reduction.N * job.reduction.S, i = ((k | 1) * n // SAMPLES + (k & 1)) % n
     return i // job.reduction.S * job.x.n + i % job.reduction.S
 
@@ -56,8 +56,8 @@ cdef inline void fetch_samples(Job *job, Py_ssize_t first, Py_ssize_t end) noexc
 cdef inline void choose_shifts(Job *job, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
     """The shifts of some channels: the mean of a few values from all over each.
 
-    So it is near the mean of all, and exactly the value of a constant channel. Zero for bfloat16, and where neither the
-    mean nor the first of these values is finite.
+    So it is near the mean of all, and exactly the value of a constant channel. Zero for bfloat16. Where a value is not
+    finite, the first one, or zero; float16 counts such values as zero.
     """
     cdef Py_ssize_t c, k
     cdef Py_ssize_t at[SAMPLES]
@@ -67,8 +67,8 @@ cdef inline void choose_shifts(Job *job, Py_ssize_t first, Py_ssize_t end) noexc
     for k in range(SAMPLES):
         at[k] = sample(job, k)
     for c in range(first, end):
-        job.in_float64_c[c] = False
-    # Pairs, since three times a value may be rounded
+        job.sums_in_float64_c[c] = False
+    # In pairs: of equal values 2x, 4x and 8x are exact, 3x is not
     if job.itemsize == 8:
         for c in range(first, end):
             x8 = <double *>job.x.data + c * job.x.c
@@ -115,27 +115,27 @@ cdef inline void merge_partials(Job *job, Py_ssize_t first, Py_ssize_t end) noex
         blocks = half
     sums = job.partial
     for c in range(first, end):
-        if job.backward or job.in_float64_c[c] == job.sum_in_float64:
+        if job.backward or job.sums_in_float64_c[c] == job.sum_in_float64:
             job.sum_c[c], job.square_c[c] = sums[c], sums[C + c]
 
 
 cdef inline bint moments_from_sums(Job *job, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
     """Make mean and m2 = S(d*d) - S(d)^2/n of what `merge_partials` took, in the place of the sums.
 
-    Returns whether some channels are now marked for float64: 16-bit elements whose sums may have left float32's range.
+    Returns whether some channels are now marked for float64 sums: bfloat16 ones that may have left float32's range.
     """
     cdef bint left = False
     cdef Py_ssize_t c
     cdef double n, s
     for c in range(first, end):
-        if job.in_float64_c[c] != job.sum_in_float64:
+        if job.sums_in_float64_c[c] != job.sum_in_float64:
             continue
         n, s = count_of(job, c), job.sum_c[c]
         # All squares of float16 are within that range; of bfloat16 those of a channel that is constant, or seems to be
         # because they are too small, are looked at again
         if job.element == BF16 and not job.sum_in_float64 \
                 and not 1e-20 <= job.square_c[c] < 1e300:
-            job.in_float64_c[c] = left = True
+            job.sums_in_float64_c[c] = left = True
         job.sum_c[c] = job.shift_c[c] + s / n
         # Rounding can take m2 below zero; where S(d*d) overflows it is inf and not inf - inf
         if isfinite(job.square_c[c]) or not isfinite(s):
@@ -179,8 +179,8 @@ cdef inline int channels_to_redo(Job *job, Py_ssize_t first, Py_ssize_t end) noe
     cdef bint bfloat16 = job.element == BF16, far
     for c in range(first, end):
         n, d = count_of(job, c), job.sum_c[c] - job.shift_c[c]
-        d *= n * d    # n*R, R = ((mean - shift)/std)^2
-        if bfloat16 and not job.in_float64_c[c]:
+        d *= n * d    # n*(mean - shift)^2 = m2*R, R = ((mean - shift)/std)^2
+        if bfloat16 and not job.sums_in_float64_c[c]:
             far = d > 1073741824.0 * job.square_c[c] or (
                 n < MANY_VALUES and d > job.square_c[c] and d < 64 * job.square_c[c])
         else:
@@ -190,8 +190,8 @@ cdef inline int channels_to_redo(Job *job, Py_ssize_t first, Py_ssize_t end) noe
         shift = shift_for_loops(job, job.sum_c[c])
         if shift != job.shift_c[c]:    # else nothing would change
             job.shift_c[c] = shift
-            job.in_float64_c[c] = job.in_float64_c[c] or bfloat16
-            lost |= IN_FLOAT64 if job.in_float64_c[c] else PLAIN
+            job.sums_in_float64_c[c] = job.sums_in_float64_c[c] or bfloat16
+            lost |= IN_FLOAT64 if job.sums_in_float64_c[c] else IN_OWN_TYPE
     return lost
 
 
@@ -201,5 +201,5 @@ cdef inline int merge(Job *job, int todo, Py_ssize_t first, Py_ssize_t end) noex
     merge_partials(job, first, end)
     if job.backward:
         return 0
-    left = IN_FLOAT64 * moments_from_sums(job, first, end) | (todo & IN_FLOAT64 if todo & PLAIN else 0)
+    left = IN_FLOAT64 * moments_from_sums(job, first, end) | (todo & IN_FLOAT64 if todo & IN_OWN_TYPE else 0)
     return left if left else channels_to_redo(job, first, end)

@@ -3,7 +3,7 @@ from libc.math cimport fabs, sqrt
 
 from .coefficients cimport CBN_SMALL_DOUBLE, CBN_SMALL_FLOAT, channel_takes_float64
 from .job cimport F16, Job, channels_fit, loop_of
-from .kernels cimport CBN_SCALE, cbn_tile, cbn_view
+from .kernels cimport CBN_MEAN, CBN_SCALE, cbn_tile, cbn_view
 from .partition cimport CACHE_LINE, Rectangle, ceil_div
 
 
@@ -61,14 +61,14 @@ cdef inline cbn_tile tile_to_apply(const Job *job, const Rectangle *r) noexcept 
     if t.activated and (t.z.data != NULL or (t.negative_slope != 0 and t.negative_slope != 1)):
         t.checked = may_overflow(job, r.c, r.c + r.n_channels)
     if job.itemsize == 8 and not (job.fits or channels_fit(job, r.c, r.c + r.n_channels)):
-        t.activated = t.checked = True    # without a residual, and with a slope of 1, nothing else
+        t.activated = t.checked = True    # only to look at what comes out: no residual, and forward a slope of 1
     return t
 
 
 cdef inline bint may_overflow(const Job *job, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
     """Whether a normalized value of some channels may be too large for the arithmetic of the forward pass.
 
-    By the batch's own statistics it is not larger than sqrt(n)*weight + bias; by others anything, unless x is small.
+    By the batch's own statistics it is not larger than sqrt(n)*weight + bias; by others anything, unless x is float16.
     """
     cdef Py_ssize_t c, C = job.reduction.C
     cdef double *scale = job.coef_c + CBN_SCALE * C
@@ -80,7 +80,7 @@ cdef inline bint may_overflow(const Job *job, Py_ssize_t first, Py_ssize_t end) 
             may |= not fabs(scale[c]) * root < limit * job.invstd_c[c]
     elif job.element == F16:
         for c in range(first, end):
-            may |= not (65504 + fabs(job.coef_c[c])) * fabs(scale[c]) < limit
+            may |= not (65504 + fabs(job.coef_c[CBN_MEAN * C + c])) * fabs(scale[c]) < limit
     else:
         may = True
     return may

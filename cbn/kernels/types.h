@@ -1,7 +1,8 @@
 /* types.h: the element types. A type is one word, TYPE, and a row of the table; every other macro follows from the two.
  *
- * To add one: its row, a line in TYPES, its inclusion at the end of this file; a member of cbn_isa in kernels.h. A new
- * kind of number also needs `unpack` and `pack` in vec/.
+ * To add one: its row, a line in TYPES, its inclusion at the end of this file; a member of cbn_isa in kernels.h and
+ * kernels.pxd. A new kind of number also needs `unpack` and `pack` in vec/, and above the loops its Element: CONTRIBUTING.md
+ * has every place.
  */
 
 /* The kinds of number, and their types in C. A 16-bit number is handled as its bits. */

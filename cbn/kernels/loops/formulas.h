@@ -170,7 +170,7 @@ INLINE int LOOP(stays_normal)(const cbn_tile *m, real term, LOOP(activation) act
 #if SUMS
 /* Forward, S(d) and S(d*d) of d = x - shift, from which m2 = S(d*d) - S(d)^2/n. Cancellation costs log2(S(d*d)/m2) =
  * log2(1 + (shift - mean)^2/var) bits. The shift is the mean of a few values of the channel, so that a constant
- * channel gives d = 0 and exactly its mean; where it is too far off (`channels_to_redo` of the engine), the channel is
+ * channel gives d = 0 and exactly its mean; where it is too far off (`channels_to_redo` in statistics.pxd), the channel is
  * reduced again with its mean as shift. Backward, S(dh) and S(dh*d). */
 INLINE void LOOP(add)(dvec *sum, dvec *square, dvec d, dvec dh, const int backward)
 {
