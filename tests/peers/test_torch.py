@@ -11,7 +11,7 @@ torch = peer("torch")
 
 import cbn  # noqa: E402
 from cbn.functional import batch_norm, native_batch_norm, native_batch_norm_backward  # noqa: E402
-from cbn.kernels import arrays  # noqa: E402
+from cbn.inputs import as_input  # noqa: E402
 
 SHAPES = {1: [(8, 3), (4, 3, 7)], 2: [(4, 3, 5, 6)], 3: [(2, 3, 4, 5, 6)]}
 TOLERANCE = {"float32": {"rtol": 2e-5, "atol": 2e-5}, "float64": {"rtol": 1e-11, "atol": 1e-12}}
@@ -237,7 +237,7 @@ def test_frozen_statistics_train_as_pytorch_in_evaluation(rng):
 
 def test_tensors_are_read_without_a_copy(rng):
     t = torch.from_numpy(rng.standard_normal((8, 3)).astype(np.float32))
-    inp = arrays.Input(t, 1)
+    inp = as_input(t, 1)
     assert inp.x.ctypes.data == t.data_ptr()
 
 
