@@ -93,10 +93,3 @@ def accepted_dtype(dtype: Any, native: Callable[[np.dtype[Any]], np.dtype[Any] |
             if accepted := native(found):
                 return accepted
     raise TypeError(f"dtype must be {expected}, not {words}")
-
-
-def shortest(value: float) -> str:
-    """A number as the user wrote it; a float32, as ONNX and TensorFlow files hold, with the digits of float32."""
-    with np.errstate(over="ignore"):
-        narrow = np.float32(value)
-    return f"np.float32({narrow!s})" if float(f"{value:.9g}") != value == float(narrow) else repr(value)
