@@ -5,6 +5,7 @@ import json
 import sys
 import time
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 
 try:
@@ -30,6 +31,7 @@ def parser():
     commands = p.add_subparsers(dest="command")
     run = commands.add_parser("run", help="measure, and write results.json, report.html and summary.md")
     run.add_argument("--full", action="store_true", help="every shape, one core and all; hours rather than minutes")
+    run.add_argument("--group", action="append", choices=cases.GROUPS[1:], help="only this group; may be repeated")
     run.add_argument("--op", action="append", choices=cases.OPS, help="only this operation; may be repeated")
     run.add_argument("--shape", action="append", help="this shape instead of the list's, as 32x64x56x56")
     run.add_argument("--layout", choices=cases.LAYOUTS, help="only this layout")
@@ -68,6 +70,8 @@ def chosen(options, n_cores):
             for case in cases.of_shapes(shapes, options.threads or [n_cores], dtype=dtype, fused=fused)
             if not (fused and case.op == "backward")
         ]
+    elif options.group:
+        found = cases.of_groups(options.group, options.threads or sorted({1, n_cores}))
     else:
         found = cases.full(n_cores) if options.full else cases.short(n_cores)
         if options.threads:
@@ -84,7 +88,7 @@ def chosen(options, n_cores):
     for name in options.peer or ():
         if name not in peer_names():
             raise ValueError(f"unknown peer {name!r}; known: {', '.join(peer_names())}")
-    found = [c for c in found if c.op == "eval" or c.n_bytes // c.channel_bytes * c.channel_bytes > 4 * c.shape[1]]
+    found = [c for c in found if c.network or c.op == "eval" or prod(c.shape) > c.shape[1]]
     if not found:
         raise ValueError("nothing to measure: no case is all that the options ask for; --list shows what there is")
     return found
@@ -94,7 +98,9 @@ def measure(options):
     """Run the suite; an interruption leaves a report of what was measured."""
     n_cores = len(cores())
     wanted = chosen(options, n_cores)
-    extras = not any((options.shape, options.op, options.layout, options.dtype, options.fused, options.threads))
+    extras = not any(
+        (options.shape, options.group, options.op, options.layout, options.dtype, options.fused, options.threads)
+    )
     small = [
         cases.Case("eval", shape, "last" if len(shape) == 2 else "first", 1, memory)
         for shape in cases.SMALL

@@ -1,12 +1,15 @@
-"""What is measured: operations, shapes, layouts; the short list and the full one."""
+"""What is measured: operations, shapes, layouts, networks, chains; the short list and the full one."""
 
 from dataclasses import dataclass, replace
 from math import prod
+
+from .networks import NETWORKS, batch_norms
 
 ITEMSIZE = {"bfloat16": 2, "float32": 4, "float64": 8}  # of the inputs; parameters of bfloat16 are float32
 OPS = ("eval", "train", "backward")
 FUSED = ("relu", "add+relu")
 LAYOUTS = ("first", "last")
+GROUPS = ("shapes", "functions", "networks", "chain")
 
 # ResNet-50's stages at N = 32, the largest of each stage's; and at N = 1, as an inference service sees them.
 RESNET = ((32, 64, 112, 112), (32, 256, 56, 56), (32, 512, 28, 28), (32, 1024, 14, 14), (32, 2048, 7, 7))
@@ -32,6 +35,12 @@ ODD = (
 # Small calls: all overhead.
 SMALL = ((1, 64), (32, 64), (1, 64, 8, 8), (1, 256, 14, 14))
 GROWTH = tuple(10**k for k in range(2, 9))
+# Small calls of the functions, in every operation.
+FUNCTIONS = ((1, 64), (32, 64), (1, 64, 8, 8), (1, 256, 14, 14), (1, 512, 7, 7))
+BATCHES = (1, 8, 32)  # of the networks
+# What stands around a batch norm. A producer writes x before it; a reader reads its result, on all threads or on one.
+CHAINS = ("read", "read by one", "write and read")
+CHAIN_BATCHES = (1, 2, 4, 8, 16, 24, 32, 64, 128, 256)  # of 256 channels at 28x28: 0.8 to 205 MB an array
 
 
 @dataclass(frozen=True)
@@ -41,6 +50,10 @@ class Case:
     `layout` is "first" (NCHW, NCL) or "last" (an NCHW-shaped array with NHWC memory, NLC, NC). `memory` is "out" where
     the output's memory is given, "called" where the contender allocates it. `threads` 0 stands for all cores. `fused`
     is what follows a forward pass: "relu", "add+relu" (a residual, then ReLU), or nothing.
+
+    `group` is one of GROUPS. "functions" are called through functions, where "shapes" may go through a layer. Of
+    "networks" a case is all batch norms of the `network` in their order, through functions; its shape is (N,). Of
+    "chain" it is a batch norm and the passes of other code that the `chain` names.
     """
 
     op: str
@@ -50,20 +63,39 @@ class Case:
     memory: str = "out"
     dtype: str = "float32"
     fused: str = ""
+    group: str = "shapes"
+    network: str = ""
+    chain: str = ""
 
     @property
     def name(self):
         """As in results and on the command line: train-32x64x112x112-first-float32-out-1t."""
         op = f"{self.op}+{self.fused}" if self.fused else self.op
-        return f"{op}-{self.shape_name}-{self.layout}-{self.dtype}-{self.memory}-{self.threads}t"
+        group = "" if self.group in ("shapes", "networks") else f"{self.chain or self.group}-".replace(" ", "_")
+        return f"{group}{op}-{self.shape_name}-{self.layout}-{self.dtype}-{self.memory}-{self.threads}t"
 
     @property
     def shape_name(self):
-        return "x".join(map(str, self.shape))
+        name = "x".join(map(str, self.shape))
+        return f"{self.network}@{name}" if self.network else name
+
+    @property
+    def subject(self):
+        """What a row of a table is about: the shape; of a network its name and the batch."""
+        return (self.network, *self.shape) if self.network else self.shape
+
+    @property
+    def parts(self):
+        """The case itself; of a network a case for each batch norm, in their order."""
+        if not self.network:
+            return (self,)
+        return tuple(replace(self, shape=shape, network="") for shape in batch_norms(self.network, *self.shape))
 
     @property
     def n_bytes(self):
-        """Bytes of one array: a unit of traffic."""
+        """Bytes of one array: a unit of traffic. Of a network one of each batch norm."""
+        if self.network:
+            return sum(part.n_bytes for part in self.parts)
         return prod(self.shape) * ITEMSIZE[self.dtype]
 
     @property
@@ -104,8 +136,51 @@ def of_shapes(shapes, threads, ops=OPS, **kwargs):
     ]
 
 
+def of_networks(threads, batches=BATCHES):
+    """Cases of all networks; backward with memory given and without, since PyTorch takes none there."""
+    return [
+        Case(op, (n,), layout, t, memory, group="networks", network=network)
+        for t in threads
+        for network in NETWORKS
+        for n in batches
+        for layout in LAYOUTS
+        for op in OPS
+        for memory in (("out", "called") if op == "backward" else ("out",))
+    ]
+
+
+def of_functions(threads, memories=("out", "called")):
+    """Cases of small calls of the functions; one value a channel is no batch to train with."""
+    return [
+        Case(op, shape, layouts_of(shape)[0], t, memory, group="functions")
+        for t in threads
+        for shape in FUNCTIONS
+        for memory in memories
+        for op in OPS
+        if op == "eval" or prod(shape) > shape[1]
+    ]
+
+
+def of_chains(threads):
+    """Cases of chains, at sizes from a fraction of the caches to many times theirs."""
+    return [
+        Case(op, (n, 256, 28, 28), layout, t, group="chain", chain=chain)
+        for t in threads
+        for chain in CHAINS
+        for n in CHAIN_BATCHES
+        for layout in LAYOUTS
+        for op in OPS
+    ]
+
+
+def of_groups(groups, threads):
+    """Cases of some groups other than the shapes."""
+    makers = {"functions": of_functions, "networks": of_networks, "chain": of_chains}
+    return [case for group in dict.fromkeys(groups) for case in makers[group](threads)]
+
+
 def short(cores):
-    """About five minutes on two cores: a large, a middle and a small stage, one NCL, one NC, single images."""
+    """A quarter of an hour on two cores: a large, a middle, a small stage, one NCL, one NC, small calls, networks."""
     shapes = ((32, 256, 56, 56), (32, 1024, 14, 14), (32, 2048, 7, 7), (4096, 1024))
     cases = of_shapes(shapes, (cores,))
     cases += of_shapes(((64, 256, 1000),), (cores,), ("train",))[:1]
@@ -115,6 +190,8 @@ def short(cores):
     cases += of_shapes(((32, 256, 56, 56),), (cores,), ("eval", "train"), dtype="bfloat16")
     for fused in FUSED:
         cases += of_shapes(((32, 256, 56, 56),), (cores,), ("eval", "train"), fused=fused)[:2]
+    cases += of_functions((1,), ("out",))
+    cases += of_networks((cores,), BATCHES[:2])
     return cases
 
 
@@ -128,7 +205,7 @@ def full(cores):
         cases += of_shapes((RESNET[1], RESNET[3], NC[0]), (cores,), dtype=dtype)
     for fused in FUSED:
         cases += of_shapes((*RESNET, NC[0]), counts, ("eval", "train"), fused=fused)
-    return cases
+    return cases + of_groups(GROUPS[1:], counts)
 
 
 def parse_shape(text):

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from .cases import LAYOUTS, OPS
+from .groups import chains, functions, networks
+from .html import Html, table
 from .plots import (
     PAGE,
     growth_figure,
@@ -35,6 +37,7 @@ from .results import (
     group_words,
     grouped,
     listed,
+    of_shapes,
     peers_of,
     percent,
     plural,
@@ -58,6 +61,13 @@ PROSE = {
     "ratio": """The peer’s time over cbn’s, turn by turn: right of the line, blue, cbn is faster; left of it, orange,
         the peer is; grey is level. Dots are medians, lines quartiles. A hollow dot was measured otherwise than its
         row says: numpy trains with one thread; JAX always allocates, and is compared with cbn allocating.""",
+    "networks": """All batch norms of a network, one after the other in their order, through functions; beside it
+        through layers, which keep what they prepared. PyTorch and cbn allocate in backward where they are compared;
+        oneDNN and cbn are given memory.""",
+    "functions": "Single calls of functions on arrays that stay in a cache; beside them the same through a layer.",
+    "chains": """A batch norm between other code: a pass that reads its result, on all threads or on one, and one that
+        writes its input. The time of the chain with plain and with non-temporal stores, over that with the stores that
+        cbn chooses: below 1 the other choice is better.""",
     "latency": """Single calls on one thread, each timed by itself: on an idle machine, and beside one busy process
         per core. Further left is better.""",
     "growth": "Arrays of 5 channels, channels first. The flat part on the left is the cost of a call.",
@@ -90,27 +100,6 @@ METHOD = (
 def prose(*names):
     """Paragraphs of the page in words."""
     return f"<p>{escape(' '.join(' '.join(PROSE[n].split()) for n in names))}</p>"
-
-
-class Html(str):
-    """Text that is HTML already."""
-
-
-def html(value):
-    return value if isinstance(value, Html) else escape(str(value))
-
-
-def table(head, rows, kind=""):
-    """A table in a container that scrolls; heads that begin with ">" stand over numbers."""
-    number = [' class="n"' if h.startswith(">") else "" for h in head]
-    lines = [
-        "<tr>" + "".join(f"<th{c}>{html(h.lstrip('>'))}</th>" for h, c in zip(head, number, strict=True)) + "</tr>"
-    ]
-    for row in rows:
-        cells = (f"<td{c}>{html(v)}</td>" for v, c in zip(row, number, strict=True))
-        lines.append("<tr>" + "".join(cells) + "</tr>")
-    body = "\n".join(lines[1:])
-    return f'<div class="scroll {kind}"><table><thead>{lines[0]}</thead><tbody>{body}</tbody></table></div>'
 
 
 def case_cells(case):
@@ -221,7 +210,7 @@ def plots(data):
     fewest = min((r.case.threads for r in data.rows if group_of(r.case)), default=1)
     if fewest < data.threads:
         views.append((fewest, grouped(data.rows, fewest)))
-    views = [(threads, {g: slots for g, slots in groups.items() if g != SMALL_CALLS}) for threads, groups in views]
+    views = [(threads, of_shapes(groups)) for threads, groups in views]
     sections = (
         ("limit", "Share of the physical limit", "share", share_plots),
         ("ratios", "Ratio to each peer", "ratio", ratio_plots),
@@ -232,6 +221,10 @@ def plots(data):
         parts.append(f'<h2 id="{name}">{title}</h2>' + prose(words if drawn[0][1] else "none") + drawn[0][1])
         parts += [f"<details><summary>The same with {plural(threads, 'thread')}</summary>{pictures}</details>"
                   for threads, pictures in drawn[1:] if pictures]  # fmt: skip
+    for name, title, draw in (("networks", "Networks", networks), ("functions", "Functions, small calls", functions),
+                              ("chains", "Chains", chains)):  # fmt: skip
+        drawn = draw(data)
+        parts.append(f'<h2 id="{name}">{title}</h2>' + (prose(name) + drawn if drawn else prose("none")))
     parts.append('<h2 id="latency">Latency of a call</h2>' + (latency(data) or prose("none")))
     growth = growth_of(data)
     pictures = (
@@ -444,8 +437,9 @@ th { font-weight: 600; color: var(--soft); position: sticky; top: 0; background:
 svg text { font-family: system-ui, "DejaVu Sans", sans-serif !important; }
 summary { cursor: pointer; color: var(--fast); margin: .6rem 0; } li { max-width: 85ch; margin: .3rem 0; }
 """
-NAV = {"limit": "share of the limit", "ratios": "ratios", "latency": "latency", "growth": "size", "threads": "threads",
-       "losses": "losses", "faults": "wrong, failed, absent", "first": "first call", "all": "all rows",
+NAV = {"limit": "share of the limit", "ratios": "ratios", "networks": "networks", "functions": "functions",
+       "chains": "chains", "latency": "latency", "growth": "size", "threads": "threads", "losses": "losses",
+       "faults": "wrong, failed, absent", "first": "first call", "all": "all rows",
        "method": "how it was measured"}  # fmt: skip
 
 

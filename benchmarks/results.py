@@ -11,6 +11,8 @@ OURS = "cbn"
 OP_WORDS = {"eval": "evaluation", "train": "training", "backward": "backward"}
 LAYOUT_WORDS = {"first": "channels first", "last": "channels last"}
 SMALL_CALLS = ("small calls", "")  # stands where (op, layout) stands
+NETWORKS = [(f"networks, {op}", layout) for layout in LAYOUTS for op in OPS]
+FUNCTIONS = [(f"functions, {op}", "") for op in OPS]
 GROWTH_SHAPES = {(4, 5, n // 20) for n in GROWTH}
 GROWTH_NAMES = (OURS, "numpy", "PyTorch")
 PLAIN, STREAM = "limit: scale, plain stores", "limit: scale, streaming stores"
@@ -90,9 +92,11 @@ class Results:
 
 
 def group_of(case):
-    """(op, layout) under which a case stands on the page; None for the growth plot, other types, fused."""
-    if case.dtype != "float32" or case.fused or case.shape in GROWTH_SHAPES:
+    """(op, layout) under which a case stands on the page; None for the growth plot, other types, fused, chains."""
+    if case.dtype != "float32" or case.fused or case.shape in GROWTH_SHAPES or case.chain:
         return None
+    if case.group != "shapes":
+        return f"{case.group}, {case.op}", case.layout if case.network else ""
     if case.shape in SMALL:
         return SMALL_CALLS if case.op == "eval" else None
     return case.op, case.layout
@@ -108,13 +112,14 @@ def grouped(rows, threads, key=group_of):
     for row in rows:
         group = key(row.case)
         if group and row.case.threads <= threads:
-            place = rank.setdefault(group, {}).setdefault(row.case.shape, {})
+            place = rank.setdefault(group, {}).setdefault(row.case.subject, {})
             value = (row.case.threads, row.case.memory == "out")
             if row.name not in place or value > place[row.name][0]:
                 place[row.name] = value, row
     groups = {}
-    for group in [*((op, layout) for op in OPS for layout in LAYOUTS), SMALL_CALLS]:
-        shapes = sorted(rank.get(group, {}), key=lambda s: (-np.prod(s, dtype=float), s))
+    for group in [*NETWORKS, *((op, layout) for op in OPS for layout in LAYOUTS), *FUNCTIONS, SMALL_CALLS]:
+        found = rank.get(group, {})
+        shapes = sorted(found, key=lambda s: (-next(iter(found[s].values()))[1].case.n_bytes, s))
         slots = {s: {name: row for name, (_, row) in rank[group][s].items()} for s in shapes}
         slots = {s: with_onednn(slot) for s, slot in slots.items() if OURS in slot}
         if slots:
@@ -192,11 +197,23 @@ def conditions(row, ours):
 
 
 def shape_words(shape):
+    """Of a case's subject."""
+    if isinstance(shape[0], str):
+        return f"{shape[0]}, N{NBSP}={NBSP}{shape[1]}"
     return "×".join(map(str, shape))
 
 
 def group_words(group):
-    return SMALL_CALLS[0] if group == SMALL_CALLS else f"{OP_WORDS[group[0]]}, {LAYOUT_WORDS[group[1]]}"
+    """As in "networks, evaluation, channels first"."""
+    if group == SMALL_CALLS:
+        return group[0]
+    *kind, op = group[0].split(", ")
+    return ", ".join(filter(None, [*kind, OP_WORDS[op], LAYOUT_WORDS.get(group[1])]))
+
+
+def of_shapes(groups):
+    """The groups of single shapes, which the plots show."""
+    return {group: slots for group, slots in groups.items() if group[0] in OPS}
 
 
 def plural(n, word):

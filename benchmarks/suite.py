@@ -102,7 +102,7 @@ class Process:
 class Exact:
     """The float64 results of a case, computed once, in files that all workers read."""
 
-    def __init__(self, case, folder):
+    def __init__(self, case, folder, prefix=""):
         data = contenders.Data(case)
         # channel by channel: float64 copies of all at once would not fit beside the contenders
         names = ("y",) if case.op != "backward" else ("dx", "dweight", "dbias")
@@ -126,7 +126,7 @@ class Exact:
                 results["y"][:, part] = y
         self.files = {}
         for name, a in results.items():
-            self.files[name] = str(Path(folder) / f"{name}.npy")
+            self.files[name] = str(Path(folder) / f"{prefix}{name}.npy")
             np.save(self.files[name], a)
 
 
@@ -231,7 +231,7 @@ class Suite:
     def present(self, peers, limits):
         """(names that take part, their versions, {absent name: reason}); None stands for all peers, all limits."""
         versions, absent = {}, {}
-        names = [OURS]
+        names = [c.name for c in contenders.OURS]
         names += [c.name for c in contenders.PEERS if peers is None or c.name in peers]
         names += [c.name for c in contenders.LIMITS if limits is None or c.name in limits]
         for name in names:
@@ -271,7 +271,8 @@ class Suite:
         memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) and shutil.disk_usage("/dev/shm").free > 2**31 else None
         ready = {}
         with tempfile.TemporaryDirectory(dir=memory, prefix="cbn-bench-") as folder:
-            exact = Exact(case, folder).files
+            parts = dict.fromkeys(case.parts)
+            exact = [Exact(part, folder, f"{i}-").files for i, part in enumerate(parts)]
             for name in names:
                 self.note(f"{case.name}: {name} prepares")
                 answer = self.process(name, case.threads).ask(
@@ -302,7 +303,7 @@ class Suite:
     def measure(self, case):
         """Time one case: all contenders that can do it, and the limits, turn by turn."""
         every = [n for n in self.peers if contenders.ALL[n].fuses or not case.fused]
-        names = [n for n in every if contenders.ALL[n].supports(case)]
+        names = [n for n in every if all(contenders.ALL[n].supports(part) for part in set(case.parts))]
         with self.prepared(case, names) as ready:
             turns = {name: [] for name in ready}
             for turn in range(self.turns):
@@ -321,7 +322,7 @@ class Suite:
         units, model = case.units(cache)
         scales = [turns[n] for n in (contenders.LimitScale.name, contenders.LimitStream.name) if n in turns]
         # Bandwidth of this turn: two units in the time of the faster of the two kinds of store
-        unit = np.min(scales, axis=0) / 2 if scales else None
+        unit = np.min(scales, axis=0) / 2 if scales and not case.chain else None
         for name, samples in turns.items():
             samples = np.asarray(samples)
             extra = {

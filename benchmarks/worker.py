@@ -46,6 +46,25 @@ def slowed(run, factor):
     return slow
 
 
+def in_order(calls):
+    """A function that makes these calls; the call itself if it is one."""
+    if len(calls) == 1:
+        return calls[0]
+
+    def run():
+        for call in calls:
+            call()
+
+    return run
+
+
+def error_of(value, exact):
+    """The largest error relative to the largest exact value, sample by sample."""
+    value = value.reshape(exact.shape)
+    scale = float(np.abs(exact).max())
+    return max(float(np.abs(value[i].astype(exact.dtype) - exact[i]).max()) / scale for i in range(len(exact)))
+
+
 class Worker:
     """The contender's cases; each method is a command."""
 
@@ -58,27 +77,27 @@ class Worker:
     def prepare(self, contender, case, exact):
         """Build everything, make the first call, and compare the result with float64.
 
-        `exact` maps names of results to .npy files. Gives the time of the first call, which pays for page faults and
-        the start of threads, and the largest relative error of each result.
+        `exact` has a {name of a result: .npy file} for each different part of the case. Gives the time of the first
+        call, which pays for page faults and the start of threads, and the largest relative error of each result.
         """
         case = Case(**{**case, "shape": tuple(case["shape"])})
-        held = contenders.ALL[contender](case, contenders.Data(case))
+        parts = {part: contenders.ALL[contender](part, contenders.Data(part)) for part in dict.fromkeys(case.parts)}
+        run = in_order([parts[part].run for part in case.parts])
         begin = time.perf_counter()
-        held.run()
+        run()
         first = time.perf_counter() - begin
-        results = held.results()
-        if planted("wrong", contender) and results:
-            next(iter(results.values()))[-1] += 1
         errors, wrong = {}, None
-        for name, value in results.items():
-            e = np.load(exact[name], mmap_mode="r")
-            value = value.reshape(e.shape)
-            scale = float(np.abs(e).max())
-            errors[name] = max(float(np.abs(value[i].astype(e.dtype) - e[i]).max()) / scale for i in range(len(e)))
-            if not errors[name] <= (2**-8 if case.dtype == "bfloat16" else LIMITS[name]):
-                wrong = f"{name} is off by {errors[name]:.1e} of its scale"
+        for held, files in zip(parts.values(), exact, strict=True):
+            results = held.results()
+            if planted("wrong", contender) and results:
+                next(iter(results.values()))[-1] += 1
+            for name, value in results.items():
+                error = error_of(value, np.load(files[name], mmap_mode="r"))
+                errors[name] = max(error, errors.get(name, 0.0))
+                if not error <= (2**-8 if case.dtype == "bfloat16" else LIMITS[name]):
+                    wrong = f"{name} is off by {error:.1e} of its scale"
         factor = planted("slow", contender)
-        self.run[contender] = held, slowed(held.run, factor) if factor else held.run
+        self.run[contender] = parts, slowed(run, factor) if factor else run
         return {"first": first, "errors": errors, "wrong": wrong}
 
     def time(self, contender, seconds):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,9 @@ import pytest
 
 pytest.importorskip("tqdm", reason="tqdm is not installed: pip install -e '.[bench]'")
 from benchmarks import __main__ as command
-from benchmarks import cases, compare, contenders, suite
+from benchmarks import cases, compare, contenders, suite, worker
 from benchmarks.cases import Case
+from cbn.kernels import engine
 
 from .conftest import closed_pipe
 
@@ -33,6 +35,7 @@ MB = 1 << 20
         (Case("backward", (32, 512, 28, 28)), 3),  # two arrays of 100 KB
         (Case("backward", (32, 256, 56, 56)), 5),  # two arrays of 401 KB
         (Case("backward", (4096, 1024), "last"), 5),
+        (Case("eval", (8,), group="networks", network="ResNet-50"), 2),
     ],
 )
 def test_traffic_model(case, units):
@@ -45,10 +48,29 @@ def test_lists():
     assert {c.op for c in full} == set(cases.OPS)
     assert {c.memory for c in full} == {"out", "called"}
     assert {c.threads for c in full} == {1, 2}
-    assert len(cases.short(2)) < 40
+    assert len([c for c in cases.short(2) if c.group == "shapes"]) < 40
+    assert {c.group for c in cases.short(2)} == {"shapes", "functions", "networks"}
     assert cases.full(1)
     names = [c.name for c in full]
     assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize(
+    ("network", "n", "channels", "first", "last"),
+    [
+        # Half of the parameters that the summaries of Keras's models call not trainable: means and variances
+        ("ResNet-50", 53, 53_120 // 2, (1, 64, 112, 112), (1, 2048, 7, 7)),
+        ("MobileNet-v2", 52, 34_112 // 2, (1, 32, 112, 112), (1, 1280, 7, 7)),
+        ("U-Net-1d", 18, 2 * (2 * (64 + 128 + 256 + 512) + 1024), (1, 64, 4096), (1, 64, 4096)),
+    ],
+)
+def test_networks(network, n, channels, first, last):
+    case = Case("train", (1,), group="networks", network=network)
+    shapes = [part.shape for part in case.parts]
+    assert len(shapes) == n
+    assert (shapes[0], shapes[-1]) == (first, last)
+    assert sum(shape[1] for shape in shapes) == channels
+    assert case.n_bytes == 4 * sum(map(np.prod, shapes))
 
 
 @pytest.mark.parametrize("text", ["32x64x56x56", "4096X1024"])
@@ -64,6 +86,7 @@ def test_shapes(text):
         (["run", "--shape", "axb"], "unknown shape 'axb'"),
         (["run", "--peer", "foo"], "unknown peer 'foo'; known: numpy, PyTorch"),
         (["run", "--op", "fit"], "invalid choice: 'fit'"),
+        (["run", "--group", "shape"], "invalid choice: 'shape'"),
         (["run", "--dtype", "float16"], "invalid choice: 'float16'"),
         (["run", "--fused", "gelu"], "invalid choice: 'gelu'"),
         (["run", "--dtype", "float64"], "nothing to measure"),
@@ -250,6 +273,38 @@ def test_every_contender_agrees_with_float64_where_it_is_installed(tmp_path):
     found = json.loads((tmp_path / "results.json").read_text())
     assert not found["suite"]["wrong"]
     assert not found["suite"]["failed"]
+
+
+CALLS = [
+    Case("eval", (1,), group="networks", network="U-Net-1d"),
+    *(Case(op, (2, 8, 3, 5), layout, 1, memory, group="functions")
+      for op in cases.OPS for layout in cases.LAYOUTS for memory in ("out", "called")),
+    *(Case(op, (2, 8, 3, 5), layout, 2, group="chain", chain=chain)
+      for op in cases.OPS for layout in cases.LAYOUTS for chain in cases.CHAINS),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CALLS, ids=lambda c: c.name)
+def test_networks_functions_and_chains_are_compared_with_float64(case, tmp_path):
+    before = engine.tune()
+    exact = [suite.Exact(part, tmp_path, f"{i}-").files for i, part in enumerate(dict.fromkeys(case.parts))]
+    taken = set()
+    try:
+        for name in ("cbn", "cbn layers", "cbn, plain stores", "cbn, non-temporal stores", "PyTorch"):
+            contender = contenders.ALL[name]
+            try:
+                contender.version()
+            except ImportError:
+                continue
+            if all(contender.supports(part) for part in case.parts):
+                taken.add(name)
+                answer = worker.Worker().prepare(name, asdict(case), exact)
+                assert answer["wrong"] is None, (name, answer)
+                assert set(answer["errors"]) == ({"dx", "dweight", "dbias"} if case.op == "backward" else {"y"})
+    finally:
+        engine.tune(**before)
+    stores = {"cbn, plain stores", "cbn, non-temporal stores"}
+    assert taken - {"PyTorch"} == {"cbn"} | (stores if case.chain else {"cbn layers"})
 
 
 @pytest.mark.parametrize(

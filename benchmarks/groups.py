@@ -1,0 +1,73 @@
+"""The sections of the page on networks, functions and chains."""
+
+from .html import Html, table
+from .results import (
+    BEST,
+    LAYOUT_WORDS,
+    OP_WORDS,
+    OURS,
+    duration,
+    percent,
+    ratio_words,
+    shape_words,
+    size_words,
+    verdict,
+    with_onednn,
+)
+
+LAYERS, STORES = "cbn layers", ("cbn, plain stores", "cbn, non-temporal stores")
+
+
+def by_case(data, group):
+    """{case: {contender: row}} of a group, oneDNN's layouts as two."""
+    found = {}
+    for row in data.rows:
+        if row.case.group == group and not row.is_limit:
+            found.setdefault(row.case, {})[row.name] = row
+    return {case: with_onednn(slot) for case, slot in found.items() if OURS in slot}
+
+
+def ratio_html(row):
+    """The median ratio of a row, coloured."""
+    if row is None or row.ratio is None:
+        return ""
+    ratio = row.ratio["median"]
+    return Html(f'<b class="{verdict(ratio)}">{ratio_words(ratio)}</b><small>{duration(row.time)}</small>')
+
+
+def compared(data, group, head, cells):
+    """A table with a row for each case: its time, that of a layer, and what the peers take."""
+    rows = []
+    found = by_case(data, group)
+    peers = [name for name in ("numpy", "PyTorch", "oneDNN", BEST) if any(name in slot for slot in found.values())]
+    for case, slot in found.items():
+        ours = slot[OURS]
+        share = percent(ours.share["median"]) if ours.share and not data.fits_cache(ours) else ""
+        times = duration(ours.time), duration(slot[LAYERS].time) if LAYERS in slot else ""
+        rows.append([*cells(case), *times, share, *(ratio_html(slot.get(name)) for name in peers)])
+    head = [*head, ">cbn", ">through layers", ">share of the limit", *(f">{name}" for name in peers)]
+    return table(head, rows, "tall") if rows else ""
+
+
+def networks(data):
+    return compared(data, "networks", ["network", "operation", "layout", ">threads", "memory"], lambda c: [
+        shape_words(c.subject), OP_WORDS[c.op], LAYOUT_WORDS[c.layout], c.threads, memory_words(c)])  # fmt: skip
+
+
+def functions(data):
+    return compared(data, "functions", ["shape", "operation", ">threads", "memory"], lambda c: [
+        shape_words(c.subject), OP_WORDS[c.op], c.threads, memory_words(c)])  # fmt: skip
+
+
+def memory_words(case):
+    return "given" if case.memory == "out" else "allocated"
+
+
+def chains(data):
+    """A row for each chain and size: its time, and the times with either kind of store over it."""
+    rows = []
+    for case, slot in by_case(data, "chain").items():
+        cells = [case.chain, OP_WORDS[case.op], LAYOUT_WORDS[case.layout], case.threads, size_words(case.n_bytes)]
+        rows.append([*cells, duration(slot[OURS].time), *(ratio_html(slot.get(name)) for name in STORES)])
+    head = ["chain", "operation", "layout", ">threads", ">array", ">cbn", *(f">{name[5:]}" for name in STORES)]
+    return table(head, rows, "tall") if rows else ""
