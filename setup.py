@@ -173,6 +173,7 @@ EXTENSIONS = {
     "engine": [*(f"sets/{name}.c" for name in (*SETS, "baseline")), "engine.pyx", "select.c", "threads.c"],
     "passes": ["passes.pyx"],
     "arrays": ["arrays.pyx", "pool.c"],
+    "calls": ["calls.pyx"],
     "plans": ["plans.pyx"],
     "channels": ["channels.pyx"],
 }

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from . import checks, steps
 from .checks import Activation, Array, ArrayLike, Doubles, Number
 from .inputs import Input, as_gradient, as_input, as_outputs
-from .kernels import arrays, channels, passes
+from .kernels import arrays, calls, channels, passes
 from .quantized import BYTES, Quantization, forward_quantized, quantized
 from .steps import NO_EPILOGUE, Affine, Context, Epilogue
 from .verbs import (
@@ -37,6 +37,8 @@ __all__ = [
     "native_batch_norm",
     "native_batch_norm_backward",
 ]
+
+ALL = (True, True, True)  # gradients of input, weight and bias
 
 
 def batch_norm(
@@ -124,6 +126,14 @@ def batch_norm(
     >>> mean, var
     (array([0.2, 0.1]), array([1.7, 0.9]))
     """
+    if x_scale is None and x_zero_point is None and out_dtype is None:
+        given = weight, bias, running_mean, running_var, momentum, eps, channel_axis, out, activation, residual
+        if not training:
+            y = calls.evaluate(x, *given)
+            if y is not None:
+                return y
+        elif (done := calls.train(x, *given)) is not None:
+            return done[0]
     slope = checks.negative_slope(activation)
     a = checks.array(x, "input")
     quantization: Quantization | None = None
@@ -229,6 +239,12 @@ def native_batch_norm(
     >>> mean, invstd
     (array([2.]), array([0.49999938]))
     """
+    given = weight, bias, running_mean, running_var, momentum, eps, channel_axis, out, None, None
+    if training:
+        if (done := calls.train(x, *given)) is not None:
+            return done
+    elif (y := calls.evaluate(x, *given)) is not None:
+        return y, np.empty(0), np.empty(0)
     inp, arrays_c = as_input(x, channel_axis), (running_mean, running_var, weight, bias)
     return _batch_norm(inp, arrays_c, training, momentum, eps, NO_EPILOGUE, out)
 
@@ -243,7 +259,7 @@ def native_batch_norm_backward(
     save_invstd: ArrayLike | None,
     train: bool,
     eps: Number,
-    output_mask: Iterable[bool] = (True, True, True),
+    output_mask: Iterable[bool] = ALL,
     *,
     channel_axis: SupportsIndex = 1,
     out: Array | None = None,
@@ -307,6 +323,10 @@ def native_batch_norm_backward(
     >>> dbias
     array([1.])
     """
+    if train is True and output_mask is ALL and type(eps) is float and eps > 0:
+        done = calls.gradients(dy, x, weight, save_mean, save_invstd, channel_axis, out)
+        if done is not None:
+            return done
     inp = as_input(x, channel_axis)
     if not isinstance(output_mask, Iterable):
         raise TypeError(f"output_mask must be three bools, for dx, dweight and dbias, not {output_mask!r}")

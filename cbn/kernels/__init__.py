@@ -12,6 +12,7 @@ Every operation is measure → merge → solve → apply, once forward and once 
 Where each line is, from a numpy array down to an instruction:
 
     passes.pyx        the entries: one function for each verb and for all of them fused; `Passes` for C and Cython
+    calls.pyx         whole calls of the functions, for arguments of the kind that most calls have; scratch.pxd
     plans.pyx         calls that repeat: everything prepared that does not depend on values
     arrays.pyx        numpy's side: how an array lies in memory (`Layout`, `Input`), memory of outputs; pool.c
     channels.pyx      parameters and statistics of a layer, read and written as one
@@ -48,7 +49,7 @@ So that a pass gives the same bits with one instruction set, what decides a sum 
 alone. What may change with the machine (threads, caches, kind of store, prefetch) decides no bit.
 """
 
-__all__ = ["arrays", "channels", "engine", "passes", "plans"]
+__all__ = ["arrays", "calls", "channels", "engine", "passes", "plans"]
 
 
 def _is_compiled() -> bool:
@@ -92,6 +93,6 @@ def _explain(error: ImportError) -> str:
 
 
 try:
-    from . import arrays, channels, engine, passes, plans
+    from . import arrays, calls, channels, engine, passes, plans
 except ImportError as error:
     raise ImportError(_explain(error), name="cbn.kernels.engine") from (error if _is_compiled() else None)

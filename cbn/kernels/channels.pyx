@@ -251,8 +251,9 @@ def add(targets, values, names):
             store(&v[i], c, load(&v[i], c) + of[i][c])
 
 
-def move_running(cnp.ndarray mean, cnp.ndarray var, cnp.ndarray counter, cnp.ndarray batch_mean, cnp.ndarray batch_m2,
-                 double count, momentum, bint unbiased=True, tuple old=None, dict attributes=None, saved=None):
+cpdef object move_running(cnp.ndarray mean, cnp.ndarray var, cnp.ndarray counter, cnp.ndarray batch_mean,
+                          cnp.ndarray batch_m2, double count, momentum, bint unbiased=True, tuple old=None,
+                          dict attributes=None, saved=None):
     """Count a batch and move the running statistics by it: (1 - momentum)*running + momentum*batch, in float64.
 
     mean, var, counter: those that there are; both statistics, or neither. batch_mean, batch_m2: contiguous float64.

@@ -7,6 +7,7 @@ cdef enum:
     SMALL = 1 << 14       # bytes of an array: below, releasing the GIL costs more than `apply_here` takes
 
 cdef const cbn_isa *active    # the instruction set in use
+cdef Py_ssize_t generation    # counts the changes of instruction set and knobs: what jobs were made with
 
 cdef Job make_job(const Extents *e, cbn_view x, Element element, Py_ssize_t itemsize, bint in_float64) noexcept nogil
 cdef void set_epilogue(Job *job, cbn_view z, double negative_slope) noexcept nogil

@@ -65,6 +65,7 @@ cdef extern from *:
 # ---- instruction sets ------------------------------------------------------------------------------------------
 
 active = NULL
+generation = 0
 
 
 def built():
@@ -88,7 +89,7 @@ def use_isa(name=None):
     For the whole process, from the next call on. `CBN_ISA` calls this at import; tests and the self-check call it
     to go through all sets in one process.
     """
-    global active
+    global active, generation
     before = isa()
     names = available()
     if name is None:
@@ -97,6 +98,7 @@ def use_isa(name=None):
         reason = "is not available on this processor" if name in built() else "is not known"
         raise ValueError(f"CBN_ISA: instruction set {name!r} {reason}; available: {', '.join(names)}")
     active = cbn_built[names.index(name)]
+    generation += 1
     return before
 
 
@@ -226,7 +228,7 @@ def tune(**knobs):
     l3_bytes           cache of all cores
     prefetch           whether reductions fetch what comes next
     """
-    global bytes_per_thread, nontemporal_bytes, l2_bytes, l3_bytes, prefetch
+    global bytes_per_thread, nontemporal_bytes, l2_bytes, l3_bytes, prefetch, generation
     before = {"bytes_per_thread": bytes_per_thread, "nontemporal_bytes": nontemporal_bytes, "l2_bytes": l2_bytes,
               "l3_bytes": l3_bytes, "prefetch": prefetch}
     for name in knobs:
@@ -235,6 +237,7 @@ def tune(**knobs):
     new = before | knobs
     bytes_per_thread, nontemporal_bytes = new["bytes_per_thread"], new["nontemporal_bytes"]
     l2_bytes, l3_bytes, prefetch = new["l2_bytes"], new["l3_bytes"], new["prefetch"]
+    generation += 1
     return before
 
 

@@ -19,7 +19,7 @@ cimport numpy as cnp
 from libc.math cimport sqrt
 from libc.stdlib cimport free, malloc
 
-from .arrays cimport Input, Layout, doubles, element_of, give_memory, is_plain, new_doubles, take_memory
+from .arrays cimport Input, Layout, doubles, element_of, is_plain, new_doubles
 from .coefficients cimport (
     BACKWARD_ROWS,
     FORWARD_ROWS,
@@ -45,7 +45,7 @@ from .engine cimport (
 )
 from .job cimport BF16, F16, F32, Job
 from .kernels cimport CBN_IN_FLOAT64, CBN_MEAN, CBN_OFFSET, CBN_SCALE, cbn_view
-from .partition cimport n_partials
+from .scratch cimport divide_scratch, measure_and_apply_with_memory, scratch_doubles
 
 import operator
 
@@ -83,15 +83,8 @@ cdef object choose_tiles_with_memory(Job *job):
 
 
 cdef cnp.ndarray new_room(Job *job):
-    """What `scratch` divides; the caller keeps it until the job is done."""
-    return new_doubles(job.reduction.C * (2 + BACKWARD_ROWS + 2 * n_partials(&job.reduction)))
-
-
-cdef void scratch(Job *job, double *room_c) noexcept nogil:
-    """Memory of a call that measures: (2 + BACKWARD_ROWS + 2*partials, C)."""
-    cdef Py_ssize_t C = job.reduction.C
-    job.shift_c, job.sums_in_float64_c, job.coef_c = room_c, room_c + C, room_c + 2 * C
-    job.partial = job.coef_c + BACKWARD_ROWS * C
+    """What `divide_scratch` divides; the caller keeps it until the job is done."""
+    return new_doubles(scratch_doubles(job))
 
 
 cdef int check_coefficients(cnp.ndarray coef, Py_ssize_t rows, Layout layout) except -1:
@@ -115,7 +108,7 @@ def moments(Layout layout, cnp.ndarray x):
     mean, m2 = new_doubles(C), new_doubles(C)
     room = new_room(&job)
     job.sum_c, job.square_c = doubles(mean, C), doubles(m2, C)
-    scratch(&job, doubles(room, room.size))
+    divide_scratch(&job, doubles(room, room.size))
     with nogil:
         measure(&job)
     return mean, m2
@@ -185,7 +178,7 @@ def normalize(Layout layout, cnp.ndarray x, cnp.ndarray y, cnp.ndarray weight, c
     cdef Py_ssize_t C = layout.extents.C
     mean, m2, invstd = new_doubles(C), new_doubles(C), new_doubles(C)
     room = new_room(&job)
-    scratch(&job, doubles(room, room.size))
+    divide_scratch(&job, doubles(room, room.size))
     job.sum_c, job.square_c, job.invstd_c = doubles(mean, C), doubles(m2, C), doubles(invstd, C)
     job.weight_c, job.bias_c, job.eps = doubles(weight, C), doubles(bias, C), eps
     follow_with(&job, layout, residual, negative_slope)
@@ -220,7 +213,7 @@ cdef tuple backward(Layout layout, cnp.ndarray dy, cnp.ndarray x, cnp.ndarray dx
     sums, products, dweight = new_doubles(C), new_doubles(C), new_doubles(C)
     dweight_c = doubles(dweight, C)
     room = new_room(&job)
-    scratch(&job, doubles(room, room.size))
+    divide_scratch(&job, doubles(room, room.size))
     job.backward = True
     job.shift_c, job.invstd_c = doubles(mean, C), doubles(invstd, C)
     job.weight_c, job.bias_c = doubles(weight, C), doubles(bias, C)
@@ -375,7 +368,7 @@ cdef class Passes:
         cdef Job job = (<Job *>self.job)[0]
         job.x.data = <char *>x
         job.sum_c, job.square_c = mean_c, m2_c
-        scratch(&job, self.room_c)
+        divide_scratch(&job, self.room_c)
         measure(&job)
 
     cdef void apply(self, const void *x, void *y, const double *coef_c) noexcept nogil:
@@ -391,10 +384,10 @@ cdef class Passes:
         cdef Job job = (<Job *>self.job)[0]
         job.x.data = job.g.data = <char *>x
         job.y.data = <char *>y
-        scratch(&job, self.room_c)
+        divide_scratch(&job, self.room_c)
         job.weight_c, job.bias_c, job.eps = <double *>weight_c, <double *>bias_c, eps
         job.sum_c, job.square_c, job.invstd_c = mean_c, m2_c, invstd_c
-        run_with_memory(&job)
+        measure_and_apply_with_memory(&job)
 
     cdef void backward(self, const void *dy, const void *x, void *dx, const double *weight_c, const double *mean_c,
                        const double *invstd_c, double *sum_c, double *product_c) noexcept nogil:
@@ -402,21 +395,9 @@ cdef class Passes:
         cdef Py_ssize_t c
         job.backward = True
         job.x.data, job.g.data, job.y.data = <char *>x, <char *>dy, <char *>dx
-        scratch(&job, self.room_c)
+        divide_scratch(&job, self.room_c)
         job.shift_c, job.invstd_c, job.weight_c = <double *>mean_c, <double *>invstd_c, <double *>weight_c
         job.sum_c, job.square_c = sum_c, product_c
-        run_with_memory(&job)
+        measure_and_apply_with_memory(&job)
         for c in range(self.C):
             product_c[c] *= invstd_c[c]
-
-
-cdef void run_with_memory(Job *job) noexcept nogil:
-    """`measure_and_apply` with memory of the pool for the pipeline; where there is none, in two passes."""
-    cdef char *memory = NULL
-    job.nontemporal = stores_nontemporal(job)
-    choose_tiles(job)
-    if copies_bytes(job):
-        memory = take_memory(copies_bytes(job))
-        set_copies(job, memory)
-    measure_and_apply(job)
-    give_memory(memory)

@@ -1,0 +1,30 @@
+# Memory of one call: what the passes keep per channel, and the copies of the pipeline.
+from .arrays cimport give_memory, take_memory
+from .coefficients cimport BACKWARD_ROWS
+from .engine cimport choose_tiles, copies_bytes, measure_and_apply, set_copies, stores_nontemporal
+from .job cimport Job
+from .partition cimport n_partials
+
+
+cdef inline Py_ssize_t scratch_doubles(const Job *job) noexcept nogil:
+    """How many float64 values `divide_scratch` divides."""
+    return job.reduction.C * (2 + BACKWARD_ROWS + 2 * n_partials(&job.reduction))
+
+
+cdef inline void divide_scratch(Job *job, double *room_c) noexcept nogil:
+    """Memory of a call that measures: (2 + BACKWARD_ROWS + 2*partials, C)."""
+    cdef Py_ssize_t C = job.reduction.C
+    job.shift_c, job.sums_in_float64_c, job.coef_c = room_c, room_c + C, room_c + 2 * C
+    job.partial = job.coef_c + BACKWARD_ROWS * C
+
+
+cdef inline void measure_and_apply_with_memory(Job *job) noexcept nogil:
+    """`measure_and_apply` with memory of the pool for the pipeline; where there is none, in two passes."""
+    cdef char *memory = NULL
+    job.nontemporal = stores_nontemporal(job)
+    choose_tiles(job)
+    if copies_bytes(job):
+        memory = take_memory(copies_bytes(job))
+        set_copies(job, memory)
+    measure_and_apply(job)
+    give_memory(memory)
