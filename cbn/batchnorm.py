@@ -16,7 +16,7 @@ from . import checks, quantized, steps, storage
 from .attributes import accepted_dtype
 from .checks import Array, ArrayLike, Doubles, Number
 from .inputs import Input, as_gradient, as_input, as_outputs
-from .kernels import arrays, channels, passes, plans
+from .kernels import arrays, calls, channels, passes, plans
 from .plan import EvalPlan
 from .quantized import Quantization
 from .state import State
@@ -202,6 +202,10 @@ class BatchNorm(State):
             As `cbn.functional.batch_norm`, and for another number of dimensions or channels. Neither the layer nor
             `out` has changed then.
         """
+        if self.training and x_scale is None and x_zero_point is None and out_dtype is None and not self._frozen:
+            y = self._train(x, out, residual)
+            if y is not None:
+                return y
         inp, quantization = self._input(x, x_scale, x_zero_point, out_dtype)
         given, (out, residual) = out, as_outputs(inp, out, residual)
         now = self._read(inp, residual, quantization)
@@ -210,7 +214,9 @@ class BatchNorm(State):
         else:
             y, context = self._forward_fixed(inp, now, out, quantization)
         if now.training:
-            self._finish_training(context, now, out)
+            mean, var, *_ = now.sources
+            running = (mean, var, now.counter) if now.batch_statistics and now.tracked else None
+            self._finish_training(context, out, running)
         else:
             self._remember(AFTER_EVAL)
             if not now.batch_statistics and quantization is None and not self._has_plan(x):
@@ -218,6 +224,24 @@ class BatchNorm(State):
                 plan = plans.Plan.of(inp, x, now.sources, now.values, coef, now.epilogue.negative_slope)
                 self._keep(plan, now.version)
         return y if given is None else given
+
+    def _train(self, x: ArrayLike, out: Array | None, residual: ArrayLike | None) -> Array | None:
+        """A forward with the statistics of the batch, compiled, for arguments as most calls have them; else None."""
+        tracked = self.track_running_stats
+        affine_c = self.weight, self.bias
+        running = (self.running_mean, self.running_var, self.num_batches_tracked) if tracked else None
+        slope = checks.negative_slope(self._activation)
+        done = calls.train_layer(
+            x, affine_c + (running or (None, None, None)), self._num_features, self._dtype.itemsize == 8, self._eps, self._channel_axis,
+            self._ranks, out, residual, slope,
+        )  # fmt: skip
+        if done is None:
+            return None
+        y, inp, weight, bias, mean, m2, invstd = done
+        epilogue = steps.NO_EPILOGUE if residual is None and slope == 1 else Epilogue(residual, slope)
+        context = Context(inp, Affine(weight, bias), epilogue, True, mean, invstd, m2, inp.count)
+        self._finish_training(context, out, running)
+        return y
 
     def _input(
         self, x: ArrayLike, x_scale: Any, x_zero_point: Any, out_dtype: Any
@@ -270,23 +294,22 @@ class BatchNorm(State):
         affine = Affine(values[2], values[3])
         return Snapshot(version, training, batch_statistics, tracked, eps, affine, epilogue, sources, values, counter)
 
-    def _finish_training(self, context: Context, now: Snapshot, out: Array | None) -> None:
-        """Keep the context for backward and move the running statistics, at one moment."""
+    def _finish_training(self, context: Context, out: Array | None, running: tuple[Any, Any, Any] | None) -> None:
+        """Keep the context for backward and move the running statistics, at one moment.
+
+        running: mean, variance and counter as far as there are, or None if they stay.
+        """
         saved: str | Context = context
         if _checks_inputs:
             context.digests = digest(context.inp.x), digest(context.epilogue.residual)
-        if context.is_overwritten_by(out):
+        if out is not None and context.is_overwritten_by(out):
             saved = OVERWRITTEN
-        if now.batch_statistics and now.tracked and context.inp.layout is not None:
-            momentum = 0.0 if self._momentum is None and now.counter is None else self._momentum
-            running_mean, running_var, *_ = now.sources
-            statistics = context.mean, context.m2, context.inp.count
-            channels.move_running(
-                running_mean, running_var, now.counter, *statistics, momentum, self._unbiased,
-                attributes=self.__dict__, saved=saved,
-            )  # fmt: skip
-        else:
+        if running is None or context.inp.layout is None:
             self._remember(saved)
+            return
+        momentum = 0.0 if self._momentum is None and running[2] is None else self._momentum
+        statistics = context.mean, context.m2, context.inp.count
+        channels.move_running(*running, *statistics, momentum, self._unbiased, None, self.__dict__, saved)
 
     def _remember(self, saved: str | Context) -> None:
         """Keep the context for backward, without an assignment, which would drop the plan."""
@@ -409,16 +432,27 @@ class BatchNorm(State):
         bias_grad = None if context.affine.bias is None else self.bias_grad
         want_sums = weight_grad is not None or bias_grad is not None
         channels.check_writable((weight_grad, bias_grad), ("weight_grad", "bias_grad"))
-        if context.is_overwritten_by(out):
+        if out is not None and context.is_overwritten_by(out):
             self._remember(OVERWRITTEN)  # before the pass, since an exception in it may leave x half overwritten
         try:
-            dx, dresidual, dweight, dbias = steps.backward(dy, context, True, want_sums, out)
+            dx, dresidual, dweight, dbias = self._differentiate(dy, context, want_sums, out)
         except MemoryError:  # before the pass
             self._remember(context)
             raise
         channels.add((weight_grad, bias_grad), (dweight, dbias), ("weight_grad", "bias_grad"))
         dx = dx if given is None else given
         return dx if context.epilogue.residual is None else (dx, dresidual)
+
+    @staticmethod
+    def _differentiate(dy: Array, context: Context, want_sums: bool, out: Array | None) -> steps.Gradients:
+        """`steps.backward`; a compiled call for arguments as most calls have them."""
+        if context.batch_statistics and context.epilogue is steps.NO_EPILOGUE:
+            statistics = context.affine.weight, context.mean, context.invstd
+            done = calls.layer_gradients(dy, context.inp, *statistics, out)
+            if done is not None:
+                dx, dweight, dbias = done
+                return steps.Gradients(dx, None, dweight, dbias)
+        return steps.backward(dy, context, True, want_sums, out)
 
     def _coefficients(self) -> Doubles:
         """(3, C): the current mean, scale and offset of evaluation."""

@@ -6,6 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+import cbn
 from cbn import functional as f
 from cbn.kernels import calls, engine
 
@@ -47,8 +48,7 @@ def assert_same(found, expected, case):
     """The same bits, dtypes and strides."""
     for a, b in zip(found, expected, strict=True):
         assert (a.dtype, a.shape, a.strides) == (b.dtype, b.shape, b.strides), case
-        assert np.array_equal(a.view(np.uint8) if a.flags.c_contiguous else a.astype(np.float64),
-                              b.view(np.uint8) if b.flags.c_contiguous else b.astype(np.float64)), case  # fmt: skip
+        assert a.tobytes() == b.tobytes(), case
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -208,3 +208,110 @@ def test_a_changed_instruction_set_is_used():
             assert np.array_equal(found.setdefault(name, y), y), name
     finally:
         engine.use_isa(before)
+
+
+def layer_steps(dtype, layout, parameters, activation, with_residual, where, seed=3, **settings):
+    """Everything that two training steps of a layer leave: outputs, gradients, statistics."""
+    a = Arrays(layout, dtype)
+    bn = cbn.BatchNorm(len(a.weight), dtype=parameters, channel_axis=a.axis, activation=activation, **settings)
+    for name in ("weight", "bias"):
+        if getattr(bn, name) is not None:
+            getattr(bn, name)[...] = getattr(a, name)
+    found = []
+    for x in (a.x, a.dy):
+        y = bn(x, out={"new": None, "out": a.out}[where], residual=a.residual if with_residual else None)
+        found.append(y.copy(order="K"))
+        dx = bn.backward(a.residual, out={"new": None, "out": np.zeros_like(x)}[where])
+        found += list(dx) if isinstance(dx, tuple) else [dx]
+    state = (bn.weight_grad, bn.bias_grad, bn.running_mean, bn.running_var, bn.num_batches_tracked)
+    return found + [b for b in state if b is not None]
+
+
+SETTINGS = {
+    "usual": {},
+    "plain average": {"momentum": None},
+    "biased": {"running_var": "biased"},
+    "without parameters": {"affine": False},
+    "without bias": {"bias": False},
+    "without statistics": {"track_running_stats": False},
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("dtype", INPUT_DTYPES, ids=lambda t: t.__name__)
+def test_layers_give_the_bits_of_python_code(dtype, settings, monkeypatch):
+    cases = list(itertools.product(("NC", "NCHW", "NCHW as NHWC", "CNHW in memory"), (np.float32, np.float64),
+                                   (None, "relu"), (False, True), ("new", "out")))  # fmt: skip
+    compiled = [layer_steps(dtype, *case, **SETTINGS[settings]) for case in cases]
+    monkeypatch.setattr(calls, "train_layer", lambda *arguments: None)
+    monkeypatch.setattr(calls, "layer_gradients", lambda *arguments: None)
+    for case, found in zip(cases, compiled, strict=True):
+        assert_same(found, layer_steps(dtype, *case, **SETTINGS[settings]), case)
+
+
+def test_usual_calls_of_layers_are_answered(monkeypatch):
+    """Else the test above would compare Python code with itself."""
+    answered = []
+    for name in ("train_layer", "layer_gradients"):
+        function = getattr(calls, name)
+
+        def watched(*arguments, function=function, name=name):
+            done = function(*arguments)
+            answered.append((name, done is not None))
+            return done
+
+        monkeypatch.setattr(calls, name, watched)
+    for settings in SETTINGS.values():
+        layer_steps(np.float32, "NCHW", np.float32, None, False, "out", **settings)
+    assert set(answered) == {("train_layer", True), ("layer_gradients", True)}
+
+
+def test_a_layer_follows_what_changes_between_its_calls():
+    a = Arrays()
+    bn = cbn.BatchNorm2d(5)
+    y = bn(a.x).copy()
+    bn.weight[...] = 2
+    assert np.array_equal(bn(a.x), 2 * y)
+    bn.activation = "relu"
+    assert np.array_equal(bn(a.x), 2 * np.maximum(y, 0))
+    before = bn.running_mean.copy()
+    bn.track_running_stats = False
+    bn(a.x)
+    assert np.array_equal(bn.running_mean, before)
+    bn.track_running_stats = True
+    bn.running_mean.flags.writeable = False
+    with pytest.raises(ValueError, match="running_mean is read-only, but has to be updated"):
+        bn(a.x)
+    bn.running_mean = np.zeros(5, np.float32)
+    bn.num_batches_tracked.flags.writeable = False
+    counted = int(bn.num_batches_tracked)
+    with pytest.raises(ValueError, match="num_batches_tracked is read-only, but has to be updated"):
+        bn(a.x)
+    assert not bn.running_mean.any()
+    assert int(bn.num_batches_tracked) == counted
+    for x, words in (
+        (a.x[0], "expected 4D input"),
+        (a.x[:, :4], "running_mean should contain 4 elements not 5"),
+        (a.x[:1, :, :1, :1], "Expected more than 1 value per channel"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            bn(x)
+
+
+def test_a_layer_goes_back_through_what_its_own_call_saw():
+    """The context has copies of the parameters, and a view of x that nobody reshapes."""
+    a = Arrays()
+    bn = cbn.BatchNorm2d(5)
+    bn.weight[...] = a.weight
+    x = a.x.copy()
+    bn(x)
+    bn.weight[...] = 0
+    x.shape = (3, 5, 99)
+    dx = bn.backward(a.dy)
+    other = cbn.BatchNorm2d(5)
+    other.weight[...] = a.weight
+    other(a.x)
+    assert np.array_equal(dx, other.backward(a.dy))
+    bn(x.reshape(a.x.shape), out=x.reshape(a.x.shape))
+    with pytest.raises(RuntimeError, match="overwritten"):
+        bn.backward(a.dy)

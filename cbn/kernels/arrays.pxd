@@ -30,6 +30,7 @@ cdef class Input:
 cdef Element element_of(cnp.ndarray a) noexcept
 cpdef bint is_plain(cnp.ndarray a) noexcept
 cpdef cnp.ndarray empty_like(cnp.ndarray x, dtype=*)
+cdef cnp.ndarray view_of(cnp.ndarray x)
 cdef cnp.ndarray phantom_like(cnp.ndarray x, dtype)
 cdef cnp.ndarray new_doubles(cnp.npy_intp n)
 cdef double *doubles(cnp.ndarray a, Py_ssize_t n) except? NULL

@@ -135,8 +135,11 @@ cdef double *doubles(cnp.ndarray a, Py_ssize_t n) except? NULL:
 
 
 cdef char *take_memory(size_t n_bytes) noexcept nogil:
-    """Memory of the pool, without the GIL; NULL where there is none."""
-    return <char *>cbn_pool_malloc(NULL, n_bytes)
+    """Memory of the pool, without the GIL; NULL where there is none, though the pool has given back what it kept."""
+    cdef char *memory = <char *>cbn_pool_malloc(NULL, n_bytes)
+    if memory == NULL and cbn_pool_release():
+        memory = <char *>cbn_pool_malloc(NULL, n_bytes)
+    return memory
 
 
 cdef void give_memory(char *memory) noexcept nogil:
@@ -390,8 +393,12 @@ cpdef bint is_plain(cnp.ndarray a) noexcept:
 def plain_view(x):
     """A view that nobody else can reshape, of what `is_plain`; else None."""
     if type(x) is cnp.ndarray and is_plain(x):
-        return PyArray_View(x, NULL, NULL)
+        return view_of(x)
     return None
+
+
+cdef cnp.ndarray view_of(cnp.ndarray x):
+    return PyArray_View(x, NULL, NULL)
 
 
 cdef void extent(cnp.ndarray a, Py_ssize_t *begin, Py_ssize_t *end) noexcept:

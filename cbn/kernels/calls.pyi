@@ -5,6 +5,8 @@ from typing import Any, final
 import numpy as np
 import numpy.typing as npt
 
+from .arrays import Input
+
 _Array = npt.NDArray[Any]
 _Doubles = npt.NDArray[np.float64]
 
@@ -46,3 +48,18 @@ def gradients(
     channel_axis: object,
     out: object,
 ) -> tuple[_Array, _Array, _Array] | None: ...
+def train_layer(
+    x: object,
+    arrays_c: tuple[object, object, object, object, object],
+    n_channels: int,
+    is_double: bool,
+    eps: object,
+    channel_axis: object,
+    ranks: tuple[int, ...] | None,
+    out: object,
+    residual: object,
+    slope: float,
+) -> tuple[_Array, Input, _Doubles | None, _Doubles | None, _Doubles, _Doubles, _Doubles] | None: ...
+def layer_gradients(
+    dy: object, inp: Input, weight: _Doubles | None, mean: _Doubles, invstd: _Doubles, out: object
+) -> tuple[_Array, _Doubles, _Doubles] | None: ...

@@ -1,5 +1,5 @@
-# Whole calls of the functions, compiled: what most calls are like is recognized here, and done without Python code.
-"""Calls of the functions on plain arrays. Internal; `cbn.functional` is the way in.
+# Whole calls of functions and layers, compiled: what most calls are like is recognized here and done without Python.
+"""Calls of functions and layers on plain arrays. Internal; `cbn.functional` and `cbn.batchnorm` are the ways in.
 
 Each function here answers for arguments of the kind that most calls have, and returns None for all others, which Python
 code then checks, converts or refuses. The kind: x, out, residual and dy are ndarrays of one type that the loops read,
@@ -16,7 +16,7 @@ from libc.math cimport isfinite, sqrt
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
 
-from .arrays cimport MAXDIMS, Layout, element_of, empty_like, is_plain, new_doubles
+from .arrays cimport MAXDIMS, Input, Layout, element_of, empty_like, is_plain, new_doubles, view_of
 from .channels cimport move_running
 from .coefficients cimport FORWARD_ROWS, solve_forward
 from .engine cimport (
@@ -101,6 +101,14 @@ cdef class Prepared:
         cdef char *of_a = cnp.PyArray_BYTES(a)
         cdef char *of_b = cnp.PyArray_BYTES(b)
         return of_a != of_b and of_a < of_b + self.extent and of_b < of_a + self.extent
+
+    cdef Input input_of(self, cnp.ndarray x, bint is_double):
+        """An array of this kind as other code reads it. The view is for whoever reshapes x in place."""
+        cdef Input inp = Input.__new__(Input)
+        inp.x, inp.layout, inp.axis = view_of(x), self.layout, self.layout.channel_axis
+        inp.n_channels = self.layout.extents.C
+        inp.in_float64 = is_double and self.type_num != cnp.NPY_DOUBLE
+        return inp
 
     cdef bint covers(self, cnp.ndarray a, cnp.ndarray of_channels) noexcept:
         """Whether an array of this kind may overlap one that is contiguous, or None."""
@@ -258,34 +266,27 @@ def evaluate(x, weight, bias, running_mean, running_var, momentum, eps, channel_
     return y
 
 
-def train(x, weight, bias, running_mean, running_var, momentum, eps, channel_axis, out, activation, residual):
-    """(y, mean, invstd) of `functional.native_batch_norm` in training, after the running statistics moved; or None."""
-    cdef Prepared p = prepared_for(x, channel_axis)
+cdef cnp.ndarray normalized(Prepared p, cnp.ndarray x, object weight, object bias, double eps, object out,
+                            object residual, double slope, bint wide, cnp.ndarray mean, cnp.ndarray m2,
+                            cnp.ndarray invstd, double *weight_c, double *bias_c):
+    """y and the batch's statistics; None, and nothing has changed, for an output or residual that is not for x.
+
+    weight_c and bias_c get float64 copies of weight and bias.
+    """
     cdef Job job
-    cdef Py_ssize_t C, count
-    cdef double slope
+    cdef cnp.ndarray y
     cdef double *room_c
-    cdef cnp.ndarray y, mean, invstd, m2
-    if p is None or (running_mean is None) != (running_var is None):
+    if not set_arrays(p, &job, x, out, residual, slope):
         return None
-    C, count = p.layout.extents.C, p.layout.extents.N * p.layout.extents.S
-    if not (is_per_channel(running_mean, C, True) and is_per_channel(running_var, C, True)
-            and is_per_channel(weight, C, False) and is_per_channel(bias, C, False)
-            and count > 1 and is_epsilon(eps, True) and is_momentum(momentum) and slope_of(activation, &slope)
-            and set_arrays(p, &job, x, out, residual, slope)):
-        return None
-    if out is not None and (p.covers(out, running_mean) or p.covers(out, running_var)):
-        return None
-    mean, invstd, m2 = new_doubles(C), new_doubles(C), new_doubles(C)
     y = empty_like(x) if out is None else out
-    room_c = <double *>malloc((scratch_doubles(&job) + 2 * C) * sizeof(double))
+    room_c = <double *>malloc(scratch_doubles(&job) * sizeof(double))
     if room_c == NULL:
         return None
-    job.weight_c, job.bias_c = copied(room_c, weight, C), copied(room_c + C, bias, C)
-    divide_scratch(&job, room_c + 2 * C)
+    divide_scratch(&job, room_c)
+    job.weight_c, job.bias_c = copied(weight_c, weight, job.reduction.C), copied(bias_c, bias, job.reduction.C)
     job.sum_c, job.square_c = <double *>cnp.PyArray_DATA(mean), <double *>cnp.PyArray_DATA(m2)
     job.invstd_c, job.eps = <double *>cnp.PyArray_DATA(invstd), eps
-    job.in_float64 |= is_wider(p, weight) or is_wider(p, bias)
+    job.in_float64 |= wide
     job.y.data = cnp.PyArray_BYTES(y)
     if job.n_bytes < SMALL:
         measure_and_apply_with_memory(&job)
@@ -293,51 +294,157 @@ def train(x, weight, bias, running_mean, running_var, momentum, eps, channel_axi
         with nogil:
             measure_and_apply_with_memory(&job)
     free(room_c)
+    return y
+
+
+cdef bint is_batch(Prepared p, object weight, object bias, object running_mean, object running_var,
+                   object eps) noexcept:
+    """Whether x has values enough to train with, and parameters and statistics are of the usual kind."""
+    cdef Py_ssize_t C = p.layout.extents.C
+    return p.layout.extents.N * p.layout.extents.S > 1 and is_epsilon(eps, True) \
+        and is_per_channel(weight, C, False) and is_per_channel(bias, C, False) \
+        and is_per_channel(running_mean, C, True) and is_per_channel(running_var, C, True) \
+        and (running_mean is None) == (running_var is None)
+
+
+def train(x, weight, bias, running_mean, running_var, momentum, eps, channel_axis, out, activation, residual):
+    """(y, mean, invstd) of `functional.native_batch_norm` in training, after the running statistics moved; or None."""
+    cdef Prepared p = prepared_for(x, channel_axis)
+    cdef Py_ssize_t C
+    cdef double slope
+    cdef double *affine_c
+    cdef cnp.ndarray y, mean, invstd, m2
+    if p is None or not is_batch(p, weight, bias, running_mean, running_var, eps) or not is_momentum(momentum) \
+            or not slope_of(activation, &slope):
+        return None
+    if type(out) is cnp.ndarray and (p.covers(out, running_mean) or p.covers(out, running_var)):
+        return None
+    C = p.layout.extents.C
+    mean, invstd, m2 = new_doubles(C), new_doubles(C), new_doubles(C)
+    affine_c = <double *>malloc(2 * C * sizeof(double))
+    if affine_c == NULL:
+        return None
+    try:
+        y = normalized(p, x, weight, bias, eps, out, residual, slope, is_wider(p, weight) or is_wider(p, bias), mean,
+                       m2, invstd, affine_c, affine_c + C)
+    finally:
+        free(affine_c)
+    if y is None:
+        return None
     if running_mean is not None:
-        move_running(running_mean, running_var, None, mean, m2, count, momentum)
+        move_running(running_mean, running_var, None, mean, m2, p.layout.count, momentum)
     return y, mean, invstd
+
+
+def train_layer(x, tuple arrays_c, Py_ssize_t n_channels, bint is_double, eps, channel_axis, tuple ranks, out, residual,
+                double slope):
+    """(y, input, weight, bias, mean, m2, invstd) of a layer's forward in training, in float64; or None.
+
+    arrays_c: weight, bias, running mean, running variance and counter, the last three None if they stay.
+    """
+    cdef Prepared p = prepared_for(x, channel_axis)
+    cdef Py_ssize_t C
+    cdef cnp.ndarray y, mean, invstd, m2, weight_c = None, bias_c = None
+    cdef object weight, bias, running_mean, running_var, counter
+    weight, bias, running_mean, running_var, counter = arrays_c
+    if p is None or p.layout.extents.C != n_channels or (ranks is not None and p.n_axes not in ranks) \
+            or not is_batch(p, weight, bias, running_mean, running_var, eps) or not is_counter(counter):
+        return None
+    C = n_channels
+    mean, invstd, m2 = new_doubles(C), new_doubles(C), new_doubles(C)
+    if weight is not None:
+        weight_c = new_doubles(C)
+    if bias is not None:
+        bias_c = new_doubles(C)
+    y = normalized(p, x, weight, bias, eps, out, residual, slope, is_double and p.type_num != cnp.NPY_DOUBLE, mean, m2,
+                   invstd, NULL if weight_c is None else <double *>cnp.PyArray_DATA(weight_c),
+                   NULL if bias_c is None else <double *>cnp.PyArray_DATA(bias_c))
+    if y is None:
+        return None
+    return y, p.input_of(x, is_double), weight_c, bias_c, mean, m2, invstd
+
+
+cdef bint is_counter(object counter) noexcept:
+    """Whether it is None, or an int64 number that can be written to."""
+    if counter is None:
+        return True
+    return type(counter) is cnp.ndarray and cnp.PyArray_SIZE(<cnp.ndarray>counter) == 1 \
+        and cnp.PyArray_TYPE(<cnp.ndarray>counter) == cnp.NPY_INT64 and cnp.PyArray_ISCARRAY(<cnp.ndarray>counter)
 
 
 # ---- backward --------------------------------------------------------------------------------------------------
 
-def gradients(dy, x, weight, save_mean, save_invstd, channel_axis, out):
-    """(dx, dweight, dbias) of `functional.native_batch_norm_backward` through the statistics of the batch; or None."""
-    cdef Prepared p = prepared_for(x, channel_axis)
+cdef cnp.ndarray differentiated(Prepared p, cnp.ndarray dy, cnp.ndarray x, object weight, cnp.ndarray mean,
+                                cnp.ndarray invstd, object out, bint wide, double *dweight_c, double *dbias_c):
+    """dx and the gradients of weight and bias; None, and nothing has changed, for an output that is not for x."""
     cdef Job job
-    cdef Py_ssize_t c, C
+    cdef Py_ssize_t c, C = p.layout.extents.C
+    cdef cnp.ndarray dx
     cdef double *room_c
-    cdef cnp.ndarray dx, dweight, dbias
-    if p is None or save_mean is None or save_invstd is None or not p.takes(dy):
-        return None
-    C = p.layout.extents.C
-    if not (is_per_channel(save_mean, C, False) and is_per_channel(save_invstd, C, False)
-            and is_per_channel(weight, C, False) and set_arrays(p, &job, x, out, None, 1)):
-        return None
-    if out is not None and p.overlap_partly(dy, out):
+    if not set_arrays(p, &job, x, out, None, 1) or (out is not None and p.overlap_partly(dy, out)):
         return None
     dx = empty_like(x) if out is None else out
-    dweight, dbias = new_gradient(C, p, weight), new_gradient(C, p, weight)
-    room_c = <double *>malloc((scratch_doubles(&job) + 5 * C) * sizeof(double))
+    room_c = <double *>malloc((scratch_doubles(&job) + 3 * C) * sizeof(double))
     if room_c == NULL:
         return None
-    divide_scratch(&job, room_c + 5 * C)
+    divide_scratch(&job, room_c + 3 * C)
     job.backward = True
-    job.g.data, job.y.data = cnp.PyArray_BYTES(<cnp.ndarray>dy), cnp.PyArray_BYTES(dx)
-    job.shift_c, job.invstd_c = copied(room_c, save_mean, C), copied(room_c + C, save_invstd, C)
+    job.g.data, job.y.data = cnp.PyArray_BYTES(dy), cnp.PyArray_BYTES(dx)
+    job.shift_c, job.invstd_c = copied(room_c, mean, C), copied(room_c + C, invstd, C)
     job.weight_c = copied(room_c + 2 * C, weight, C)
-    job.sum_c, job.square_c = room_c + 3 * C, room_c + 4 * C
-    job.in_float64 |= is_wider(p, weight)
+    job.sum_c, job.square_c = dbias_c, dweight_c
+    job.in_float64 |= wide
     if job.n_bytes < SMALL:
         measure_and_apply_with_memory(&job)
     else:
         with nogil:
             measure_and_apply_with_memory(&job)
     for c in range(C):
-        job.square_c[c] *= job.invstd_c[c]
-    round_into(dbias, job.sum_c, C)
-    round_into(dweight, job.square_c, C)
+        dweight_c[c] *= job.invstd_c[c]
     free(room_c)
+    return dx
+
+
+def gradients(dy, x, weight, save_mean, save_invstd, channel_axis, out):
+    """(dx, dweight, dbias) of `functional.native_batch_norm_backward` through the statistics of the batch; or None."""
+    cdef Prepared p = prepared_for(x, channel_axis)
+    cdef Py_ssize_t C
+    cdef double *sums_c
+    cdef cnp.ndarray dx, dweight, dbias
+    if p is None or save_mean is None or save_invstd is None or not p.takes(dy):
+        return None
+    C = p.layout.extents.C
+    if not (is_per_channel(save_mean, C, False) and is_per_channel(save_invstd, C, False)
+            and is_per_channel(weight, C, False)):
+        return None
+    dweight, dbias = new_gradient(C, p, weight), new_gradient(C, p, weight)
+    sums_c = <double *>malloc(2 * C * sizeof(double))
+    if sums_c == NULL:
+        return None
+    try:
+        dx = differentiated(p, dy, x, weight, save_mean, save_invstd, out, is_wider(p, weight), sums_c, sums_c + C)
+        if dx is None:
+            return None
+        round_into(dweight, sums_c, C)
+        round_into(dbias, sums_c + C, C)
+    finally:
+        free(sums_c)
     return dx, dweight, dbias
+
+
+def layer_gradients(dy, Input inp, weight, cnp.ndarray mean, cnp.ndarray invstd, out):
+    """(dx, dweight, dbias), in float64, of a layer's backward through the statistics of a batch; or None.
+
+    weight, mean and invstd are those of the context: contiguous float64.
+    """
+    cdef Prepared p = prepared_for(inp.x, inp.axis)
+    cdef cnp.ndarray dx, dweight, dbias
+    if p is None or not p.takes(dy):
+        return None
+    dweight, dbias = new_doubles(p.layout.extents.C), new_doubles(p.layout.extents.C)
+    dx = differentiated(p, dy, inp.x, weight, mean, invstd, out, inp.in_float64, <double *>cnp.PyArray_DATA(dweight),
+                        <double *>cnp.PyArray_DATA(dbias))
+    return None if dx is None else (dx, dweight, dbias)
 
 
 cdef cnp.ndarray new_gradient(cnp.npy_intp C, Prepared p, object weight):

@@ -31,13 +31,9 @@ from .coefficients cimport (
 )
 from .engine cimport (
     apply as run_apply,
-    choose_tiles,
-    copies_bytes,
     make_job,
     measure,
-    measure_and_apply,
     set_coefficients,
-    set_copies,
     set_epilogue,
     set_output,
     stores_nontemporal,
@@ -50,8 +46,6 @@ from .scratch cimport divide_scratch, measure_and_apply_with_memory, scratch_dou
 import operator
 
 import numpy as np
-
-from .arrays import with_room
 
 cnp.import_array()
 
@@ -70,16 +64,6 @@ cdef void follow_with(Job *job, Layout layout, cnp.ndarray residual, double nega
 
 cdef void write_to(Job *job, Layout layout, cnp.ndarray y):
     set_output(job, &layout.extents, layout.view(y), cnp.PyArray_ITEMSIZE(y))
-
-
-cdef object choose_tiles_with_memory(Job *job):
-    """Returns the memory of the pipeline's copies, if there are any; the caller keeps it until the job is done."""
-    choose_tiles(job)
-    if copies_bytes(job) == 0:
-        return None
-    memory = with_room(np.empty, copies_bytes(job), np.int8)
-    set_copies(job, cnp.PyArray_BYTES(memory))
-    return memory
 
 
 cdef cnp.ndarray new_room(Job *job):
@@ -183,9 +167,8 @@ def normalize(Layout layout, cnp.ndarray x, cnp.ndarray y, cnp.ndarray weight, c
     job.weight_c, job.bias_c, job.eps = doubles(weight, C), doubles(bias, C), eps
     follow_with(&job, layout, residual, negative_slope)
     write_to(&job, layout, y)
-    _copies = choose_tiles_with_memory(&job)
     with nogil:
-        measure_and_apply(&job)
+        measure_and_apply_with_memory(&job)
     return mean, m2, invstd
 
 
@@ -228,10 +211,9 @@ cdef tuple backward(Layout layout, cnp.ndarray dy, cnp.ndarray x, cnp.ndarray dx
         go_back_through(&job, <double *>cnp.PyArray_DATA(forward))
     if dx is not None:
         write_to(&job, layout, dx)
-        _copies = choose_tiles_with_memory(&job)
     with nogil:
         if dx is not None:
-            measure_and_apply(&job)
+            measure_and_apply_with_memory(&job)
         else:
             measure(&job)
         for c in range(C):
