@@ -1,5 +1,6 @@
 """What is measured: operations, shapes, layouts, networks, chains; the short list and the full one."""
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -109,6 +110,10 @@ class Case:
         A channel (of x, in backward of x and dy) that stays in half a core's cache between the two passes is read
         once; else twice. In channels last every channel goes through every row, so it never stays.
         """
+        if self.network:
+            parts = Counter(self.parts)
+            units = sum(n * part.n_bytes * part.units(cache)[0] for part, n in parts.items()) / self.n_bytes
+            return units, "each batch norm by itself"
         if self.fused == "add+relu":
             units, why = replace(self, fused="").units(cache)
             return units + 1, f"{why}; read the residual"

@@ -36,6 +36,7 @@ MB = 1 << 20
         (Case("backward", (32, 256, 56, 56)), 5),  # two arrays of 401 KB
         (Case("backward", (4096, 1024), "last"), 5),
         (Case("eval", (8,), group="networks", network="ResNet-50"), 2),
+        (Case("train", (64,), group="networks", network="U-Net-1d"), 2 + 4 / 18),  # 4 of 18 with 1 MB a channel
     ],
 )
 def test_traffic_model(case, units):
