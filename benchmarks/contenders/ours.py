@@ -70,10 +70,10 @@ class Cbn(Contender):
         written = self.data.dy if self.case.op == "backward" else self.data.x
         source = 2 * written - 0.5  # so that 0.5*source + 0.25 is what is written
         n, readers = ctypes.c_ssize_t(self.out.size), ctypes.c_int(1) if words[-1] == "one" else threads
-        a, x, y = (ctypes.c_void_p(array.ctypes.data) for array in (source, written, self.out))
-        self.source = source
+        arrays = source, written, self.out
+        a, x, y = (ctypes.c_void_p(array.ctypes.data) for array in arrays)
 
-        def call():
+        def call(arrays=arrays):  # which live as long as the function
             if words[0] == "write":
                 lib.limit_scale(a, x, n, threads, 0)
             result = run()

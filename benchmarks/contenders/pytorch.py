@@ -38,14 +38,14 @@ class Torch(Contender):
         self.torch = torch
         torch.set_num_threads(case.threads)
         torch.set_grad_enabled(False)
-        self.x, self.dy = self.tensor(data.x), self.tensor(data.dy)
+        self.x, self.dy = (None if a is None else self.tensor(a) for a in (data.x, data.dy))
         w, b, m, v = (self.tensor(a) for a in (data.weight, data.bias, data.mean, data.var))
         x, dy = self.x, self.dy
         self.y = self.tensor(data.array())
         if len(case.shape) == 3 and case.layout == "last" and case.memory == "out":
             # With `out=` it takes (N, C, L) for contiguous, whatever its strides are, and the values come out wrong
             # (2.13); as (N, C, L, 1) they come out right.
-            x, dy, self.y = (t.unsqueeze(-1) for t in (x, dy, self.y))
+            x, dy, self.y = (None if t is None else t.unsqueeze(-1) for t in (x, dy, self.y))
         if case.op == "backward":
             _, mean, invstd = torch.native_batch_norm(x, w, b, None, None, True, 0.1, EPS)
             call, mask = torch.ops.aten.native_batch_norm_backward.default, [True, True, True]

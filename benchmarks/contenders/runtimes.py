@@ -135,7 +135,7 @@ class Jax(Contender):
         def lying(a):
             return jnp.asarray(np.moveaxis(a, 1, -1) if case.layout == "last" else a)
 
-        x, dy = lying(data.x), lying(data.dy)
+        x, dy = lying(data.x), None if data.dy is None else lying(data.dy)
         w, b, m, v = map(jnp.asarray, (data.weight, data.bias, data.mean, data.var))
         if case.op == "eval":
             f, arguments = jax.jit(normalize), (x, m, v, w, b)
