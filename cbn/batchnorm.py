@@ -231,10 +231,9 @@ class BatchNorm(State):
         affine_c = self.weight, self.bias
         running = (self.running_mean, self.running_var, self.num_batches_tracked) if tracked else None
         slope = checks.negative_slope(self._activation)
-        done = calls.train_layer(
-            x, affine_c + (running or (None, None, None)), self._num_features, self._dtype.itemsize == 8, self._eps, self._channel_axis,
-            self._ranks, out, residual, slope,
-        )  # fmt: skip
+        arrays_c = affine_c + (running or (None, None, None))
+        numbers = self._num_features, self._dtype.itemsize == 8, self._eps, self._channel_axis
+        done = calls.train_layer(x, arrays_c, *numbers, self._ranks, out, residual, slope)
         if done is None:
             return None
         y, inp, weight, bias, mean, m2, invstd = done

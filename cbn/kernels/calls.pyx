@@ -28,7 +28,7 @@ from .engine cimport (
     set_coefficients,
     set_epilogue,
     set_output,
-    stores_nontemporal,
+    choose_stores,
 )
 from .job cimport Job
 from .kernels cimport cbn_view
@@ -256,7 +256,7 @@ def evaluate(x, weight, bias, running_mean, running_var, momentum, eps, channel_
     job.in_float64 |= is_wider(p, running_mean) or is_wider(p, running_var) or is_wider(p, weight) or is_wider(p, bias)
     job.y.data = cnp.PyArray_BYTES(y)
     set_coefficients(&job, room_c)
-    job.nontemporal = stores_nontemporal(&job)
+    choose_stores(&job)
     if job.n_bytes < SMALL:
         apply_here(&job)
     else:

@@ -14,7 +14,7 @@ cdef void set_epilogue(Job *job, cbn_view z, double negative_slope) noexcept nog
 cdef void set_coefficients(Job *job, double *coef_c) noexcept nogil
 cdef void set_output(Job *job, const Extents *e, cbn_view y, Py_ssize_t itemsize) noexcept nogil
 cdef double vanishing(Element element) noexcept nogil
-cdef bint stores_nontemporal(const Job *job) noexcept nogil
+cdef void choose_stores(Job *job) noexcept nogil
 cdef void choose_tiles(Job *job) noexcept nogil
 cdef Py_ssize_t copies_bytes(const Job *job) noexcept nogil
 cdef void set_copies(Job *job, char *memory) noexcept nogil

@@ -66,7 +66,7 @@ typedef struct {
     const double *forward_c;   /* backward reduction that is activated: the same of the forward pass */
     ptrdiff_t pitch;
     int nontemporal;           /* apply: non-temporal stores */
-    int prefetch;              /* reduction: fetch what comes next */
+    int prefetch;              /* fetch what comes next */
     int sum_in_float64;        /* forward reduction of bfloat16: no float32 sums, whose range is too small */
     const double *shift_c;     /* reduction: shift, or mean; of bfloat16, unless `sum_in_float64`, zeros */
     double *sum_c, *square_c;  /* reduction: S(d) and S(d*d), or S(dh) and S(dh*d) */

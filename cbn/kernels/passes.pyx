@@ -36,7 +36,7 @@ from .engine cimport (
     set_coefficients,
     set_epilogue,
     set_output,
-    stores_nontemporal,
+    choose_stores,
     vanishing,
 )
 from .job cimport BF16, F16, F32, Job
@@ -358,7 +358,7 @@ cdef class Passes:
         job.x.data = job.g.data = <char *>x
         job.y.data = <char *>y
         job.coef_c = <double *>coef_c
-        job.nontemporal = stores_nontemporal(&job)
+        choose_stores(&job)
         run_apply(&job)
 
     cdef void normalize(self, const void *x, void *y, const double *weight_c, const double *bias_c, double eps,

@@ -17,7 +17,7 @@ from .engine cimport (
     set_coefficients,
     set_epilogue,
     set_output,
-    stores_nontemporal,
+    choose_stores,
 )
 from .job cimport Job
 from .kernels cimport cbn_isa
@@ -206,7 +206,7 @@ cdef class Plan:
         job.y.data = cnp.PyArray_BYTES(y)
         if residual is not None:
             set_epilogue(&job, self.layout.view(residual), job.negative_slope)
-        job.nontemporal = stores_nontemporal(&job)
+        choose_stores(&job)
         if job.n_bytes < SMALL:
             apply_here(&job)
         else:

@@ -1,7 +1,7 @@
 # Memory of one call: what the passes keep per channel, and the copies of the pipeline.
 from .arrays cimport give_memory, take_memory
 from .coefficients cimport BACKWARD_ROWS
-from .engine cimport choose_tiles, copies_bytes, measure_and_apply, set_copies, stores_nontemporal
+from .engine cimport choose_stores, choose_tiles, copies_bytes, measure_and_apply, set_copies
 from .job cimport Job
 from .partition cimport n_partials
 
@@ -21,7 +21,7 @@ cdef inline void divide_scratch(Job *job, double *room_c) noexcept nogil:
 cdef inline void measure_and_apply_with_memory(Job *job) noexcept nogil:
     """`measure_and_apply` with memory of the pool for the pipeline; where there is none, in two passes."""
     cdef char *memory = NULL
-    job.nontemporal = stores_nontemporal(job)
+    choose_stores(job)
     choose_tiles(job)
     if copies_bytes(job):
         memory = take_memory(copies_bytes(job))

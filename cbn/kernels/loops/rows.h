@@ -125,7 +125,7 @@ typedef struct {
     LOOP(activation) act;
     real (*factors)[ROOM];
     ptrdiff_t columns, skip, head; /* whole cache lines begin at `head` */
-    int nontemporal, normal, wraps;
+    int nontemporal, fetching, normal, wraps;
 } LOOP(apply_rows);
 
 /* The factors of all columns, in `room`. */
@@ -133,6 +133,7 @@ INLINE void LOOP(begin_apply_rows)(LOOP(apply_rows) *a, const cbn_tile *m, real 
                                    const int reducing, const ptrdiff_t rows)
 {
     a->nontemporal = m->nontemporal;
+    a->fetching = m->prefetch && !reducing;
     a->columns = m->copies * m->n_channels * m->length - m->drop;
     a->skip = a->head = m->skip;
     if (RARE)
@@ -155,11 +156,11 @@ INLINE void LOOP(begin_apply_rows)(LOOP(apply_rows) *a, const cbn_tile *m, real 
 /* A cache line of columns, or what is left of one, of the `height` rows from the n-th on; `at` is the first of them. */
 INLINE void LOOP(apply_columns)(const LOOP(apply_rows) *a, const cbn_tile *m, LOOP(row_of) at, ptrdiff_t n,
                                 ptrdiff_t height, ptrdiff_t j, ptrdiff_t end, const int bare, const int backward,
-                                const int reducing, const ptrdiff_t rows)
+                                const ptrdiff_t rows)
 {
     const LOOP(activation) act = a->act;
     real(*factors)[ROOM] = a->factors;
-    const int nontemporal = a->nontemporal, normal = a->normal;
+    const int nontemporal = a->nontemporal, fetching = a->fetching, normal = a->normal;
     if (RARE || j + LINE_ELEMS > end) {
         if (j < end)
             LOOP(apply_part)(m, n, height, j, end, factors, act, backward);
@@ -169,11 +170,11 @@ INLINE void LOOP(apply_columns)(const LOOP(apply_rows) *a, const cbn_tile *m, LO
         at.z = NULL;
     /* A body each: the bare one has no branches */
     if (height == rows && bare)
-        LOOP(apply_line)(at, rows, j, factors, act, PLAIN, backward, nontemporal, !reducing, normal);
+        LOOP(apply_line)(at, rows, j, factors, act, PLAIN, backward, nontemporal, fetching, normal);
     else if (height == rows && !backward && act.kind == ACTIVATED)
-        LOOP(apply_line)(at, rows, j, factors, act, ACTIVATED, backward, nontemporal, !reducing, normal);
+        LOOP(apply_line)(at, rows, j, factors, act, ACTIVATED, backward, nontemporal, fetching, normal);
     else if (height == rows)
-        LOOP(apply_line)(at, rows, j, factors, act, CHECKED, backward, nontemporal, !reducing, normal);
+        LOOP(apply_line)(at, rows, j, factors, act, CHECKED, backward, nontemporal, fetching, normal);
     else if (bare)
         for (ptrdiff_t row = n; row < n + height; row++) {
             LOOP(apply_line)(at, 1, j, factors, act, PLAIN, backward, nontemporal, 0, normal);
@@ -229,7 +230,7 @@ INLINE void LOOP(rows)(const cbn_tile *m, const cbn_tile *r, const int plain, co
         for (ptrdiff_t k = 0; k < columns; k += LINE_ELEMS) {
             const ptrdiff_t j = down ? (columns - 1) / LINE_ELEMS * LINE_ELEMS - k : k;
             if (applying)
-                LOOP(apply_columns)(&a, m, at, n, height, a.head + j, end, bare, backward, reducing, rows);
+                LOOP(apply_columns)(&a, m, at, n, height, a.head + j, end, bare, backward, rows);
 #if SUMS
             if (reducing)
                 LOOP(reduce_columns)(&of_column, r, source, step, n, height, j, r_columns, ahead, act_r, turn, plain,
