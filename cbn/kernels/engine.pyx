@@ -222,11 +222,11 @@ def tune(**knobs):
     No result depends on any of them.
 
     bytes_per_thread   memory from which another thread is worth its start; 1: for any two items
-    nontemporal_bytes  size of all arrays of a call from which its stores are non-temporal, unless in place, and from
-                       which the pipeline copies runs; 0: always
+    nontemporal_bytes  size of all arrays of a call from which its stores are non-temporal, unless in place, from which
+                       the pipeline copies runs, and from which loops fetch ahead; 0: always
     l2_bytes           cache of one core; 0 and l3_bytes=0: two passes always, never channel by channel
     l3_bytes           cache of all cores
-    prefetch           whether reductions fetch what comes next
+    prefetch           whether loops fetch what comes next, where the arrays of a call leave the caches
     """
     global bytes_per_thread, nontemporal_bytes, l2_bytes, l3_bytes, prefetch, generation
     before = {"bytes_per_thread": bytes_per_thread, "nontemporal_bytes": nontemporal_bytes, "l2_bytes": l2_bytes,
@@ -255,8 +255,7 @@ cdef Job make_job(const Extents *e, cbn_view x, Element element, Py_ssize_t item
     job.element, job.itemsize, job.y_itemsize = element, itemsize, itemsize
     job.n_bytes = e.C * e.N * e.S * itemsize
     job.in_float64 = in_float64 or element == F64
-    job.backward = job.nontemporal = job.prefetch_apply = job.fused = False
-    job.prefetch = prefetch
+    job.backward = job.nontemporal = job.prefetch = job.fused = False
     job.copy = NULL
     job.x = job.y = job.g = x
     job.activated = job.keeps_dh = job.sum_in_float64 = job.fits = False
@@ -320,16 +319,20 @@ cdef bint leaves_the_caches(const Job *job) noexcept nogil:
 
 
 cdef void choose_stores(Job *job) noexcept nogil:
-    """Whether stores go past the caches: where the output would not stay there, and is not at the place of an input.
-
-    There apply fetches ahead, too. In a cache that is in the way: rows are often 4 KB apart, and those that are read,
-    written and fetched do not fit the same sets of L1. Evaluation took 1.3 times as long.
-    """
+    """Whether stores go past the caches: where the output would not stay there, and is not at the place of an input."""
     cdef char *g = job.g.data if job.dh.data == NULL else job.dh.data
-    job.prefetch_apply = leaves_the_caches(job)
-    job.nontemporal = job.prefetch_apply \
+    choose_prefetch(job)
+    job.nontemporal = leaves_the_caches(job) \
         and job.y.data != job.x.data and job.y.data != g and job.y.data != job.z.data
-    job.prefetch_apply &= job.prefetch
+
+
+cdef void choose_prefetch(Job *job) noexcept nogil:
+    """Whether loops fetch ahead: not in a cache, where it is only in the way.
+
+    There the hardware's own prefetchers do, and rows are often 4 KB apart: those that are read, written and fetched do
+    not fit the same sets of L1.
+    """
+    job.prefetch = prefetch and leaves_the_caches(job)
 
 
 # ---- running a job: no result depends on the order of the work, or on who does it ------------------------------
@@ -494,6 +497,7 @@ cdef void measure(Job *job) noexcept nogil:
     """Moments of all channels, or backward sums; once more with better shifts or float64 sums where that is needed."""
     cdef int threads = threads_for(job.n_bytes * (2 if job.backward else 1), n_items(&job.reduction))
     cdef int todo = IN_OWN_TYPE
+    choose_prefetch(job)
     if not job.backward:
         choose_shifts(job, 0, job.reduction.C)
     while todo:

@@ -12,8 +12,7 @@ cdef struct Job:
     bint in_float64             # every channel takes these
     bint backward               # reductions of dy and x, not of x alone
     bint nontemporal            # apply stores past the caches
-    bint prefetch               # the reduction fetches what comes next,
-    bint prefetch_apply         # and so does apply
+    bint prefetch               # loops fetch what comes next
     bint fused                  # reduction and apply go tile by tile, as a pipeline (before `choose_tiles`: may do so)
     Element element             # of x
     Py_ssize_t itemsize

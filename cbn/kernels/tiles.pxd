@@ -54,7 +54,7 @@ cdef inline cbn_tile tile_to_apply(const Job *job, const Rectangle *r) noexcept 
     cdef cbn_tile t = tile_of(job, r)
     t.g = moved(job.dh if job.backward and job.activated else job.g, job.itemsize, r)
     t.y = moved(job.y, job.y_itemsize, r)
-    t.nontemporal, t.prefetch = job.nontemporal, job.prefetch_apply
+    t.nontemporal, t.prefetch = job.nontemporal, job.prefetch
     if job.backward:
         t.z.data, t.activated = NULL, False    # dh has them in it
     # A residual or a slope can bring back what has overflowed
