@@ -28,7 +28,7 @@ Where each line is, from a numpy array down to an instruction:
     sets/             one file for each instruction set, which includes everything below; set.h
     types.h           the element types: a type is one word
     loops/            the loops, a template: formulas.h the arithmetic of an element, runs.h, rows.h and columns.h the
-                      two layouts, prefetch.h what is fetched ahead, loops.h the entries
+                      two layouts, stream.h apply alone to runs, prefetch.h what is fetched ahead, loops.h the entries
     vec/              vectors: vec.h and sums.h for any size, and a header for what each set does better
     half.h            16-bit floats, one at a time
 

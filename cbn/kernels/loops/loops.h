@@ -37,6 +37,7 @@
 
 #include "formulas.h"
 #include "prefetch.h"
+#include "stream.h"
 #include "runs.h"
 #include "columns.h"
 #include "rows.h"
@@ -45,14 +46,17 @@
 
 INLINE void LOOP(any_runs)(const cbn_tile *m, const cbn_tile *r, const int plain, const int backward)
 {
+    /* Backward, apply may be CHECKED for float64 elements alone */
+    const int bare = plain || (backward && !ELEM_IS_DOUBLE);
+    (void)r;
 #if SUMS
     if (m && r)
-        LOOP(runs)(m, r, plain, backward, 1, 1);
-    else if (r && (plain || backward))
-        LOOP(runs)(m, r, plain, backward, 0, 1);
-    else if (plain || !backward || ELEM_IS_DOUBLE)
+        LOOP(runs)(m, r, plain, backward, 1);
+    else if (r)
+        LOOP(runs)(m, r, plain, backward, 0);
+    else
 #endif
-        LOOP(runs)(m, r, plain, backward, 1, 0);
+        LOOP(apply_runs)(m, bare, backward);
     if (m && m->nontemporal)
         STORE_FENCE();
 }

@@ -1,38 +1,11 @@
-/* runs.h: runs, which are contiguous elements of one channel: a channel's factors are scalars, its sums stay in
- * registers.
+/* runs.h: runs that are reduced, which are contiguous elements of one channel: its sums stay in registers.
  *
- * A run that is reduced goes in pieces: of each piece, coefficients are applied to one tile and then another is
- * reduced, so that memory is written and read at the same time. A run that is only applied to is one piece.
+ * A run goes in pieces: of each piece, coefficients are applied to one tile and then another is reduced, so that memory
+ * is written and read at the same time.
  */
+#if SUMS
 
-/* ---- apply ---- */
-
-/* Elements begin to end of a run; `nontemporal`: these are whole cache lines. */
-INLINE void LOOP(apply_piece)(const elem *x, const elem *g, const elem_out *z, elem_out *y, ptrdiff_t begin,
-                              ptrdiff_t end, const vec *f, LOOP(activation) act, const int kind, const int backward,
-                              const int nontemporal, const int normal)
-{
-    ptrdiff_t i = begin;
-    for (; i + UNROLL * LANES <= end; i += UNROLL * LANES) {
-        vec v[UNROLL], seen = {0};
-        UNROLLED for (int u = 0; u < UNROLL; u++)
-            v[u] = LOOP(unchecked)(x, g, z, i + u * LANES, 0, LANES, f, act, kind, backward, &seen);
-        if (kind == CHECKED && UNLIKELY(any_nan(seen)))
-            for (int u = 0; u < UNROLL; u++)
-                v[u] = LOOP(check)(v[u], seen, x, g, z, i + u * LANES, 0, LANES, f, act, kind, backward);
-        for (int u = 0; u < UNROLL; u += 2)
-            store_two(y + i + u * LANES, v + u, nontemporal, normal);
-    }
-    for (; i + LANES <= end; i += LANES) {
-        const vec v = LOOP(value)(x, g, z, i, 0, LANES, f, act, kind, backward);
-        if (nontemporal)
-            store_nontemporal(y + i, v);
-        else
-            store(y + i, v);
-    }
-    if (i < end)
-        store_part(y + i, LOOP(value)(x, g, z, i, 0, end - i, f, act, kind, backward), 0, end - i);
-}
+/* ---- apply, beside a reduction ---- */
 
 /* A cache line that two runs share waits here for the second one: a store of a part would read the line from memory
  * first. It waits in registers. Store forwarding cannot merge two partial stores, so a load from memory would wait
@@ -112,28 +85,26 @@ INLINE void LOOP(begin_apply)(LOOP(apply_run) *a, const cbn_tile *m, ptrdiff_t n
 }
 
 /* The piece that begins i elements behind `head`; `bare`: nothing follows the normalization. */
-INLINE void LOOP(apply_at)(const LOOP(apply_run) *a, ptrdiff_t i, ptrdiff_t piece, ptrdiff_t length,
-                           LOOP(activation) act, LOOP(shared) *shared, const int bare, const int backward,
-                           const int nontemporal)
+INLINE void LOOP(apply_at)(const LOOP(apply_run) *a, ptrdiff_t i, ptrdiff_t length, LOOP(activation) act,
+                           LOOP(shared) *shared, const int bare, const int backward, const int nontemporal)
 {
     /* A body each: the bare one has no branches */
     if (bare)
-        LOOP(apply_piece)(a->x, a->g, a->z, a->y, MIN(a->head + i, a->whole), MIN(a->head + i + piece, a->whole), a->f,
+        LOOP(apply_piece)(a->x, a->g, a->z, a->y, MIN(a->head + i, a->whole), MIN(a->head + i + PIECE, a->whole), a->f,
                           act, PLAIN, backward, nontemporal, a->normal);
     else if (!backward && act.kind == ACTIVATED)
-        LOOP(apply_piece)(a->x, a->g, a->z, a->y, MIN(a->head + i, a->whole), MIN(a->head + i + piece, a->whole), a->f,
+        LOOP(apply_piece)(a->x, a->g, a->z, a->y, MIN(a->head + i, a->whole), MIN(a->head + i + PIECE, a->whole), a->f,
                           act, ACTIVATED, backward, nontemporal, a->normal);
     else
-        LOOP(apply_piece)(a->x, a->g, a->z, a->y, MIN(a->head + i, a->whole), MIN(a->head + i + piece, a->whole), a->f,
+        LOOP(apply_piece)(a->x, a->g, a->z, a->y, MIN(a->head + i, a->whole), MIN(a->head + i + PIECE, a->whole), a->f,
                           act, CHECKED, backward, nontemporal, a->normal);
     /* What is left, once, before the copy of what is reduced takes its place */
-    if (nontemporal && a->head + i + piece >= a->whole && (i == 0 || a->head + i < a->whole))
+    if (nontemporal && a->head + i + PIECE >= a->whole && (i == 0 || a->head + i < a->whole))
         LOOP(apply_shared)(a->x, a->g, a->z, a->y, a->whole, length, a->f, act, shared, act.kind, backward);
 }
 
 /* ---- reduction ---- */
 
-#if SUMS
 typedef struct {
     dvec sum[UNROLL], square[UNROLL];
 } LOOP(sums);
@@ -303,8 +274,8 @@ INLINE void LOOP(begin_reduction)(LOOP(reduced_run) *b, const cbn_tile *r, LOOP(
 }
 
 /* The piece that begins at i. */
-INLINE void LOOP(reduce_at)(const LOOP(reduced_run) *b, ptrdiff_t i, ptrdiff_t piece, ptrdiff_t length,
-                            ptrdiff_t distance, LOOP(activation) act, LOOP(sums) *s, const int plain,
+INLINE void LOOP(reduce_at)(const LOOP(reduced_run) *b, ptrdiff_t i, ptrdiff_t length, ptrdiff_t distance,
+                            LOOP(activation) act, LOOP(sums) *s, const int plain,
                             const int backward, const int copying, const int sum_in_float64)
 {
     if (distance)
@@ -313,7 +284,7 @@ INLINE void LOOP(reduce_at)(const LOOP(reduced_run) *b, ptrdiff_t i, ptrdiff_t p
         LOOP(fetch_piece)(b->p.g, b->next.g, i, distance, length);
     if (distance && backward && b->p.z)
         LOOP(fetch_piece)(b->p.z, b->next.z, i, distance, length);
-    const ptrdiff_t end = MIN(i + piece, length);
+    const ptrdiff_t end = MIN(i + PIECE, length);
     if (backward && !plain && (!ELEM_IS_DOUBLE || act.kind != PLAIN))
         LOOP(reduce_piece)(b->p, i, end, b->shift, &b->f, act, s, 1, backward, copying, sum_in_float64);
     else
@@ -344,52 +315,42 @@ INLINE void LOOP(end_reduction)(const cbn_tile *r, ptrdiff_t c, LOOP(sums) *s, L
         r->square_c[c] = total((s->square[0] + s->square[1]) + (s->square[2] + s->square[3]));
     }
 }
-#endif
 
 /* ---- both ---- */
 
-INLINE void LOOP(runs)(const cbn_tile *m, const cbn_tile *r, const int plain, const int backward, const int applying,
-                       const int reducing)
+INLINE void LOOP(runs)(const cbn_tile *m, const cbn_tile *r, const int plain, const int backward, const int applying)
 {
-    const int nontemporal = applying && m->nontemporal;
-    const ptrdiff_t length = applying ? m->length : r->length, n_runs = applying ? m->n_runs : r->n_runs;
-    const ptrdiff_t m_channels = applying ? m->n_channels : 0, r_channels = reducing ? r->n_channels : 0;
-    const ptrdiff_t n_channels = MAX(m_channels, r_channels), piece = reducing ? PIECE : length;
-    real factors[ALL_FACTORS][GROUP];
+    const int nontemporal = applying && m->nontemporal, copying = r->x_copy.data != NULL;
+    const ptrdiff_t length = r->length, n_runs = r->n_runs;
+    const ptrdiff_t m_channels = applying ? m->n_channels : 0, r_channels = r->n_channels;
+    const ptrdiff_t n_channels = MAX(m_channels, r_channels);
+    const ptrdiff_t distance = LOOP(run_distance)(r, backward, applying);
+    real factors[ALL_FACTORS][GROUP], of_forward[SLOPE][GROUP]; /* of apply, and of the forward pass */
+    LOOP(sums) sums[GROUP];
+    LOOP(totals) totals[GROUP];
     LOOP(shared) shared = {.line = NULL};
     /* Backward, apply may be CHECKED for float64 elements alone */
     const int bare = plain || (backward && !ELEM_IS_DOUBLE);
     const LOOP(activation) act = bare ? (LOOP(activation)){PLAIN} : LOOP(activation_of)(applying ? m : r);
-#if SUMS
-    const int copying = reducing && r->x_copy.data;
-    const LOOP(activation) act_r = plain ? (LOOP(activation)){PLAIN} : LOOP(activation_of)(reducing ? r : m);
-    const ptrdiff_t distance = reducing ? LOOP(run_distance)(r, backward, applying) : 0;
-    LOOP(sums) sums[GROUP];
-    LOOP(totals) totals[GROUP];
-    const int flushing = reducing && !backward && (!HALF || r->sum_in_float64) && n_runs * length > FLUSH;
-    real of_forward[SLOPE][GROUP]; /* factors of the forward pass */
-#endif
+    const LOOP(activation) act_r = plain ? (LOOP(activation)){PLAIN} : LOOP(activation_of)(r);
+    const int flushing = !backward && (!HALF || r->sum_in_float64) && n_runs * length > FLUSH;
     for (ptrdiff_t first = 0; first < n_channels; first += GROUP) {
         const ptrdiff_t last = MIN(first + GROUP, n_channels);
         if (applying)
             LOOP(factors)(m->coef_c + first, m->pitch, MIN(last, m_channels) - first, factors[0], GROUP, backward);
-#if SUMS
-        if (reducing && backward && act_r.kind != PLAIN)
+        if (backward && act_r.kind != PLAIN)
             LOOP(factors)(r->forward_c + first, r->pitch, MIN(last, r_channels) - first, of_forward[0], GROUP, 0);
-#endif
         for (ptrdiff_t n = 0; n < n_runs; n++)
             for (ptrdiff_t c = first; c < last; c++) {
-                const int applies = applying && c < m_channels;
+                const int applies = applying && c < m_channels, reduces = c < r_channels;
+                const LOOP(place) at = {n, c, first, last};
                 LOOP(apply_run) a = {.whole = length};
+                LOOP(reduced_run) b = {.f.in_float64 = 0};
+                LOOP(sums) s;
                 ptrdiff_t next_flush = PTRDIFF_MAX; /* elements of the run until then */
                 if (applies)
                     LOOP(begin_apply)(&a, m, n, c, factors, c - first, act, &shared, backward, nontemporal);
-#if SUMS
-                const int reduces = reducing && c < r_channels;
-                const LOOP(place) at = {n, c, first, last};
                 const elem *z_next = a.z ? LOOP(next_run)(m->z, at) : NULL;
-                LOOP(reduced_run) b = {.f.in_float64 = 0};
-                LOOP(sums) s;
                 if (reduces) {
                     LOOP(begin_reduction)(&b, r, at, of_forward, act_r, backward, copying);
                     LOOP(begin_sums)(&s, &sums[c - first], n);
@@ -397,34 +358,26 @@ INLINE void LOOP(runs)(const cbn_tile *m, const cbn_tile *r, const int plain, co
                     if (flushing && n == 0)
                         totals[c - first] = (LOOP(totals)){{0}, {0}, {0}, {0}, {0}, {0}};
                 }
-#endif
                 for (ptrdiff_t i = 0; i < length;) {
                     /* A loop of its own, else the compiler keeps the sums in memory */
-                    for (const ptrdiff_t stop = MIN(length, next_flush); i < stop; i += piece) {
-#if SUMS
-                        if (reducing && !backward && a.z)
+                    for (const ptrdiff_t stop = MIN(length, next_flush); i < stop; i += PIECE) {
+                        if (!backward && a.z)
                             LOOP(fetch_piece)(a.z, z_next, i, AHEAD, length);
-#endif
                         if (applies)
-                            LOOP(apply_at)(&a, i, piece, length, act, &shared, bare, backward, nontemporal);
-#if SUMS
+                            LOOP(apply_at)(&a, i, length, act, &shared, bare, backward, nontemporal);
                         if (reduces)
-                            LOOP(reduce_at)(&b, i, piece, length, distance, act_r, &s, plain, backward, copying,
+                            LOOP(reduce_at)(&b, i, length, distance, act_r, &s, plain, backward, copying,
                                             r->sum_in_float64);
-#endif
                     }
-#if SUMS
                     if (reduces && MIN(i, length) >= next_flush) {
                         LOOP(flush)(&s, &totals[c - first], (n * length + next_flush) % (PARTS * FLUSH) == 0);
                         next_flush += FLUSH;
                     }
-#endif
                 }
-#if SUMS
                 if (reduces)
                     LOOP(end_reduction)(r, c, &s, &sums[c - first], &totals[c - first], n < n_runs - 1, flushing);
-#endif
             }
     }
     LOOP(deliver)(&shared);
 }
+#endif
