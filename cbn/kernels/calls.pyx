@@ -12,13 +12,13 @@ table that needs no Python object to be looked up in.
 """
 cimport cython
 cimport numpy as cnp
-from libc.math cimport isfinite, sqrt
+from libc.math cimport isfinite
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
 
 from .arrays cimport MAXDIMS, Input, Layout, element_of, empty_like, is_plain, new_doubles, view_of
 from .channels cimport move_running
-from .coefficients cimport FORWARD_ROWS, solve_forward
+from .coefficients cimport FORWARD_ROWS, inverse_std, solve_forward
 from .engine cimport (
     SMALL,
     apply,
@@ -248,11 +248,8 @@ def evaluate(x, weight, bias, running_mean, running_var, momentum, eps, channel_
     epsilon = eps
     mean_c, invstd_c = copied(room_c + 3 * C, running_mean, C), copied(room_c + 4 * C, running_var, C)
     weight_c, bias_c = copied(room_c + 5 * C, weight, C), copied(room_c + 6 * C, bias, C)
-    for c in range(C):
-        invstd_c[c] = 1 / sqrt(invstd_c[c] + epsilon)
-    for c in range(C):
-        solve_forward(room_c, C, c, mean_c[c], invstd_c[c], 1 if weight_c == NULL else weight_c[c],
-                      0 if bias_c == NULL else bias_c[c])
+    inverse_std(invstd_c, invstd_c, 1, epsilon, 0, C)
+    solve_forward(room_c, C, 0, C, mean_c, invstd_c, weight_c, bias_c)
     job.in_float64 |= is_wider(p, running_mean) or is_wider(p, running_var) or is_wider(p, weight) or is_wider(p, bias)
     job.y.data = cnp.PyArray_BYTES(y)
     set_coefficients(&job, room_c)

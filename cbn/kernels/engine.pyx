@@ -14,6 +14,7 @@ from .partition cimport (
     Rectangle,
     ceil_div,
     item_of,
+    most_items,
     n_items,
     n_partials,
     reads_rows,
@@ -22,6 +23,7 @@ from .partition cimport (
     rows_grid,
     run_follows_run,
     runs_grid,
+    share,
 )
 from .statistics cimport IN_OWN_TYPE, choose_shifts, fetch_samples, merge, solve
 from .tiles cimport apply_tile, in_copy, tile_to_apply, tile_to_reduce, to_cache_lines
@@ -115,7 +117,7 @@ use_isa(os.environ.get("CBN_ISA") or None)
 cdef int cgroup_threads = 0   # the quota of the control group in whole processors; 0: none
 MAX_THREADS = CBN_MOST_THREADS
 
-# Below this much memory a thread (some 10 us), opening a parallel region costs more than it saves; and where other
+# Below this much traffic a thread (some 6 us), opening a parallel region costs more than it saves; and where other
 # threads are busy, as those of a BLAS that spin after a matrix product, it can cost a scheduler slice of milliseconds.
 cdef Py_ssize_t bytes_per_thread = 1 << 18
 
@@ -221,7 +223,7 @@ def tune(**knobs):
 
     No result depends on any of them.
 
-    bytes_per_thread   memory from which another thread is worth its start; 1: for any two items
+    bytes_per_thread   memory traffic from which another thread is worth its start; 1: for any two items
     nontemporal_bytes  size of all arrays of a call from which its stores are non-temporal, unless in place, from which
                        the pipeline copies runs, and from which loops fetch ahead; 0: always
     l2_bytes           cache of one core; 0 and l3_bytes=0: two passes always, never channel by channel
@@ -377,17 +379,17 @@ cdef void apply_items(Job *job, Py_ssize_t begin, Py_ssize_t end, int thread) no
 cdef void choose_tiles(Job *job) noexcept nogil:
     """Whether reduction and apply go through tiles of whole channels, one after the other, and how large these are.
 
-    They do where two tiles or more are left to each thread, the array is more than a quarter of a core's L2, and a tile
-    stays in the cache: in half of L2, or in a quarter of the core's share of L3. Then several channels of runs are
+    They do where two tiles or more are left to each thread, there are several threads or the array is more than a
+    quarter of a core's L2, and a tile stays in the cache: in half of L2, or in a quarter of the core's share of L3. Then several channels of runs are
     joined in a tile, for the prefetchers of the hardware: up to twice L2.
     """
     cdef Grid *g = &job.reduction
     cdef Py_ssize_t arrays = 2 if job.backward else 1, n_bytes = arrays * job.n_bytes, channel_bytes = n_bytes // g.C
-    cdef int threads = threads_for(n_bytes, g.tiles)
+    cdef int threads = threads_for((5 if job.backward else 3) * job.n_bytes, most_items(g, job.itemsize))
     cdef Py_ssize_t cache = max(l2_bytes // 2, l3_bytes // 4 // threads)
     job.threads = threads
     job.copying = not g.rows and leaves_the_caches(job)
-    job.fused = job.fused and n_bytes > l2_bytes // 4 and g.group * channel_bytes <= cache
+    job.fused = job.fused and (n_bytes > l2_bytes // 4 or threads > 1) and g.group * channel_bytes <= cache
     if not job.fused:
         return
     if not g.rows:
@@ -495,8 +497,9 @@ cdef void pipeline(Job *job, Py_ssize_t begin, Py_ssize_t end, int thread) noexc
 
 cdef void measure(Job *job) noexcept nogil:
     """Moments of all channels, or backward sums; once more with better shifts or float64 sums where that is needed."""
-    cdef int threads = threads_for(job.n_bytes * (2 if job.backward else 1), n_items(&job.reduction))
+    cdef int threads = threads_for(job.n_bytes * (2 if job.backward else 1), most_items(&job.reduction, job.itemsize))
     cdef int todo = IN_OWN_TYPE
+    share(&job.reduction, job.itemsize, threads)
     choose_prefetch(job)
     if not job.backward:
         choose_shifts(job, 0, job.reduction.C)
@@ -508,7 +511,9 @@ cdef void measure(Job *job) noexcept nogil:
 
 cdef void apply(Job *job) noexcept nogil:
     cdef Py_ssize_t arrays = 3 if job.backward else 2
-    run(apply_items, job, n_items(&job.apply), threads_for(arrays * job.n_bytes, n_items(&job.apply)))
+    cdef int threads = threads_for(arrays * job.n_bytes, most_items(&job.apply, job.itemsize))
+    share(&job.apply, job.itemsize, threads)
+    run(apply_items, job, n_items(&job.apply), threads)
 
 
 cdef void apply_here(Job *job) noexcept nogil:
@@ -523,4 +528,5 @@ cdef void measure_and_apply(Job *job) noexcept nogil:
     else:
         measure(job)
         solve(job, 0, job.reduction.C)
+        job.fits = channels_fit(job, 0, job.reduction.C)
         apply(job)

@@ -46,8 +46,8 @@ cdef struct Job:
     double *forward_c           # backward, activated: (4, C), see kernels.h
 
 
-cdef inline double count_of(const Job *job, Py_ssize_t c) noexcept nogil:
-    """Values of channel c. Every channel has as many; a count for each would change this function alone."""
+cdef inline double count(const Job *job) noexcept nogil:
+    """Values of a channel."""
     return <double>(job.reduction.N * job.reduction.S)
 
 

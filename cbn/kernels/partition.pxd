@@ -56,11 +56,17 @@ cdef inline bint run_follows_run(const Extents *e, cbn_view v) noexcept nogil:
     return e.rows or e.C == 1 or v.c == e.S
 
 
-cdef inline Py_ssize_t filling_lines(Py_ssize_t n, Py_ssize_t n_bytes) noexcept nogil:
-    """The largest number up to n of things of n_bytes that end with a cache line; n if there is none."""
+cdef inline Py_ssize_t lines_of(Py_ssize_t n_bytes) noexcept nogil:
+    """How many things of n_bytes end with a cache line."""
     cdef Py_ssize_t k = CACHE_LINE
     while k > 1 and k // 2 * n_bytes % CACHE_LINE == 0:
         k //= 2
+    return k
+
+
+cdef inline Py_ssize_t filling_lines(Py_ssize_t n, Py_ssize_t n_bytes) noexcept nogil:
+    """The largest number up to n of things of n_bytes that end with a cache line; n if there is none."""
+    cdef Py_ssize_t k = lines_of(n_bytes)
     return n - n % k if n >= k else n
 
 
@@ -108,6 +114,30 @@ cdef inline bint reads_rows(const Extents *e, cbn_view x, Py_ssize_t size) noexc
 
 cdef inline Py_ssize_t n_items(const Grid *g) noexcept nogil:
     return g.tiles * g.blocks * g.pieces
+
+
+cdef inline Py_ssize_t most_items(const Grid *g, Py_ssize_t itemsize) noexcept nogil:
+    """Items that `share` could make: of single channels, or of columns that are whole cache lines."""
+    cdef Py_ssize_t tiles = g.C
+    if g.rows:
+        tiles = g.tiles if g.copies > 1 else max(g.tiles, g.C // lines_of(g.S * itemsize))
+    return tiles * g.blocks * g.pieces
+
+
+cdef inline void share(Grid *g, Py_ssize_t itemsize, int threads) noexcept nogil:
+    """Let every thread have as many items as any other, of fewer channels each. Many items need no care.
+
+    A tile of columns ends with a cache line, or with the row: 16-bit sums of a part of a line have other bits.
+    """
+    cdef Py_ssize_t of_tile = g.blocks * g.pieces, items = n_items(g), group, k = lines_of(g.S * itemsize)
+    if threads == 1 or g.copies > 1 or items >= 8 * threads:
+        return
+    items = ceil_div(items, threads) * threads
+    group = ceil_div(g.C, ceil_div(items, of_tile))
+    if g.rows:
+        group = ceil_div(group, k) * k
+    g.group = min(g.group, group)
+    g.tiles = ceil_div(g.C, g.group)
 
 
 cdef inline Py_ssize_t n_partials(const Grid *g) noexcept nogil:

@@ -16,7 +16,6 @@ elements.
 """
 cimport cython
 cimport numpy as cnp
-from libc.math cimport sqrt
 from libc.stdlib cimport free, malloc
 
 from .arrays cimport Input, Layout, doubles, element_of, is_plain, new_doubles
@@ -25,9 +24,10 @@ from .coefficients cimport (
     FORWARD_ROWS,
     REREAD_ROWS,
     all_fit,
-    forward_takes_float64,
+    inverse_std as invert,
     solve_backward,
     solve_forward,
+    takes_float64,
 )
 from .engine cimport (
     apply as run_apply,
@@ -40,7 +40,7 @@ from .engine cimport (
     vanishing,
 )
 from .job cimport BF16, F16, F32, Job
-from .kernels cimport CBN_IN_FLOAT64, CBN_MEAN, CBN_OFFSET, CBN_SCALE, cbn_view
+from .kernels cimport CBN_IN_FLOAT64, cbn_view
 from .scratch cimport divide_scratch, measure_and_apply_with_memory, scratch_doubles
 
 import operator
@@ -100,11 +100,9 @@ def moments(Layout layout, cnp.ndarray x):
 
 def inverse_std(cnp.ndarray var, double eps):
     """1/sqrt(var + eps) of contiguous float64 values; infinities and NaN without a warning."""
-    cdef Py_ssize_t c, C = cnp.PyArray_SIZE(var)
-    cdef double *of = doubles(var, C)
+    cdef Py_ssize_t C = cnp.PyArray_SIZE(var)
     cdef cnp.ndarray invstd = new_doubles(C)
-    for c in range(C):
-        (<double *>cnp.PyArray_DATA(invstd))[c] = 1 / sqrt(of[c] + eps)
+    invert(doubles(invstd, C), doubles(var, C), 1, eps, 0, C)
     return invstd
 
 
@@ -121,16 +119,10 @@ def product(cnp.ndarray a, cnp.ndarray b):
 
 def coefficients(cnp.ndarray mean, cnp.ndarray invstd, cnp.ndarray weight, cnp.ndarray bias):
     """(3, C): mean, scale = invstd*weight and offset = bias."""
-    cdef Py_ssize_t c, C = cnp.PyArray_SIZE(mean)
+    cdef Py_ssize_t C = cnp.PyArray_SIZE(mean)
     cdef cnp.ndarray coef = new_coefficients(FORWARD_ROWS, C)
-    cdef double *coef_c = <double *>cnp.PyArray_DATA(coef)
-    cdef double *mean_c = doubles(mean, C)
-    cdef double *invstd_c = doubles(invstd, C)
-    cdef double *weight_c = doubles(weight, C)
-    cdef double *bias_c = doubles(bias, C)
-    for c in range(C):
-        solve_forward(coef_c, C, c, mean_c[c], invstd_c[c], 1 if weight_c == NULL else weight_c[c],
-                      0 if bias_c == NULL else bias_c[c])
+    solve_forward(<double *>cnp.PyArray_DATA(coef), C, 0, C, doubles(mean, C), doubles(invstd, C), doubles(weight, C),
+                  doubles(bias, C))
     return coef
 
 
@@ -178,11 +170,9 @@ cdef void go_back_through(Job *job, double *forward_c) noexcept nogil:
     """Let the reduction multiply dy by the slope of the activation: it computes again what the activation was given."""
     cdef Py_ssize_t c, C = job.reduction.C
     job.forward_c = forward_c
+    solve_forward(forward_c, C, 0, C, job.shift_c, job.invstd_c, job.weight_c, job.bias_c)
     for c in range(C):
-        solve_forward(forward_c, C, c, job.shift_c[c], job.invstd_c[c], 1 if job.weight_c == NULL else job.weight_c[c],
-                      0 if job.bias_c == NULL else job.bias_c[c])
-        forward_c[CBN_IN_FLOAT64 * C + c] = job.in_float64 or forward_takes_float64(
-            forward_c[CBN_MEAN * C + c], forward_c[CBN_SCALE * C + c], forward_c[CBN_OFFSET * C + c])
+        forward_c[CBN_IN_FLOAT64 * C + c] = job.in_float64 or takes_float64(forward_c, C, c, False)
 
 
 cdef tuple backward(Layout layout, cnp.ndarray dy, cnp.ndarray x, cnp.ndarray dx, cnp.ndarray mean, cnp.ndarray invstd,
@@ -255,8 +245,7 @@ def grad_coefficients(cnp.ndarray mean, cnp.ndarray invstd, cnp.ndarray weight, 
     cdef double *product_c = doubles(sum_dh_xmu, C)
     cdef double *count_c = doubles(count, C)
     for c in range(C):
-        solve_backward(coef_c, C, c, mean_c[c], invstd_c[c], 1 if weight_c == NULL else weight_c[c], sum_c[c],
-                       product_c[c], count_c[c])
+        solve_backward(coef_c, C, c, c + 1, mean_c, invstd_c, weight_c, sum_c, product_c, count_c[c])
     return coef
 
 

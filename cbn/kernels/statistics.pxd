@@ -1,16 +1,24 @@
 # Measure and merge: what a reduction subtracts, how its partial sums become the statistics of a channel, and which
 # channels have to be reduced again. A channel's own data decides all of it, so the bits of a channel depend on no other
 # channel and on no number of threads.
-from libc.math cimport isfinite, sqrt
+from libc.math cimport isfinite
 from libc.stdint cimport uint16_t
+from libc.string cimport memcpy
 
-from .coefficients cimport finite, solve_backward, solve_forward
-from .job cimport BF16, F16, Job, count_of
+from .coefficients cimport finite, inverse_std, solve_backward, solve_forward
+from .job cimport BF16, F16, Job, count
 from .partition cimport n_partials
 
 cdef extern from "half.h" nogil:
     float cbn_with_digits_of_f16(float a)
     float cbn_finite_f16(uint16_t e)
+
+cdef extern from "statistics.h" nogil:
+    void cbn_add(double *to, const double *other, Py_ssize_t first, Py_ssize_t end)
+    void cbn_moments_of_sums(double *sum, double *square, const double *shift, double n, Py_ssize_t first,
+                             Py_ssize_t end)
+    bint cbn_some_far(const double *mean, const double *m2, const double *shift, double n, double times,
+                      Py_ssize_t first, Py_ssize_t end)
 
 cdef extern from *:
     """
@@ -103,61 +111,51 @@ cdef inline void merge_partials(Job *job, Py_ssize_t first, Py_ssize_t end) noex
     """
     cdef Py_ssize_t c, k, half, C = job.reduction.C, blocks = n_partials(&job.reduction)
     cdef double *sums = job.partial
-    cdef double *others
     while blocks > 1:    # one half to the other: so that each has few additions
         half = (blocks + 1) // 2
         for k in range(blocks - half):
-            sums = job.partial + 2 * C * k
-            others = sums + 2 * C * half
-            for c in range(first, end):
-                sums[c] += others[c]
-                sums[C + c] += others[C + c]
+            cbn_add(sums + 2 * C * k, sums + 2 * C * (k + half), first, end)
+            cbn_add(sums + 2 * C * k + C, sums + 2 * C * (k + half) + C, first, end)
         blocks = half
-    sums = job.partial
+    if job.backward or job.element != BF16:
+        memcpy(job.sum_c + first, sums + first, (end - first) * sizeof(double))
+        memcpy(job.square_c + first, sums + C + first, (end - first) * sizeof(double))
+        return
     for c in range(first, end):
-        if job.backward or job.sums_in_float64_c[c] == job.sum_in_float64:
+        if job.sums_in_float64_c[c] == job.sum_in_float64:
             job.sum_c[c], job.square_c[c] = sums[c], sums[C + c]
 
 
 cdef inline bint moments_from_sums(Job *job, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
-    """Make mean and m2 = S(d*d) - S(d)^2/n of what `merge_partials` took, in the place of the sums.
+    """Make mean and m2 of what `merge_partials` took, in the place of the sums.
 
     Returns whether some channels are now marked for float64 sums: bfloat16 ones that may have left float32's range.
     """
     cdef bint left = False
     cdef Py_ssize_t c
-    cdef double n, s
+    if job.element != BF16:
+        cbn_moments_of_sums(job.sum_c, job.square_c, job.shift_c, count(job), first, end)
+        return False
     for c in range(first, end):
         if job.sums_in_float64_c[c] != job.sum_in_float64:
             continue
-        n, s = count_of(job, c), job.sum_c[c]
         # All squares of float16 are within that range; of bfloat16 those of a channel that is constant, or seems to be
         # because they are too small, are looked at again
-        if job.element == BF16 and not job.sum_in_float64 \
-                and not 1e-20 <= job.square_c[c] < 1e300:
+        if not job.sum_in_float64 and not 1e-20 <= job.square_c[c] < 1e300:
             job.sums_in_float64_c[c] = left = True
-        job.sum_c[c] = job.shift_c[c] + s / n
-        # Rounding can take m2 below zero; where S(d*d) overflows it is inf and not inf - inf
-        if isfinite(job.square_c[c]) or not isfinite(s):
-            job.square_c[c] -= s * (s / n)
-        if job.square_c[c] < 0:
-            job.square_c[c] = 0
+        cbn_moments_of_sums(job.sum_c, job.square_c, job.shift_c, count(job), c, c + 1)
     return left
 
 
 cdef inline void solve(Job *job, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
     """Make the coefficients of some channels from their statistics: moments, or backward the sums of gradients."""
-    cdef Py_ssize_t c, C = job.reduction.C
-    cdef double weight
-    for c in range(first, end):
-        weight = 1 if job.weight_c == NULL else job.weight_c[c]
-        if job.backward:
-            solve_backward(job.coef_c, C, c, job.shift_c[c], job.invstd_c[c], weight, job.sum_c[c], job.square_c[c],
-                           count_of(job, c))
-        else:
-            job.invstd_c[c] = 1 / sqrt(job.square_c[c] / count_of(job, c) + job.eps)
-            solve_forward(job.coef_c, C, c, job.sum_c[c], job.invstd_c[c], weight,
-                          0 if job.bias_c == NULL else job.bias_c[c])
+    cdef Py_ssize_t C = job.reduction.C
+    if job.backward:
+        solve_backward(job.coef_c, C, first, end, job.shift_c, job.invstd_c, job.weight_c, job.sum_c, job.square_c,
+                       count(job))
+    else:
+        inverse_std(job.invstd_c, job.square_c, count(job), job.eps, first, end)
+        solve_forward(job.coef_c, C, first, end, job.sum_c, job.invstd_c, job.weight_c, job.bias_c)
 
 
 cdef inline int channels_to_redo(Job *job, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
@@ -174,17 +172,19 @@ cdef inline int channels_to_redo(Job *job, Py_ssize_t first, Py_ssize_t end) noe
     the second reduction finds the same values for them.
     """
     cdef Py_ssize_t c
-    cdef double n, d, shift
+    cdef double n = count(job), d, shift, times = 2 if job.itemsize == 8 else 4
     cdef int lost = 0
     cdef bint bfloat16 = job.element == BF16, far
+    if not bfloat16 and not cbn_some_far(job.sum_c, job.square_c, job.shift_c, n, times, first, end):
+        return 0
     for c in range(first, end):
-        n, d = count_of(job, c), job.sum_c[c] - job.shift_c[c]
+        d = job.sum_c[c] - job.shift_c[c]
         d *= n * d    # n*(mean - shift)^2 = m2*R, R = ((mean - shift)/std)^2
         if bfloat16 and not job.sums_in_float64_c[c]:
             far = d > 1073741824.0 * job.square_c[c] or (
                 n < MANY_VALUES and d > job.square_c[c] and d < 64 * job.square_c[c])
         else:
-            far = d > (2 if job.itemsize == 8 else 4) * job.square_c[c]
+            far = d > times * job.square_c[c]
         if not far or not isfinite(job.sum_c[c]):
             continue
         shift = shift_for_loops(job, job.sum_c[c])

@@ -1,7 +1,7 @@
 # Tiles: a rectangle of the partition as the loops see it, with the pointers and the coefficients that belong to it.
 from libc.math cimport fabs, sqrt
 
-from .coefficients cimport CBN_SMALL_DOUBLE, CBN_SMALL_FLOAT, channel_takes_float64
+from .coefficients cimport CBN_SMALL_DOUBLE, CBN_SMALL_FLOAT, takes_float64
 from .job cimport F16, Job, channels_fit, loop_of
 from .kernels cimport CBN_MEAN, CBN_SCALE, cbn_tile, cbn_view
 from .partition cimport CACHE_LINE, Rectangle, ceil_div
@@ -119,9 +119,9 @@ cdef inline void apply_tile(const Job *job, cbn_tile *t, bint rows) noexcept nog
         loop_of(job, job.loops_in_float64 if job.in_float64 else job.loops, rows)(t, NULL)
         return
     while c < end:
-        in_float64 = channel_takes_float64(job.coef_c, C, c, job.backward)
+        in_float64 = takes_float64(job.coef_c, C, c, job.backward)
         n = 1
-        while c + n < end and channel_takes_float64(job.coef_c, C, c + n, job.backward) == in_float64:
+        while c + n < end and takes_float64(job.coef_c, C, c + n, job.backward) == in_float64:
             n += 1
         part = t[0]
         part.skip = part.drop = 0    # what is written twice gets the same bits

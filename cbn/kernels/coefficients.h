@@ -1,0 +1,152 @@
+/* coefficients.h: solve: what a channel's statistics make of its coefficients, and whether float32 arithmetic does for
+ * them. Loops over channels that a compiler makes vectors of: where channels have few values, they are half of a call.
+ *
+ * An array of coefficients is (n, C), contiguous float64; kernels.h names its rows, but for CBN_BOUND. Row i of channel
+ * c is coef[i*C + c]. What else is per channel is C values; weight NULL is ones, bias NULL zeros.
+ */
+#ifndef CBN_COEFFICIENTS_H
+#define CBN_COEFFICIENTS_H
+#include <float.h>
+#include <math.h>
+#include <string.h>
+
+#include "kernels.h"
+
+enum {
+    CBN_BOUND = 4, /* backward, for the engine alone: what (x - mean)*slope and the lower parts can add */
+    CBN_FORWARD_ROWS = 3,
+    CBN_REREAD_ROWS = 4, /* forward, as backward reads them again */
+    CBN_BACKWARD_ROWS = 5,
+};
+
+/* A quarter of a unit in the last place of the largest values: added to one of them, less does not overflow */
+#define CBN_SMALL_FLOAT 0x1p102
+#define CBN_SMALL_DOUBLE 0x1p969
+
+/* Before a loop whose arrays are apart: more of them than the compiler would compare. */
+#if defined(__clang__)
+#define CBN_APART _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define CBN_APART _Pragma("GCC ivdep")
+#endif
+
+/* ---- solve ---- */
+
+/* 1/sqrt(m2/n + eps) of some channels, which may take the place of m2. */
+static inline void cbn_inverse_std(double *invstd, const double *m2, double n, double eps, ptrdiff_t first,
+                                   ptrdiff_t end)
+{
+    for (ptrdiff_t c = first; c < end; c++)
+        invstd[c] = 1 / sqrt(m2[c] / n + eps);
+}
+
+/* y = (x - mean)*invstd*weight + bias */
+static inline void cbn_solve_forward(double *coef, ptrdiff_t C, ptrdiff_t first, ptrdiff_t end, const double *mean,
+                                     const double *invstd, const double *weight, const double *bias)
+{
+    const size_t n_bytes = (size_t)(end - first) * sizeof *coef;
+    double *scale = coef + CBN_SCALE * C;
+    memcpy(coef + CBN_MEAN * C + first, mean + first, n_bytes);
+    if (weight)
+        for (ptrdiff_t c = first; c < end; c++)
+            scale[c] = invstd[c] * weight[c];
+    else
+        memcpy(scale + first, invstd + first, n_bytes);
+    if (bias)
+        memcpy(coef + CBN_OFFSET * C + first, bias + first, n_bytes);
+    else
+        memset(coef + CBN_OFFSET * C + first, 0, n_bytes);
+}
+
+/* A bound of what the lower one of the two floats that are a mean contributes (loops/formulas.h). */
+static inline double cbn_lower_part(double mean, double scale)
+{
+    return fabs(mean * scale) * (FLT_EPSILON / 2);
+}
+
+/* dx = (dh - S(dh)/n - (x - mean)*S(dh*(x - mean))*invstd^2/n)*invstd*weight
+ *
+ * The bound goes by |x - mean| <= sqrt(n)/invstd, which holds for x among the n values that mean and invstd are of. */
+static inline void cbn_solve_backward(double *coef, ptrdiff_t C, ptrdiff_t first, ptrdiff_t end, const double *mean,
+                                      const double *invstd, const double *weight, const double *sum_dh,
+                                      const double *sum_dh_xmu, double n)
+{
+    const size_t n_bytes = (size_t)(end - first) * sizeof *coef;
+    const double root = sqrt(n);
+    double *scale = coef + CBN_SCALE * C, *grad_mean = coef + CBN_GRAD_MEAN * C;
+    double *slope = coef + CBN_SLOPE * C, *bound = coef + CBN_BOUND * C;
+    memcpy(coef + CBN_MEAN * C + first, mean + first, n_bytes);
+    if (weight)
+        for (ptrdiff_t c = first; c < end; c++)
+            scale[c] = invstd[c] * weight[c];
+    else
+        memcpy(scale + first, invstd + first, n_bytes);
+    CBN_APART for (ptrdiff_t c = first; c < end; c++) {
+        grad_mean[c] = sum_dh[c] / n;
+        slope[c] = sum_dh_xmu[c] / n * invstd[c] * invstd[c] * scale[c];
+        bound[c] = fabs(sum_dh_xmu[c] * invstd[c] * scale[c]) / root + cbn_lower_part(mean[c], slope[c]) +
+                   cbn_lower_part(grad_mean[c], scale[c]);
+    }
+}
+
+/* ---- does float32 do? ---- */
+
+/* Whether a factor is zero or a normal number; other ones have lost digits. */
+static inline int cbn_is_factor(double a)
+{
+    return (a == 0) | ((fabs(a) >= FLT_MIN) & (fabs(a) <= FLT_MAX));
+}
+
+/* Whether float32 arithmetic does for a channel: it holds the coefficients, and nothing overflows on the way to an
+ * element of y or dx that does not.
+ *
+ * What is subtracted from x and from the gradient (`mean`, and backward `third`) must be small beside the largest
+ * values, and so must what is added to a product: the offset (forward `third`), and what `added` bounds. Bitwise, for a
+ * loop without branches. */
+static inline int cbn_fits_float32(double mean, double scale, double third, double slope, double added)
+{
+    return (fabs(mean) < CBN_SMALL_FLOAT) & (fabs(third) + added < CBN_SMALL_FLOAT) & cbn_is_factor(scale) &
+           cbn_is_factor(slope);
+}
+
+static inline double cbn_finite(double a)
+{
+    return isfinite(a) ? a : 0;
+}
+
+/* Whether a channel of smaller elements needs float64 arithmetic. Infinities and NaN are such in every type. */
+static inline int cbn_takes_float64(const double *coef, ptrdiff_t C, ptrdiff_t c, int backward)
+{
+    const double mean = coef[CBN_MEAN * C + c], scale = coef[CBN_SCALE * C + c];
+    const double third = coef[(backward ? CBN_GRAD_MEAN : CBN_OFFSET) * C + c];
+    const double slope = backward ? coef[CBN_SLOPE * C + c] : 0;
+    const double added = backward ? coef[CBN_BOUND * C + c] : cbn_lower_part(mean, scale);
+    return !cbn_fits_float32(cbn_finite(mean), cbn_finite(scale), cbn_finite(third), cbn_finite(slope),
+                             cbn_finite(added));
+}
+
+/* Whether none of some channels needs float64 arithmetic; of float64 elements, whether none can overflow. A NaN counts
+ * as no. */
+static inline int cbn_all_fit(const double *coef, ptrdiff_t C, ptrdiff_t first, ptrdiff_t end, int backward,
+                              ptrdiff_t itemsize)
+{
+    const double *mean = coef + CBN_MEAN * C, *scale = coef + CBN_SCALE * C;
+    const double *third = coef + (backward ? CBN_GRAD_MEAN : CBN_OFFSET) * C;
+    const double *slope = coef + CBN_SLOPE * C, *bound = coef + CBN_BOUND * C;
+    int fit = 1;
+    if (backward && itemsize == 8)
+        for (ptrdiff_t c = first; c < end; c++)
+            fit &= (fabs(mean[c]) < CBN_SMALL_DOUBLE) & (fabs(third[c]) + bound[c] < CBN_SMALL_DOUBLE);
+    else if (itemsize == 8)
+        for (ptrdiff_t c = first; c < end; c++)
+            fit &= (fabs(mean[c]) < CBN_SMALL_DOUBLE) & (fabs(third[c]) < CBN_SMALL_DOUBLE);
+    else if (backward)
+        for (ptrdiff_t c = first; c < end; c++)
+            fit &= cbn_fits_float32(mean[c], scale[c], third[c], slope[c], bound[c]);
+    else
+        for (ptrdiff_t c = first; c < end; c++)
+            fit &= cbn_fits_float32(mean[c], scale[c], third[c], 0, cbn_lower_part(mean[c], scale[c]));
+    return fit;
+}
+
+#endif
