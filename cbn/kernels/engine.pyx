@@ -224,8 +224,9 @@ def tune(**knobs):
     No result depends on any of them.
 
     bytes_per_thread   memory traffic from which another thread is worth its start; 1: for any two items
-    nontemporal_bytes  size of all arrays of a call from which its stores are non-temporal, unless in place, from which
-                       the pipeline copies runs, and from which loops fetch ahead; 0: always
+    nontemporal_bytes  size of all arrays of a call from which its stores are non-temporal, unless in place (twice that
+                       for apply alone to runs), from which the pipeline copies runs, and from which loops fetch ahead;
+                       0: always
     l2_bytes           cache of one core; 0 and l3_bytes=0: two passes always, never channel by channel
     l3_bytes           cache of all cores
     prefetch           whether loops fetch what comes next, where the arrays of a call leave the caches
@@ -315,16 +316,25 @@ cdef void set_output(Job *job, const Extents *e, cbn_view y, Py_ssize_t itemsize
     choose_stores(job)
 
 
+cdef Py_ssize_t traffic(const Job *job) noexcept nogil:
+    return (3 if job.backward or job.z.data != NULL else 2) * job.n_bytes
+
+
 cdef bint leaves_the_caches(const Job *job) noexcept nogil:
     """Whether the output would not stay in a cache with what the call reads."""
-    return (3 if job.backward or job.z.data != NULL else 2) * job.n_bytes >= nontemporal_bytes
+    return traffic(job) >= nontemporal_bytes
 
 
 cdef void choose_stores(Job *job) noexcept nogil:
-    """Whether stores go past the caches: where the output would not stay there, and is not at the place of an input."""
+    """Whether stores go past the caches: where the output would not stay there, and is not at the place of an input.
+
+    A pass that goes through memory in order, apply alone to runs, may have twice the traffic: a reader of y that has as
+    many threads and goes in order too finds much of it still there. Measured, docs/performance.md.
+    """
     cdef char *g = job.g.data if job.dh.data == NULL else job.dh.data
+    cdef bint in_order = job.sum_c == NULL and not job.apply.rows
     choose_prefetch(job)
-    job.nontemporal = leaves_the_caches(job) \
+    job.nontemporal = (traffic(job) // 2 if in_order else traffic(job)) >= nontemporal_bytes \
         and job.y.data != job.x.data and job.y.data != g and job.y.data != job.z.data
 
 
