@@ -82,7 +82,7 @@ def explain() -> str:
 
 def _at_import() -> None:
     l2, l3 = cache_sizes()
-    # Arrays that fill three quarters of a shared cache do not stay in it (measured at 24 to 32 MB of 32).
+    # Arrays that fill three quarters of a shared cache do not stay in it: docs/performance.md has what was measured.
     engine.tune(l2_bytes=l2, l3_bytes=l3, nontemporal_bytes=l3 * 3 // 4)
     limit = memory_bytes() // SHARE
     if asked := os.environ.get("CBN_CACHE_BYTES"):

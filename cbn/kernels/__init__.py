@@ -20,8 +20,8 @@ Where each line is, from a numpy array down to an instruction:
     engine.pyx        threads, instruction sets, knobs; runs a job: which items, two passes or one pipeline; threads.c
     job.pxd           `Job`: all that one call of a pass is
     partition.pxd     how a pass falls into items for the threads
-    statistics.pxd    shifts, merge of partial sums, moments, what has to be reduced again
-    coefficients.pxd  solve; whether float32 arithmetic does for a channel
+    statistics.pxd    shifts, merge of partial sums, what has to be reduced again; statistics.h: its loops over channels
+    coefficients.h    solve; whether float32 arithmetic does for a channel
     tiles.pxd         an item as the loops see it
     kernels.h         the table of loops, and what a loop is given; kernels.pxd is the same for Cython
     select.c          which instruction sets there are, and which of them this processor runs
@@ -41,7 +41,7 @@ The words of this folder:
     copies         rows of few channels that are walked as one longer row
     shift          what a reduction subtracts from x, near the mean, so that no digits cancel
     dh             the gradient behind the activation: dy times the slope of act
-    coefficients   per channel, float64, (n, C): named rows in kernels.h and coefficients.pxd
+    coefficients   per channel, float64, (n, C): named rows in kernels.h and coefficients.h
     factors        the same in the arithmetic of a loop, for one channel or one column
     pipeline       reduction and apply tile by tile, so that memory is read once
 

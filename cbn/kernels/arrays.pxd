@@ -9,6 +9,49 @@ cdef enum:
     MAXDIMS = 64   # numpy's own limit
 
 
+# Arrays that are read alike: one type, shape and strides.
+cdef struct Kind:
+    int n_axes, type_num
+    Py_ssize_t shape[MAXDIMS]
+    Py_ssize_t strides[MAXDIMS]
+    Py_ssize_t extent    # bytes from the first element to the end of the last; -1 where a stride is negative
+
+
+cdef inline Kind kind_of(cnp.ndarray a) noexcept:
+    cdef Kind kind
+    cdef int axis
+    kind.n_axes, kind.type_num, kind.extent = cnp.PyArray_NDIM(a), cnp.PyArray_TYPE(a), cnp.PyArray_ITEMSIZE(a)
+    for axis in range(kind.n_axes):
+        kind.shape[axis], kind.strides[axis] = cnp.PyArray_DIM(a, axis), cnp.PyArray_STRIDE(a, axis)
+        if kind.strides[axis] < 0:
+            kind.extent = -1
+        elif kind.extent >= 0:
+            kind.extent += (kind.shape[axis] - 1) * kind.strides[axis]
+    return kind
+
+
+cdef inline bint is_usual(cnp.ndarray a) noexcept:
+    return cnp.PyArray_ISALIGNED(a) and cnp.PyArray_ISNOTSWAPPED(a)
+
+
+cdef inline bint is_of(const Kind *kind, cnp.ndarray a) noexcept:
+    """Whether an array is of this kind, aligned and native."""
+    cdef int axis
+    if cnp.PyArray_NDIM(a) != kind.n_axes or cnp.PyArray_TYPE(a) != kind.type_num or not is_usual(a):
+        return False
+    for axis in range(kind.n_axes):
+        if cnp.PyArray_DIM(a, axis) != kind.shape[axis] or cnp.PyArray_STRIDE(a, axis) != kind.strides[axis]:
+            return False
+    return True
+
+
+cdef inline bint overlap_partly(cnp.ndarray a, cnp.ndarray b, Py_ssize_t extent, bint alike) noexcept:
+    """Whether two arrays, neither longer than `extent`, may share memory: but not element by element, if `alike`."""
+    cdef char *of_a = cnp.PyArray_BYTES(a)
+    cdef char *of_b = cnp.PyArray_BYTES(b)
+    return not (of_a == of_b and alike) and of_a < of_b + extent and of_b < of_a + extent
+
+
 cdef class Layout:
     cdef Extents extents
     cdef int channel_axis, n_axes, n_outer

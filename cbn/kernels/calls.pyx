@@ -16,7 +16,21 @@ from libc.math cimport isfinite
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
 
-from .arrays cimport MAXDIMS, Input, Layout, element_of, empty_like, is_plain, new_doubles, view_of
+from .arrays cimport (
+    MAXDIMS,
+    Input,
+    Kind,
+    Layout,
+    element_of,
+    empty_like,
+    is_of,
+    is_plain,
+    is_usual,
+    kind_of,
+    new_doubles,
+    overlap_partly,
+    view_of,
+)
 from .channels cimport move_running
 from .coefficients cimport FORWARD_ROWS, inverse_std, solve_forward
 from .engine cimport (
@@ -48,10 +62,8 @@ cdef class Prepared:
     cdef Job job                  # with y at x
     cdef Layout layout
     cdef Py_ssize_t generation    # of the engine's settings
-    cdef Py_ssize_t extent        # bytes from the first element to the end of the last
-    cdef int n_axes, type_num, channel_axis
-    cdef Py_ssize_t shape[MAXDIMS]
-    cdef Py_ssize_t strides[MAXDIMS]
+    cdef Kind kind
+    cdef int channel_axis
 
     @staticmethod
     cdef Prepared of(cnp.ndarray x, int channel_axis):
@@ -59,7 +71,7 @@ cdef class Prepared:
         cdef Prepared self
         cdef Layout layout
         cdef cbn_view view
-        cdef int axis, own_axis = channel_axis + cnp.PyArray_NDIM(x) if channel_axis < 0 else channel_axis
+        cdef int own_axis = channel_axis + cnp.PyArray_NDIM(x) if channel_axis < 0 else channel_axis
         if not 0 <= own_axis < cnp.PyArray_NDIM(x) or cnp.PyArray_NDIM(x) < 2 or cnp.PyArray_SIZE(x) == 0 \
                 or not (is_plain(x) or (x.dtype.name == "bfloat16" and is_usual(x))):
             return None
@@ -67,14 +79,8 @@ cdef class Prepared:
         if layout is None:
             return None
         self = Prepared()
-        self.n_axes, self.type_num, self.channel_axis = cnp.PyArray_NDIM(x), cnp.PyArray_TYPE(x), channel_axis
-        self.extent = cnp.PyArray_ITEMSIZE(x)
-        for axis in range(self.n_axes):
-            self.shape[axis], self.strides[axis] = cnp.PyArray_DIM(x, axis), cnp.PyArray_STRIDE(x, axis)
-            if self.strides[axis] < 0:
-                return None
-            self.extent += (self.shape[axis] - 1) * self.strides[axis]
-        if self.extent != cnp.PyArray_NBYTES(x):    # a new array has no gaps, so its strides would be others
+        self.kind, self.channel_axis = kind_of(x), channel_axis
+        if self.kind.extent != cnp.PyArray_NBYTES(x):    # a new array has no gaps, so its strides would be others
             return None
         self.layout, self.generation = layout, generation
         view = layout.view(x)
@@ -82,32 +88,20 @@ cdef class Prepared:
         set_output(&self.job, &layout.extents, view, cnp.PyArray_ITEMSIZE(x))
         return self
 
-    cdef bint is_for(self, cnp.ndarray a) noexcept:
-        """Whether an array is of this kind."""
-        cdef int axis
-        if cnp.PyArray_NDIM(a) != self.n_axes or cnp.PyArray_TYPE(a) != self.type_num or not is_usual(a):
-            return False
-        for axis in range(self.n_axes):
-            if cnp.PyArray_DIM(a, axis) != self.shape[axis] or cnp.PyArray_STRIDE(a, axis) != self.strides[axis]:
-                return False
-        return True
-
     cdef bint takes(self, object a) noexcept:
         """Whether something is an array of this kind."""
-        return type(a) is cnp.ndarray and self.is_for(<cnp.ndarray>a)
+        return type(a) is cnp.ndarray and is_of(&self.kind, <cnp.ndarray>a)
 
-    cdef bint overlap_partly(self, cnp.ndarray a, cnp.ndarray b) noexcept:
+    cdef bint overlap(self, cnp.ndarray a, cnp.ndarray b) noexcept:
         """Whether two arrays of this kind share memory, but are not one and the same."""
-        cdef char *of_a = cnp.PyArray_BYTES(a)
-        cdef char *of_b = cnp.PyArray_BYTES(b)
-        return of_a != of_b and of_a < of_b + self.extent and of_b < of_a + self.extent
+        return overlap_partly(a, b, self.kind.extent, True)
 
     cdef Input input_of(self, cnp.ndarray x, bint is_double):
         """An array of this kind as other code reads it. The view is for whoever reshapes x in place."""
         cdef Input inp = Input.__new__(Input)
         inp.x, inp.layout, inp.axis = view_of(x), self.layout, self.layout.channel_axis
         inp.n_channels = self.layout.extents.C
-        inp.in_float64 = is_double and self.type_num != cnp.NPY_DOUBLE
+        inp.in_float64 = is_double and self.kind.type_num != cnp.NPY_DOUBLE
         return inp
 
     cdef bint covers(self, cnp.ndarray a, cnp.ndarray of_channels) noexcept:
@@ -115,14 +109,10 @@ cdef class Prepared:
         if of_channels is None:
             return False
         return cnp.PyArray_BYTES(a) < cnp.PyArray_BYTES(of_channels) + cnp.PyArray_NBYTES(of_channels) \
-            and cnp.PyArray_BYTES(of_channels) < cnp.PyArray_BYTES(a) + self.extent
+            and cnp.PyArray_BYTES(of_channels) < cnp.PyArray_BYTES(a) + self.kind.extent
 
 
 cdef list kept = [None] * KEPT
-
-
-cdef bint is_usual(cnp.ndarray a) noexcept:
-    return cnp.PyArray_ISALIGNED(a) and cnp.PyArray_ISNOTSWAPPED(a)
 
 
 cdef Prepared prepared_for(object x, object channel_axis):
@@ -139,7 +129,7 @@ cdef Prepared prepared_for(object x, object channel_axis):
         h = (h ^ <size_t>cnp.PyArray_DIM(a, axis)) * 1000003 + <size_t>cnp.PyArray_STRIDE(a, axis)
     h = (h ^ h >> 15 ^ h >> 32) % KEPT
     found = <Prepared>kept[h]
-    if found is None or found.generation != generation or found.channel_axis != wanted or not found.is_for(a):
+    if found is None or found.generation != generation or found.channel_axis != wanted or not is_of(&found.kind, a):
         found = Prepared.of(a, wanted)
         if found is not None:
             kept[h] = found
@@ -182,7 +172,7 @@ cdef bint slope_of(object activation, double *slope) noexcept:
 
 cdef bint is_wider(Prepared p, object a) noexcept:
     """Whether parameters ask for float64 arithmetic."""
-    return a is not None and cnp.PyArray_TYPE(<cnp.ndarray>a) == cnp.NPY_DOUBLE and p.type_num != cnp.NPY_DOUBLE
+    return a is not None and cnp.PyArray_TYPE(<cnp.ndarray>a) == cnp.NPY_DOUBLE and p.kind.type_num != cnp.NPY_DOUBLE
 
 
 cdef double *copied(double *room_c, object a, Py_ssize_t C) noexcept:
@@ -206,10 +196,10 @@ cdef bint set_arrays(Prepared p, Job *job, cnp.ndarray x, object out, object res
     job[0] = p.job
     job.x.data = job.g.data = cnp.PyArray_BYTES(x)
     if out is not None and (not p.takes(out) or not cnp.PyArray_ISWRITEABLE(<cnp.ndarray>out)
-                            or p.overlap_partly(x, <cnp.ndarray>out)):
+                            or p.overlap(x, <cnp.ndarray>out)):
         return False
     if residual is not None:
-        if not p.takes(residual) or (out is not None and p.overlap_partly(<cnp.ndarray>residual, <cnp.ndarray>out)):
+        if not p.takes(residual) or (out is not None and p.overlap(<cnp.ndarray>residual, <cnp.ndarray>out)):
             return False
         z = job.x
         z.data = cnp.PyArray_BYTES(<cnp.ndarray>residual)
@@ -225,7 +215,7 @@ def evaluate(x, weight, bias, running_mean, running_var, momentum, eps, channel_
     """y of `functional.batch_norm` in evaluation, or None."""
     cdef Prepared p = prepared_for(x, channel_axis)
     cdef Job job
-    cdef Py_ssize_t c, C
+    cdef Py_ssize_t C
     cdef double slope, epsilon
     cdef double *room_c
     cdef double *mean_c
@@ -344,7 +334,7 @@ def train_layer(x, tuple arrays_c, Py_ssize_t n_channels, bint is_double, eps, c
     cdef cnp.ndarray y, mean, invstd, m2, weight_c = None, bias_c = None
     cdef object weight, bias, running_mean, running_var, counter
     weight, bias, running_mean, running_var, counter = arrays_c
-    if p is None or p.layout.extents.C != n_channels or (ranks is not None and p.n_axes not in ranks) \
+    if p is None or p.layout.extents.C != n_channels or (ranks is not None and p.kind.n_axes not in ranks) \
             or not is_batch(p, weight, bias, running_mean, running_var, eps) or not is_counter(counter):
         return None
     C = n_channels
@@ -353,8 +343,8 @@ def train_layer(x, tuple arrays_c, Py_ssize_t n_channels, bint is_double, eps, c
         weight_c = new_doubles(C)
     if bias is not None:
         bias_c = new_doubles(C)
-    y = normalized(p, x, weight, bias, eps, out, residual, slope, is_double and p.type_num != cnp.NPY_DOUBLE, mean, m2,
-                   invstd, NULL if weight_c is None else <double *>cnp.PyArray_DATA(weight_c),
+    y = normalized(p, x, weight, bias, eps, out, residual, slope, is_double and p.kind.type_num != cnp.NPY_DOUBLE, mean,
+                   m2, invstd, NULL if weight_c is None else <double *>cnp.PyArray_DATA(weight_c),
                    NULL if bias_c is None else <double *>cnp.PyArray_DATA(bias_c))
     if y is None:
         return None
@@ -378,7 +368,7 @@ cdef cnp.ndarray differentiated(Prepared p, cnp.ndarray dy, cnp.ndarray x, objec
     cdef Py_ssize_t c, C = p.layout.extents.C
     cdef cnp.ndarray dx
     cdef double *room_c
-    if not set_arrays(p, &job, x, out, None, 1) or (out is not None and p.overlap_partly(dy, out)):
+    if not set_arrays(p, &job, x, out, None, 1) or (out is not None and p.overlap(dy, out)):
         return None
     dx = empty_like(x) if out is None else out
     room_c = <double *>malloc((scratch_doubles(&job) + 3 * C) * sizeof(double))
@@ -446,7 +436,7 @@ def layer_gradients(dy, Input inp, weight, cnp.ndarray mean, cnp.ndarray invstd,
 
 cdef cnp.ndarray new_gradient(cnp.npy_intp C, Prepared p, object weight):
     """Memory for the gradient of a parameter: of weight's type, or without one of x's, but at least float32."""
-    cdef int type_num = p.type_num if weight is None else cnp.PyArray_TYPE(<cnp.ndarray>weight)
+    cdef int type_num = p.kind.type_num if weight is None else cnp.PyArray_TYPE(<cnp.ndarray>weight)
     return cnp.PyArray_SimpleNew(1, &C, cnp.NPY_DOUBLE if type_num == cnp.NPY_DOUBLE else cnp.NPY_FLOAT)
 
 

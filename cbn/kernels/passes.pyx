@@ -234,7 +234,7 @@ def gradients(Layout layout, cnp.ndarray dy, cnp.ndarray x, cnp.ndarray dx, cnp.
 
 def grad_coefficients(cnp.ndarray mean, cnp.ndarray invstd, cnp.ndarray weight, cnp.ndarray sum_dh,
                       cnp.ndarray sum_dh_xmu, cnp.ndarray count):
-    """(5, C) for `grad_apply`, from sums over `count` values of each channel; coefficients.pxd has the rows."""
+    """(5, C) for `grad_apply`, from sums over `count` values of each channel; coefficients.h has the rows."""
     cdef Py_ssize_t c, C = cnp.PyArray_SIZE(mean)
     cdef cnp.ndarray coef = new_coefficients(BACKWARD_ROWS, C)
     cdef double *coef_c = <double *>cnp.PyArray_DATA(coef)

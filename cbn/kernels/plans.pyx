@@ -6,7 +6,17 @@ from cpython.dict cimport PyDict_Size
 from cpython.object cimport PyObject_GenericSetAttr
 from libc.string cimport memcmp, memcpy
 
-from .arrays cimport MAXDIMS, Input, Layout, element_of, empty_like, phantom_like
+from .arrays cimport (
+    Input,
+    Kind,
+    Layout,
+    element_of,
+    empty_like,
+    is_of,
+    kind_of,
+    overlap_partly,
+    phantom_like,
+)
 from .coefficients cimport FORWARD_ROWS
 from .engine cimport (
     SMALL,
@@ -68,14 +78,11 @@ cdef class Plan:
     change can be missed.
     """
     cdef Job job
-    cdef int n_axes, type_num
-    cdef Py_ssize_t shape[MAXDIMS]
-    cdef Py_ssize_t strides[MAXDIMS]
-    cdef int y_type_num
+    cdef Kind x_kind
+    cdef Kind y_kind               # of the output that a call makes itself, for which `job` is
     cdef object y_dtype            # None for x's own
-    cdef Py_ssize_t y_strides[MAXDIMS]    # of the output that a call makes itself, for which `job` is
-    cdef bint alike                # whether type and strides are x's
-    cdef Py_ssize_t extent         # bytes from the first to the end of the last, of the longer one
+    cdef bint alike                # whether both are one kind
+    cdef Py_ssize_t extent         # of the longer one
     cdef const cbn_isa *isa
     cdef tuple sources              # running mean and variance, weight, bias, as far as there are
     cdef int source_types[4]
@@ -93,26 +100,19 @@ cdef class Plan:
         cdef Plan self
         cdef Layout layout = inp.layout
         cdef cnp.ndarray a, y
-        cdef int axis
         if layout is None or type(x) is not np.ndarray or cnp.PyArray_DATA(x) != cnp.PyArray_DATA(inp.x):
             return None    # of an array that has to be converted or copied at each call
         a = x
-        for axis in range(a.ndim):
-            if a.strides[axis] < 0:
-                return None
         self = Plan()
+        self.x_kind = kind_of(a)
+        if self.x_kind.extent < 0:
+            return None
         self.layout, self.coef = layout, coef
         self.sources = tuple([source for source in sources if source is not None])
         y = phantom_like(a, a.dtype if inp.y_dtype is None else inp.y_dtype)
-        self.n_axes, self.type_num = cnp.PyArray_NDIM(a), cnp.PyArray_TYPE(a)
-        self.y_dtype, self.y_type_num = inp.y_dtype, cnp.PyArray_TYPE(y)
-        self.extent = cnp.PyArray_ITEMSIZE(a)
-        self.alike = self.type_num == self.y_type_num
-        for axis in range(self.n_axes):
-            self.shape[axis], self.strides[axis], self.y_strides[axis] = a.shape[axis], a.strides[axis], y.strides[axis]
-            self.extent += (a.shape[axis] - 1) * a.strides[axis]
-            self.alike &= y.strides[axis] == a.strides[axis]
-        self.extent = max(self.extent, cnp.PyArray_NBYTES(y))
+        self.y_kind, self.y_dtype = kind_of(y), inp.y_dtype
+        self.alike = is_of(&self.x_kind, y)
+        self.extent = max(self.x_kind.extent, self.y_kind.extent)
         if cnp.PyArray_NDIM(coef) != 2 or coef.shape[0] != FORWARD_ROWS or coef.shape[1] != layout.extents.C:
             raise ValueError(f"there are coefficients of shape {np.shape(coef)} for {layout.extents.C} channels")
         self.job = make_job(&layout.extents, layout.view(a), element_of(a), cnp.PyArray_ITEMSIZE(a), inp.in_float64)
@@ -164,26 +164,14 @@ cdef class Plan:
             seen += C * cnp.PyArray_ITEMSIZE(a)
         return True
 
-    cdef bint fits(self, cnp.ndarray a, int type_num, Py_ssize_t *strides) noexcept:
-        cdef int axis
-        if cnp.PyArray_NDIM(a) != self.n_axes or cnp.PyArray_TYPE(a) != type_num \
-                or not cnp.PyArray_ISALIGNED(a) or not cnp.PyArray_ISNOTSWAPPED(a):
-            return False
-        for axis in range(self.n_axes):
-            if cnp.PyArray_DIM(a, axis) != self.shape[axis] or cnp.PyArray_STRIDE(a, axis) != strides[axis]:
-                return False
-        return True
-
     cdef cnp.ndarray run(self, object x, object out, object residual):
         """y, or None if this plan is not for this call."""
         cdef Job job
         cdef cnp.ndarray y
         cdef bint like_x
-        if self.isa != active or type(x) is not cnp.ndarray or not self.fits(x, self.type_num, self.strides) \
-                or not self.is_current():
+        if self.isa != active or type(x) is not cnp.ndarray or not is_of(&self.x_kind, x) or not self.is_current():
             return None
-        if residual is not None and (type(residual) is not cnp.ndarray
-                                     or not self.fits(residual, self.y_type_num, self.y_strides)):
+        if residual is not None and (type(residual) is not cnp.ndarray or not is_of(&self.y_kind, residual)):
             return None
         job = self.job
         if out is None:
@@ -192,10 +180,10 @@ cdef class Plan:
             if type(out) is not cnp.ndarray:
                 return None
             y = out
-            like_x = self.fits(y, self.type_num, self.strides)
-            if not cnp.PyArray_ISWRITEABLE(y) or not (like_x or self.fits(y, self.y_type_num, self.y_strides)) \
-                    or self.overlaps_partly(x, y, like_x) \
-                    or (residual is not None and self.overlaps_partly(residual, y, self.alike or not like_x)):
+            like_x = is_of(&self.x_kind, y)
+            if not cnp.PyArray_ISWRITEABLE(y) or not (like_x or is_of(&self.y_kind, y)) \
+                    or overlap_partly(x, y, self.extent, like_x) \
+                    or (residual is not None and overlap_partly(residual, y, self.extent, self.alike or not like_x)):
                 return None
             if like_x and not self.alike:
                 if self.y_dtype is not None:
@@ -213,12 +201,6 @@ cdef class Plan:
             with nogil:
                 apply(&job)
         return y
-
-    cdef bint overlaps_partly(self, cnp.ndarray a, cnp.ndarray b, bint alike) noexcept:
-        """Whether two arrays, neither longer than x, may share memory, but not element by element."""
-        cdef char *of_a = cnp.PyArray_BYTES(a)
-        cdef char *of_b = cnp.PyArray_BYTES(b)
-        return not (of_a == of_b and alike) and of_a < of_b + self.extent and of_b < of_a + self.extent
 
 
 cdef list planned_classes = []    # (class, {name: attribute}) for which plans stand
@@ -313,7 +295,7 @@ cdef class Planned:
         """Whether the plan is for inputs like x, and still holds."""
         cdef Plan plan = self.plan
         return plan is not None and type(x) is np.ndarray and self.is_as_kept() and plan.isa == active \
-            and plan.fits(x, plan.type_num, plan.strides) and plan.is_current()
+            and is_of(&plan.x_kind, x) and plan.is_current()
 
     def _keep(self, Plan plan, Py_ssize_t version):
         """Use this plan, if there is one, for calls like the last one, where the invariant allows it.
