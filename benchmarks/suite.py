@@ -86,7 +86,9 @@ class Process:
         except BrokenPipeError:
             line = ""
         if not line:
-            return {"error": f"the process ended with status {self.process.wait()}"}
+            status = self.process.wait()
+            why = " (killed; the system may have run out of memory)" if status == -signal.SIGKILL else ""
+            return {"error": f"the process ended with status {status}{why}"}
         self.process.send_signal(signal.SIGSTOP)
         self.stopped = True
         return json.loads(line)
@@ -307,11 +309,12 @@ class Suite:
         with self.prepared(case, names) as ready:
             turns = {name: [] for name in ready}
             for turn in range(self.turns):
-                for name in ready:
+                for name in list(ready):
                     self.note(f"{case.name}: {name}, turn {turn + 1} of {self.turns}")
                     answer = self.process(name, case.threads).ask(do="time", contender=name, seconds=self.seconds)
                     if "error" in answer:
                         self.failed(case, name, answer["error"])
+                        del ready[name]  # a process of its own would not know the case
                     turns[name].append(answer.get("median", np.nan))
         turns = {name: samples for name, samples in turns.items() if np.all(np.isfinite(samples))}
         self.record(case, ready, turns)
