@@ -1,6 +1,7 @@
 """The report: a page (report.html) and a summary (summary.md) from a file of results. The page needs no network."""
 
 import json
+import re
 from collections import Counter
 from html import escape
 from pathlib import Path
@@ -393,8 +394,9 @@ def method(data):
 
 
 def version_words(data):
-    """numpy 2.4.6, oneDNN 2.6.3, ...: oneDNN once."""
-    versions = {n.split()[0] if n.startswith("oneDNN") else n: v for n, v in data.suite["versions"].items()}
+    """numpy 2.4.6, oneDNN 2.6.3, ...: cbn and oneDNN once."""
+    every = data.suite["versions"].items()
+    versions = {re.match(r"cbn|oneDNN|.*", name)[0]: version for name, version in every}
     return ", ".join(f"{n} {v}" for n, v in versions.items() if v)
 
 
