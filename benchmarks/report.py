@@ -131,7 +131,7 @@ def headline(data):
         if data.has_limits:
             cells.insert(0, share_cell(None if group == SMALL_CALLS else share_mean(data, slots)))
         first, _, second = group_words(group).partition(", ")
-        second = ", ".join(filter(None, [second, plural(len(slots), "shape")]))
+        second = ", ".join(filter(None, [second, plural(len(slots), "case" if first == "networks" else "shape")]))
         rows.append([Html(f"<b>{first}</b><small>{second}</small>"), *cells])
     notes = ["table", *(["onednn"] if BEST in data.peers else []), *(["far"] if data.has_limits else [])]
     parts.append(table(head, rows, "heat") + f'<div class="note">{prose(*notes)}</div>')
@@ -181,7 +181,8 @@ def limit_tile(data):
         if mean:
             worst = f"worst {percent(mean.worst)}, {shape_words(mean.shape)}" + (", in cache" if mean.note else "")
             bar = f'<span class="bar"><i style="width:{min(100, 100 * mean.value):.0f}%"></i></span>'
-            lines.append(f"<li><b>{group_words(group)}</b> {percent(mean.value)}{bar}<small>{worst}</small></li>")
+            share = f"<span>{percent(mean.value)}</span>"
+            lines.append(f"<li><b>{group_words(group)}</b> {share}{bar}<small>{worst}</small></li>")
     why = next((w for n, w in data.suite["absent"].items() if n.startswith("limit")), "")
     body = f"<ul>{''.join(lines)}</ul>" if lines else f"{prose('none')}<p>{escape(why)}</p>"
     title = "<h3>How far from the limit</h3><small>share of what the memory allows</small>"
@@ -410,7 +411,7 @@ CSS = """
   .on-light { display: none; } .on-dark { display: block; }
 }
 * { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1.5rem clamp(.8rem, 3vw, 2rem) 4rem; max-width: 1100px; background: var(--page);
+body { margin: 0 auto; padding: 1.5rem clamp(.8rem, 3vw, 2rem) 4rem; max-width: 1180px; background: var(--page);
   color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.9rem; margin: .3em 0; } h2 { margin: 2.8rem 0 .6rem; font-size: 1.4rem; } h3 { margin: 1.4rem 0 .4rem;
   font-size: 1.05rem; }
@@ -424,6 +425,7 @@ a { color: var(--fast); } nav { font-size: .9rem; } nav a { margin-right: 1em; w
 .tile h3 { margin: 0; } .tile.fast h3, b.fast { color: var(--fast); } .tile.slow h3, b.slow { color: var(--slow); }
 .tile ul { list-style: none; margin: .6rem 0 0; padding: 0; font-size: .9rem; line-height: 1.4; }
 .tile li { margin: .55rem 0; } .tile li b { display: block; } .tile.far li b { display: inline; }
+.tile.far li span { white-space: nowrap; }
 .bar { display: block; height: 8px; margin: .2rem 0; background: var(--line); border-radius: 4px; }
 .bar i { display: block; height: 100%; background: var(--fast); border-radius: 4px; }
 .scroll { overflow-x: auto; max-width: 100%; }
