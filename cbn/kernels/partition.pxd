@@ -13,6 +13,7 @@ cdef enum:
     MIN_ROWS = 96         # rows of several joined: fewer, and to add up their columns is work of its own
     MAX_ROWS = 512        # of one item: more, and their sums have more additions each than is good for their digits
     ROW_ITEMS = 256       # items that suffice for any number of threads
+    MEDIUM_RUN = 512      # elements
     LONG_RUN = 12500      # elements
     CACHE_LINE = 64       # bytes
 

@@ -316,6 +316,34 @@ INLINE void LOOP(end_reduction)(const cbn_tile *r, ptrdiff_t c, LOOP(sums) *s, L
     }
 }
 
+/* A reduction alone, of runs that are in a cache: channel by channel, without what `runs` keeps for pieces, copies and
+ * prefetches. Of 49 values a channel, that took two thirds of the time. The order of the additions is the same. */
+INLINE void LOOP(reduce_channels)(const cbn_tile *r, LOOP(activation) act, const int backward)
+{
+    const LOOP(forward) none = {.in_float64 = 0};
+    const ptrdiff_t length = r->length, n_channels = r->n_channels, n_runs = r->n_runs;
+    const cbn_view x = r->x, g = r->g;
+    const double *shift_c = r->shift_c;
+    double *sum_c = r->sum_c, *square_c = r->square_c;
+    const int sum_in_float64 = r->sum_in_float64;
+    for (ptrdiff_t c = 0; c < n_channels; c++) {
+        const dvec shift = splat_d(shift_c[c]);
+        LOOP(source) p = {AT(x, 0, c), AT(g, 0, c), NULL, NULL, NULL};
+        LOOP(sums) s = {{{0}}, {{0}}};
+        for (ptrdiff_t n = 0; n < n_runs; n++, p.x += x.n, p.g += g.n)
+            LOOP(reduce_piece)(p, 0, length, shift, &none, act, &s, 0, backward, 0, sum_in_float64);
+        sum_c[c] = total((s.sum[0] + s.sum[1]) + (s.sum[2] + s.sum[3]));
+        square_c[c] = total((s.square[0] + s.square[1]) + (s.square[2] + s.square[3]));
+    }
+}
+
+/* Whether that will do. */
+INLINE int LOOP(is_simple)(const cbn_tile *r, const int backward)
+{
+    const int flushing = !backward && (!HALF || r->sum_in_float64) && r->n_runs * r->length > FLUSH;
+    return !r->activated && !r->x_copy.data && !r->prefetch && !flushing;
+}
+
 /* ---- both ---- */
 
 INLINE void LOOP(runs)(const cbn_tile *m, const cbn_tile *r, const int plain, const int backward, const int applying)
