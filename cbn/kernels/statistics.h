@@ -18,7 +18,7 @@ static inline void cbn_moments_of_sums(double *restrict sum, double *restrict sq
     for (ptrdiff_t c = first; c < end; c++) {
         const double s = sum[c], q = square[c], mean = s / n, m2 = q - s * mean;
         /* Where S(d*d) overflows m2 is inf and not inf - inf. Rounding can take it below zero */
-        const double left = (fabs(q) > DBL_MAX) & (fabs(s) <= DBL_MAX) ? q : m2;
+        const double left = ((fabs(q) > DBL_MAX) & (fabs(s) <= DBL_MAX)) ? q : m2;
         sum[c] = shift[c] + mean;
         square[c] = left < 0 ? 0 : left;
     }

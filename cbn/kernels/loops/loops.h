@@ -53,7 +53,7 @@ INLINE void LOOP(any_runs)(const cbn_tile *m, const cbn_tile *r, const int plain
     if (m && r)
         LOOP(runs)(m, r, plain, backward, 1);
     else if (r && plain && LOOP(is_simple)(r, backward))
-        LOOP(reduce_channels)(r, (LOOP(activation)){PLAIN}, backward);
+        LOOP(reduce_channels)(r, (LOOP(activation)){.kind = PLAIN}, backward);
     else if (r)
         LOOP(runs)(m, r, plain, backward, 0);
     else

@@ -197,13 +197,13 @@ INLINE void LOOP(rows)(const cbn_tile *m, const cbn_tile *r, const int plain, co
     const ptrdiff_t n_runs = applying ? m->n_runs : r->n_runs;
     const int down = applying && LOOP(downwards)(m, reducing ? r : NULL, backward);
     real room[ALL_FACTORS][ROOM] __attribute__((aligned(CACHE_LINE)));
-    LOOP(apply_rows) a = {.act = bare ? (LOOP(activation)){PLAIN} : LOOP(activation_of)(applying ? m : r)};
+    LOOP(apply_rows) a = {.act = bare ? (LOOP(activation)){.kind = PLAIN} : LOOP(activation_of)(applying ? m : r)};
     if (applying)
         LOOP(begin_apply_rows)(&a, m, room, backward, reducing, rows);
     ptrdiff_t columns = a.columns;
 #if SUMS
     LOOP(columns) of_column __attribute__((aligned(CACHE_LINE)));
-    const LOOP(activation) act_r = plain ? (LOOP(activation)){PLAIN} : LOOP(activation_of)(reducing ? r : m);
+    const LOOP(activation) act_r = plain ? (LOOP(activation)){.kind = PLAIN} : LOOP(activation_of)(reducing ? r : m);
     const LOOP(steps) step = reducing ? (LOOP(steps)){r->x.n, r->g.n, r->z.n, r->dh.n} : (LOOP(steps)){0, 0, 0, 0};
     const int sum_in_float64 = backward || !HALF || (reducing && r->sum_in_float64);
     const int flushing = !backward && sum_in_float64;

@@ -359,8 +359,8 @@ INLINE void LOOP(runs)(const cbn_tile *m, const cbn_tile *r, const int plain, co
     LOOP(shared) shared = {.line = NULL};
     /* Backward, apply may be CHECKED for float64 elements alone */
     const int bare = plain || (backward && !ELEM_IS_DOUBLE);
-    const LOOP(activation) act = bare ? (LOOP(activation)){PLAIN} : LOOP(activation_of)(applying ? m : r);
-    const LOOP(activation) act_r = plain ? (LOOP(activation)){PLAIN} : LOOP(activation_of)(r);
+    const LOOP(activation) act = bare ? (LOOP(activation)){.kind = PLAIN} : LOOP(activation_of)(applying ? m : r);
+    const LOOP(activation) act_r = plain ? (LOOP(activation)){.kind = PLAIN} : LOOP(activation_of)(r);
     const int flushing = !backward && (!HALF || r->sum_in_float64) && n_runs * length > FLUSH;
     for (ptrdiff_t first = 0; first < n_channels; first += GROUP) {
         const ptrdiff_t last = MIN(first + GROUP, n_channels);

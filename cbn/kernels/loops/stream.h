@@ -1,9 +1,9 @@
 /* stream.h: coefficients applied to runs, where nothing is reduced beside it.
  *
- * Where run follows run in memory, an image is one stream, whose factors change on the way: a vector that ends a channel
- * and begins the next one takes the factors of both, each in its lanes. So nothing is stored in parts but the ends of
- * the stream. With a masked store, or two, at the ends of every run, one core wrote runs of 14x14 at half the memory's
- * speed (Zen 5).
+ * Where run follows run in memory, an image is one stream, whose factors change on the way: a vector that ends a
+ * channel and begins the next one takes the factors of both, each in its lanes. So nothing is stored in parts but the
+ * ends of the stream. With a masked store, or two, at the ends of every run, one core wrote runs of 14x14 at half the
+ * memory's speed (Zen 5).
  */
 
 /* Elements begin to end of a run; `nontemporal`: these are whole cache lines. */
@@ -108,7 +108,7 @@ INLINE void LOOP(stream)(const cbn_tile *m, LOOP(activation) act, const int kind
 /* A body each: the bare one has no branches. */
 INLINE void LOOP(apply_runs)(const cbn_tile *m, const int bare, const int backward)
 {
-    const LOOP(activation) act = bare ? (LOOP(activation)){PLAIN} : LOOP(activation_of)(m);
+    const LOOP(activation) act = bare ? (LOOP(activation)){.kind = PLAIN} : LOOP(activation_of)(m);
     if (bare)
         LOOP(stream)(m, act, PLAIN, backward);
     else if (!backward && act.kind == ACTIVATED)
