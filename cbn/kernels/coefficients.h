@@ -40,9 +40,9 @@ static inline void cbn_inverse_std(double *invstd, const double *m2, double n, d
         invstd[c] = 1 / sqrt(m2[c] / n + eps);
 }
 
-/* y = (x - mean)*invstd*weight + bias */
-static inline void cbn_solve_forward(double *coef, ptrdiff_t C, ptrdiff_t first, ptrdiff_t end, const double *mean,
-                                     const double *invstd, const double *weight, const double *bias)
+/* What both directions have: mean, and scale = invstd*weight. */
+static inline void cbn_solve_both(double *coef, ptrdiff_t C, ptrdiff_t first, ptrdiff_t end, const double *mean,
+                                  const double *invstd, const double *weight)
 {
     const size_t n_bytes = (size_t)(end - first) * sizeof *coef;
     double *scale = coef + CBN_SCALE * C;
@@ -52,6 +52,14 @@ static inline void cbn_solve_forward(double *coef, ptrdiff_t C, ptrdiff_t first,
             scale[c] = invstd[c] * weight[c];
     else
         memcpy(scale + first, invstd + first, n_bytes);
+}
+
+/* y = (x - mean)*invstd*weight + bias */
+static inline void cbn_solve_forward(double *coef, ptrdiff_t C, ptrdiff_t first, ptrdiff_t end, const double *mean,
+                                     const double *invstd, const double *weight, const double *bias)
+{
+    const size_t n_bytes = (size_t)(end - first) * sizeof *coef;
+    cbn_solve_both(coef, C, first, end, mean, invstd, weight);
     if (bias)
         memcpy(coef + CBN_OFFSET * C + first, bias + first, n_bytes);
     else
@@ -71,16 +79,11 @@ static inline void cbn_solve_backward(double *coef, ptrdiff_t C, ptrdiff_t first
                                       const double *invstd, const double *weight, const double *sum_dh,
                                       const double *sum_dh_xmu, double n)
 {
-    const size_t n_bytes = (size_t)(end - first) * sizeof *coef;
     const double root = sqrt(n);
-    double *scale = coef + CBN_SCALE * C, *grad_mean = coef + CBN_GRAD_MEAN * C;
+    const double *scale = coef + CBN_SCALE * C;
+    double *grad_mean = coef + CBN_GRAD_MEAN * C;
     double *slope = coef + CBN_SLOPE * C, *bound = coef + CBN_BOUND * C;
-    memcpy(coef + CBN_MEAN * C + first, mean + first, n_bytes);
-    if (weight)
-        for (ptrdiff_t c = first; c < end; c++)
-            scale[c] = invstd[c] * weight[c];
-    else
-        memcpy(scale + first, invstd + first, n_bytes);
+    cbn_solve_both(coef, C, first, end, mean, invstd, weight);
     CBN_APART for (ptrdiff_t c = first; c < end; c++) {
         grad_mean[c] = sum_dh[c] / n;
         slope[c] = sum_dh_xmu[c] / n * invstd[c] * invstd[c] * scale[c];

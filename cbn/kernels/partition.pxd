@@ -57,7 +57,7 @@ cdef inline bint run_follows_run(const Extents *e, cbn_view v) noexcept nogil:
     return e.rows or e.C == 1 or v.c == e.S
 
 
-cdef inline Py_ssize_t lines_of(Py_ssize_t n_bytes) noexcept nogil:
+cdef inline Py_ssize_t things_a_line(Py_ssize_t n_bytes) noexcept nogil:
     """How many things of n_bytes end with a cache line."""
     cdef Py_ssize_t k = CACHE_LINE
     while k > 1 and k // 2 * n_bytes % CACHE_LINE == 0:
@@ -67,7 +67,7 @@ cdef inline Py_ssize_t lines_of(Py_ssize_t n_bytes) noexcept nogil:
 
 cdef inline Py_ssize_t filling_lines(Py_ssize_t n, Py_ssize_t n_bytes) noexcept nogil:
     """The largest number up to n of things of n_bytes that end with a cache line; n if there is none."""
-    cdef Py_ssize_t k = lines_of(n_bytes)
+    cdef Py_ssize_t k = things_a_line(n_bytes)
     return n - n % k if n >= k else n
 
 
@@ -121,7 +121,7 @@ cdef inline Py_ssize_t most_items(const Grid *g, Py_ssize_t itemsize) noexcept n
     """Items that `share` could make: of single channels, or of columns that are whole cache lines."""
     cdef Py_ssize_t tiles = g.C
     if g.rows:
-        tiles = g.tiles if g.copies > 1 else max(g.tiles, g.C // lines_of(g.S * itemsize))
+        tiles = g.tiles if g.copies > 1 else max(g.tiles, g.C // things_a_line(g.S * itemsize))
     return tiles * g.blocks * g.pieces
 
 
@@ -130,7 +130,7 @@ cdef inline void share(Grid *g, Py_ssize_t itemsize, int threads) noexcept nogil
 
     A tile of columns ends with a cache line, or with the row: 16-bit sums of a part of a line have other bits.
     """
-    cdef Py_ssize_t of_tile = g.blocks * g.pieces, items = n_items(g), group, k = lines_of(g.S * itemsize)
+    cdef Py_ssize_t of_tile = g.blocks * g.pieces, items = n_items(g), group, k = things_a_line(g.S * itemsize)
     if threads == 1 or g.copies > 1 or items >= 8 * threads:
         return
     items = ceil_div(items, threads) * threads
