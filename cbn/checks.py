@@ -238,6 +238,53 @@ def float_array(x: ArrayLike, name: str) -> Array:
     return a if a.flags.aligned and a.dtype.isnative else a.astype(dtype, order="K", copy=True)
 
 
+def measured_array(x: ArrayLike, name: str) -> Array:
+    """x as an aligned array of floats or of integers that `moments` adds up exactly, in native byte order."""
+    given = array(x, name)
+    kind, size = given.dtype.kind, given.dtype.itemsize
+    if kind == "b" or (kind in "iu" and (size <= 2 or given.dtype == np.int32)):
+        a = given.view()
+        a = a if a.flags.aligned and a.dtype.isnative else a.astype(a.dtype.newbyteorder("="), order="K", copy=True)
+        return a.view(np.intc) if size == 4 else a
+    if kind in "iu":
+        raise dtype_error(given, x, name, f"{INPUTS}, or bool, int8, uint8, int16, uint16 or int32")
+    return float_array(x, name)
+
+
+def mask(a: ArrayLike, shape: tuple[int, ...], axis: int) -> Array:
+    """A bool mask with the dimensions of an input, of length 1 along the channel axis if it is for all channels."""
+    found = array(a, "mask")
+    if found.dtype != np.bool_:
+        raise TypeError(f"mask has dtype {found.dtype}; expected bool, True for the values that count")
+    without = shape[:axis] + shape[axis + 1 :]
+    for target, of_all in ((without, True), (shape, False)):
+        try:
+            counts = np.broadcast_to(found, target)
+        except ValueError:
+            continue
+        if of_all:
+            return np.expand_dims(counts, axis)
+        if found.ndim == len(shape) and found.shape[axis] == 1:
+            return np.take(counts, [0], axis)
+        return counts
+    raise ValueError(
+        f"mask has shape {found.shape}, which broadcasts neither to {without}, the input without its channels, nor to "
+        f"{shape}, the input"
+    )
+
+
+def sample_weights(a: ArrayLike, shape: tuple[int, ...], axis: int) -> Doubles:
+    """Weights (N,) of samples, with the dimensions of an input; samples lie along its first axis but the channels'."""
+    samples = 1 if axis == 0 else 0
+    found = doubles(a, "weights")
+    if found.shape != (shape[samples],):
+        raise ValueError(f"weights has shape {found.shape}; expected ({shape[samples]},), one for each sample")
+    if not np.all((found >= 0) & np.isfinite(found)):
+        wrong = found[~((found >= 0) & np.isfinite(found))][0]
+        raise ValueError(f"weights must be finite and not negative, but got {wrong}")
+    return found.reshape([-1 if i == samples else 1 for i in range(len(shape))])
+
+
 def doubles(x: Any, name: str) -> Doubles:
     """A copy of numbers as float64."""
     a = array(x, name)

@@ -7,7 +7,7 @@ from typing import Any, SupportsIndex
 import numpy as np
 
 from . import checks
-from .checks import Array, ArrayLike
+from .checks import Array, ArrayLike, Doubles
 from .kernels import arrays
 
 Input = arrays.Input
@@ -30,6 +30,32 @@ def as_input(
         a = arrays.with_room(checks.float_array, x, name)
     checks.rank(a, ranks)
     return Input(a, checks.axis_index(channel_axis, a.ndim), y_dtype)
+
+
+def as_measured(x: ArrayLike, channel_axis: SupportsIndex) -> Input:
+    """x as an array that `moments` can read, integers too, or an error."""
+    a: Array | Any = arrays.plain_view(x)
+    if a is None:
+        a = arrays.with_room(checks.measured_array, x, "input")
+    checks.rank(a, None)
+    return Input(a, checks.axis_index(channel_axis, a.ndim))
+
+
+def as_weights(inp: Input, mask: ArrayLike | None, weights: ArrayLike | None) -> Doubles | Any:
+    """`mask` and `weights` as one float64 array that broadcasts to the input; None if they are all ones.
+
+    Where one weight is for all channels, the array has length 1 along their axis.
+    """
+    of: Doubles | Any = None
+    if weights is not None:
+        of = checks.sample_weights(weights, inp.x.shape, inp.axis)
+        if np.all(of == 1):
+            of = None
+    if mask is not None:
+        counts = checks.mask(mask, inp.x.shape, inp.axis)
+        if not counts.all():
+            of = arrays.with_room(counts.astype, np.float64) if of is None else np.where(counts, of, 0.0)
+    return of
 
 
 def as_outputs(inp: Input, out: Array | None, residual: ArrayLike | None) -> tuple[Array | Any, Array | Any]:

@@ -11,13 +11,13 @@ import numpy.typing as npt
 
 from . import checks
 from .checks import ArrayLike, Doubles, Number
-from .inputs import Input, as_input
-from .kernels import passes
+from .inputs import Input, as_measured, as_weights
+from .kernels import arrays, passes
 
 __all__ = ["Moments", "moments"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Moments:
     """Count, mean and sum of squared distances of every channel: statistics that merge.
 
@@ -26,16 +26,20 @@ class Moments:
     Parameters
     ----------
     count : array_like
-        Values per channel; one number is for all channels.
+        Values per channel, or the sum of their weights; one number is for all channels.
     mean : (C,) array_like
         Mean of every channel.
     m2 : (C,) array_like
         ``sum((x - mean)**2)`` of every channel.
+    min, max : (C,) array_like, optional
+        Smallest and largest value of every channel: both or neither.
 
     Attributes
     ----------
     count, mean, m2 : (C,) float64 ndarray
         The same, as arrays.
+    min, max : (C,) float64 ndarray or None
+        The same. A channel without values has infinity as its smallest and -infinity as its largest one.
 
     Notes
     -----
@@ -44,6 +48,8 @@ class Moments:
 
         mean = mean_a + delta*n_b/n
         m2   = m2_a + m2_b + delta^2*n_a*n_b/n
+
+    Extremes survive a merge if both sides have them.
 
     Examples
     --------
@@ -59,8 +65,17 @@ class Moments:
     count: npt.NDArray[np.float64]
     mean: npt.NDArray[np.float64]
     m2: npt.NDArray[np.float64]
+    min: npt.NDArray[np.float64] | Any
+    max: npt.NDArray[np.float64] | Any
 
-    def __init__(self, count: ArrayLike | Number, mean: ArrayLike, m2: ArrayLike) -> None:
+    def __init__(
+        self,
+        count: ArrayLike | Number,
+        mean: ArrayLike,
+        m2: ArrayLike,
+        min: ArrayLike | None = None,
+        max: ArrayLike | None = None,
+    ) -> None:
         mean = checks.doubles(mean, "mean")
         if mean.ndim != 1:
             raise ValueError(f"mean has shape {mean.shape}; expected (C,)")
@@ -74,24 +89,45 @@ class Moments:
             raise ValueError("count must not be negative")
         if np.any(m2 < 0):
             raise ValueError("m2 must not be negative")
-        for name, value in (("count", np.array(np.broadcast_to(count, mean.shape))), ("mean", mean), ("m2", m2)):
+        if (min is None) != (max is None):
+            raise ValueError("min and max must either both be None or neither be None")
+        extremes = []
+        for name, value in (("min", min), ("max", max)):
+            extreme = None if value is None else checks.doubles(value, name)
+            if extreme is not None and extreme.shape != mean.shape:
+                raise ValueError(f"{name} has shape {extreme.shape}; expected {mean.shape}, as mean")
+            extremes.append(extreme)
+        self._set(np.array(np.broadcast_to(count, mean.shape)), mean, m2, *extremes)
+
+    def _set(self, *values: Doubles | None) -> None:
+        for name, value in zip(("count", "mean", "m2", "min", "max"), values, strict=True):
             object.__setattr__(self, name, value)
 
     @classmethod
-    def _of(cls, count: float | Doubles, mean: Doubles, m2: Doubles) -> Moments:
+    def _of(
+        cls,
+        count: float | Doubles,
+        mean: Doubles,
+        m2: Doubles,
+        min: Doubles | Any = None,
+        max: Doubles | Any = None,
+    ) -> Moments:
         """Moments from arrays of our own, without checks and copies."""
         self = cls.__new__(cls)
         if not isinstance(count, np.ndarray):
             count = np.full(mean.shape, float(count))
-        for name, value in (("count", count), ("mean", mean), ("m2", m2)):
-            object.__setattr__(self, name, value)
+        self._set(count, mean, m2, min, max)
         return self
+
+    def __repr__(self) -> str:
+        parts = [f"count={self.count!r}", f"mean={self.mean!r}", f"m2={self.m2!r}"]
+        if self.min is not None:
+            parts += [f"min={self.min!r}", f"max={self.max!r}"]
+        return f"{type(self).__name__}({', '.join(parts)})"
 
     def var(self, correction: Number = 0) -> npt.NDArray[np.float64]:
         """Variance ``m2 / (count - correction)``: biased with 0, unbiased with 1; NaN if count is too small."""
-        n = self.count - correction
-        with np.errstate(all="ignore"):
-            return np.where(n > 0, self.m2 / n, np.nan)
+        return variance(self.count, self.m2, correction)
 
     def std(self, correction: Number = 0) -> npt.NDArray[np.float64]:
         """Square root of the variance."""
@@ -106,22 +142,10 @@ class Moments:
             return NotImplemented
         if other.mean.shape != self.mean.shape:
             raise ValueError(f"moments of {self.mean.size} and of {other.mean.size} channels cannot be merged")
-        n = self.count + other.count
-        with np.errstate(all="ignore"):
-            # The mean of the larger side moves less. An infinite mean has no distance to another: the plain average
-            # gives the mean of all values.
-            larger = self.count >= other.count
-            base, rest = np.where(larger, self.mean, other.mean), np.where(larger, other.mean, self.mean)
-            n_rest = np.where(larger, other.count, self.count)
-            share = np.where(n > 0, n_rest / n, 0.0)
-            delta = rest - base
-            plain = (self.mean * self.count + other.mean * other.count) / n
-            mean = np.where(np.isfinite(delta), base + delta * share, plain)
-            m2 = self.m2 + other.m2 + delta * delta * (n - n_rest) * share
-        # If one side is empty the other passes unchanged, whatever the empty side's mean is.
-        mean = np.where(other.count == 0, self.mean, np.where(self.count == 0, other.mean, mean))
-        m2 = np.where(other.count == 0, self.m2, np.where(self.count == 0, other.m2, m2))
-        return Moments(n, mean, m2)
+        merged = passes.merge_moments(self.count, self.mean, self.m2, other.count, other.mean, other.m2)
+        if self.min is None or other.min is None:
+            return Moments._of(*merged)
+        return Moments._of(*merged, np.minimum(self.min, other.min), np.maximum(self.max, other.max))
 
     @classmethod
     def merge(cls, parts: Iterable[Moments]) -> Moments:
@@ -138,6 +162,13 @@ class Moments:
         for part in parts[1:]:
             total = total + part
         return total
+
+
+def variance(count: Doubles, m2: Doubles, correction: Number) -> Doubles:
+    """m2/(count - correction), NaN where that is not positive."""
+    n = count - correction
+    with np.errstate(all="ignore"):
+        return np.where(n > 0, m2 / n, np.nan)
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,25 +194,58 @@ class GradMoments:
             return GradMoments(self.count + other.count, self.sum_dh + other.sum_dh, self.sum_dh_xmu + other.sum_dh_xmu)
 
 
-def moments(x: ArrayLike, *, channel_axis: SupportsIndex = 1) -> Moments:
-    """Measure every channel of an array.
+def moments(
+    x: ArrayLike,
+    *,
+    channel_axis: SupportsIndex = 1,
+    mask: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    skipna: bool = False,
+    extrema: bool = False,
+) -> Moments:
+    """Measure every channel of an array in one pass.
 
     Parameters
     ----------
     x : array_like
-        Array with two or more dimensions and any strides; float32, float64, float16 or bfloat16. It may be empty.
+        Array with two or more dimensions and any strides; float32, float64, float16 or bfloat16, or bool, int8, uint8,
+        int16, uint16 or int32. It may be empty.
     channel_axis : int
         Axis with the channels.
+    mask : bool array_like, optional
+        True for the values that count: one for every value of all channels, with a shape that broadcasts to that of x
+        without its channel axis, or else one that broadcasts to that of x.
+    weights : (N,) array_like, optional
+        Weights of the samples, finite and not negative. Samples lie along the first axis of x, or the second one if the
+        channels have the first. Integers with weights other than 1 are copied as float64.
+    skipna : bool
+        Whether NaN are missing values, each in its channel. Infinities are values.
+    extrema : bool
+        Whether to find the smallest and the largest value of every channel too.
 
     Returns
     -------
     Moments
-        Count, mean and m2, in float64 for every type of x.
+        Count, mean and m2, in float64 for every type of x, and with `extrema` min and max.
 
     Raises
     ------
     TypeError, ValueError
-        For another dtype, fewer dimensions, or an axis out of range.
+        For another dtype, fewer dimensions, an axis out of range, a mask that is not bool or does not broadcast, and
+        for weights of another shape, negative or not finite ones.
+
+    Notes
+    -----
+    With weights w (1, or 0 where the mask is False or, with `skipna`, x is NaN) of the values x of a channel::
+
+        count = sum(w)
+        mean  = sum(w*x)/count
+        m2    = sum(w*(x - mean)^2)
+
+    A value of weight 0 is not read into any result. Without `skipna` a NaN makes mean, m2, min and max NaN, as in numpy.
+    Where nothing counts, mean and m2 are 0, min is infinity and max is -infinity, so that the merge with others is right.
+    Sums of integers are exact: without weights, mean and m2 are the exact quotients, rounded once. :doc:`/numerics` has
+    what the sums of floats are, and a bound of their error.
 
     Examples
     --------
@@ -189,12 +253,60 @@ def moments(x: ArrayLike, *, channel_axis: SupportsIndex = 1) -> Moments:
     >>> import cbn
     >>> cbn.moments(np.array([[1.0, 2.0, 6.0]]), channel_axis=0)
     Moments(count=array([3.]), mean=array([3.]), m2=array([14.]))
+    >>> x = np.array([[1.0, 5.0], [np.nan, 7.0], [3.0, 0.0]])
+    >>> m = cbn.moments(x, mask=[True, True, False], skipna=True, extrema=True)
+    >>> m.count, m.mean, m.max
+    (array([1., 2.]), array([1., 6.]), array([1., 7.]))
     """
-    return measure(as_input(x, channel_axis))
+    inp = as_measured(x, channel_axis)
+    return measure(inp, as_weights(inp, mask, weights), checks.boolean(skipna, "skipna"), checks.boolean(extrema, "extrema"))
 
 
-def measure(inp: Input) -> Moments:
-    """The moments of a checked input."""
+def measure(inp: Input, weights: Doubles | Any = None, skipna: bool = False, extrema: bool = False) -> Moments:
+    """The moments of a checked input; `weights` as `as_weights` makes them."""
+    shape = (inp.n_channels,)
     if inp.layout is None:
-        return Moments._of(0, *np.zeros((2, inp.n_channels)))
-    return Moments._of(inp.count, *passes.moments(inp.layout, inp.x))
+        extremes = (np.full(shape, np.inf), np.full(shape, -np.inf)) if extrema else (None, None)
+        return Moments._of(0, *np.zeros((2, *shape)), *extremes)
+    if weights is not None and inp.x.dtype.kind in "biu":
+        return _measure_weighted_integers(inp, weights, extrema)
+    count: Doubles | Any = None
+    of_values: Doubles | Any = None
+    if weights is not None:
+        count, of_values = _ordered(inp, weights)
+    elif skipna:
+        count = np.empty(shape)
+    if count is None and not extrema:
+        return Moments._of(inp.count, *passes.moments(inp.layout, inp.x)[:2])
+    found = passes.moments(inp.layout, inp.x, skipna, of_values, count, extrema)
+    return Moments._of(inp.count if count is None else count, *found)
+
+
+def _ordered(inp: Input, weights: Doubles) -> tuple[Doubles, Doubles]:
+    """The sums of the weights of every channel, and the weights in the order of the layout."""
+    per_channel = weights.shape[inp.axis] != 1
+    shape = [1 if axis == inp.axis and not per_channel else size for axis, size in enumerate(inp.x.shape)]
+    rest = tuple(axis for axis in range(inp.x.ndim) if axis != inp.axis)
+    full = np.broadcast_to(weights, shape)
+    count = full.sum(axis=rest)
+    order = inp.layout.order
+    order = [axis for axis in rest if axis not in order] + order
+    return np.array(np.broadcast_to(count, inp.n_channels)), np.ascontiguousarray(full.transpose(order)).reshape(-1)
+
+
+def _measure_weighted_integers(inp: Input, weights: Doubles, extrema: bool) -> Moments:
+    """Exact sums if the weights are 0 and 1, of x with zeros in the place of what does not count; else as float64."""
+    if not np.all((weights == 0) | (weights == 1)):
+        return measure(Input(arrays.with_room(inp.x.astype, np.float64), inp.axis), weights, False, extrema)
+    counts = np.broadcast_to(weights != 0, inp.x.shape)
+    rest = tuple(axis for axis in range(inp.x.ndim) if axis != inp.axis)
+    some = Input(arrays.with_room(np.where, counts, inp.x, inp.x.dtype.type(0)), inp.axis)
+    count = counts.sum(axis=rest, dtype=np.float64)
+    mean, m2 = passes.moments(some.layout, some.x, count=count)[:2]
+    if not extrema:
+        return Moments._of(count, mean, m2)
+    info = (0, 1) if inp.x.dtype == np.bool_ else (np.iinfo(inp.x.dtype).min, np.iinfo(inp.x.dtype).max)
+    least = inp.x.min(axis=rest, where=counts, initial=info[1]).astype(np.float64)
+    largest = inp.x.max(axis=rest, where=counts, initial=info[0]).astype(np.float64)
+    least[count == 0], largest[count == 0] = np.inf, -np.inf
+    return Moments._of(count, mean, m2, least, largest)

@@ -12,7 +12,7 @@ from cpython.ref cimport Py_INCREF
 from libc.string cimport memcpy
 
 from .engine cimport set_memory_release
-from .job cimport BF16, F16, F32, F64, I8, U8, Element
+from .job cimport BF16, F16, F32, F64, I8, I16, I32, U8, U16, Element
 from .kernels cimport cbn_view
 from .partition cimport Extents, row_follows_row, run_follows_run
 
@@ -263,6 +263,14 @@ cdef class Layout:
         stride[0] = x.strides[self.axes[end - 1]] if end > begin else 0
         return True
 
+    @property
+    def order(self):
+        """The axes of the array as the loops go through them: those of N, the channel's, those of S."""
+        cdef int i
+        axes = [self.axes[i] for i in range(self.n_axes)]
+        axes.insert(self.n_outer, self.channel_axis)
+        return axes
+
     def fits(self, cnp.ndarray y):
         """Whether y, of the same shape, is runs or rows of the same axes (its strides may differ)."""
         cdef Py_ssize_t stride
@@ -378,9 +386,15 @@ cdef Element element_of(cnp.ndarray a) noexcept:
         return F64
     if type_num == NPY_HALF:
         return F16
-    if type_num == cnp.NPY_UBYTE:
+    if type_num == cnp.NPY_UBYTE or type_num == cnp.NPY_BOOL:
         return U8
-    return I8 if type_num == cnp.NPY_BYTE else BF16
+    if type_num == cnp.NPY_BYTE:
+        return I8
+    if type_num == cnp.NPY_USHORT:
+        return U16
+    if type_num == cnp.NPY_SHORT:
+        return I16
+    return I32 if type_num == cnp.NPY_INT else BF16
 
 
 cpdef bint is_plain(cnp.ndarray a) noexcept:

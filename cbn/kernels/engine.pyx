@@ -4,8 +4,8 @@
 from cython.parallel cimport prange
 from libc.stdlib cimport labs
 
-from .job cimport BF16, F16, F32, F64, U8, Element, Job, channels_fit, loop_of
-from .kernels cimport cbn_built, cbn_highest, cbn_loop, cbn_tile, cbn_view
+from .job cimport BF16, F16, F32, F64, I8, I16, U8, U16, Element, Job, channels_fit, is_integer, loop_of
+from .kernels cimport CBN_COUNT_ROWS, cbn_built, cbn_highest, cbn_loop, cbn_tile, cbn_view
 from .partition cimport (
     CACHE_LINE,
     LONG_RUN,
@@ -26,7 +26,15 @@ from .partition cimport (
     runs_grid,
     share,
 )
-from .statistics cimport IN_OWN_TYPE, choose_shifts, fetch_samples, merge, solve
+from .statistics cimport (
+    IN_FLOAT64,
+    IN_OWN_TYPE,
+    choose_counted_shifts,
+    choose_shifts,
+    fetch_samples,
+    merge,
+    solve,
+)
 from .tiles cimport apply_tile, in_copy, tile_to_apply, tile_to_reduce, to_cache_lines
 
 import os
@@ -254,6 +262,30 @@ cdef double vanishing(Element element) noexcept nogil:
     return 2.0 ** -134 if element == BF16 else 0
 
 
+cdef void set_integer_loops(Job *job) noexcept nogil:
+    """Let a job reduce integers; to apply to 8-bit ones, `set_output` chooses others."""
+    job.partial_rows = 2 + CBN_COUNT_ROWS
+    if job.element == U8:
+        job.loops = active.sums_u8
+    elif job.element == I8:
+        job.loops = active.sums_i8
+    elif job.element == U16:
+        job.loops = active.sums_u16
+    else:
+        job.loops = active.sums_i16 if job.element == I16 else active.sums_i32
+    job.loops_in_float64 = job.loops
+
+
+cdef void set_count(Job *job, bint skipna, cbn_view weights, double *count_c) noexcept nogil:
+    """Let a forward reduction of floats count; count_c has the sums of the weights, or gets the number of values."""
+    cdef Py_ssize_t c
+    job.counts, job.skipna, job.weights, job.count_c = True, skipna, weights, count_c
+    job.partial_rows = 2 + CBN_COUNT_ROWS
+    if weights.data == NULL:
+        for c in range(job.reduction.C):
+            count_c[c] = <double>(job.reduction.N * job.reduction.S)
+
+
 cdef Job make_job(const Extents *e, cbn_view x, Element element, Py_ssize_t itemsize, bint in_float64) noexcept nogil:
     cdef Job job
     job.element, job.itemsize, job.y_itemsize = element, itemsize, itemsize
@@ -267,6 +299,10 @@ cdef Job make_job(const Extents *e, cbn_view x, Element element, Py_ssize_t item
     job.z.data = job.dh.data = NULL
     job.weight_c = job.bias_c = job.shift_c = job.partial = job.sum_c = NULL
     job.square_c = job.invstd_c = job.coef_c = job.forward_c = job.sums_in_float64_c = NULL
+    job.counts = job.skipna = False
+    job.weights.data = NULL
+    job.count_c = job.min_c = job.max_c = NULL
+    job.partial_rows = 2
     job.eps = 0
     job.vanishing = vanishing(element)
     if element == F64:
@@ -275,8 +311,10 @@ cdef Job make_job(const Extents *e, cbn_view x, Element element, Py_ssize_t item
         job.loops, job.loops_in_float64 = active.f32, active.f32_in_f64
     elif element == F16:
         job.loops, job.loops_in_float64 = active.f16, active.f16_in_f64
-    else:    # of 8-bit elements `set_output` chooses
+    elif element == BF16:
         job.loops, job.loops_in_float64 = active.bf16, active.bf16_in_f64
+    else:
+        set_integer_loops(&job)
     job.reduction = rows_grid(e, itemsize, row_follows_row(e, x)) if reads_rows(e, x, itemsize) else runs_grid(e, True)
     return job
 
@@ -513,7 +551,10 @@ cdef void measure(Job *job) noexcept nogil:
     cdef int todo = IN_OWN_TYPE
     share(&job.reduction, job.itemsize, threads)
     choose_prefetch(job)
-    if not job.backward:
+    if job.counts:
+        choose_counted_shifts(job, 0, job.reduction.C)
+        todo = IN_FLOAT64 if job.itemsize == 2 else IN_OWN_TYPE
+    elif not job.backward and not is_integer(job):
         choose_shifts(job, 0, job.reduction.C)
     while todo:
         job.sum_in_float64 = not todo & IN_OWN_TYPE

@@ -4,7 +4,7 @@ from .kernels cimport cbn_loop, cbn_loops, cbn_view
 from .partition cimport Grid
 
 cdef enum Element:    # what an array holds
-    F32, F64, F16, BF16, U8, I8
+    F32, F64, F16, BF16, U8, I8, U16, I16, I32
 
 cdef struct Job:
     const cbn_loops *loops               # arithmetic in the type of the elements; 16-bit ones in float32
@@ -37,18 +37,30 @@ cdef struct Job:
     double *weight_c            # C, or NULL: ones
     double *bias_c              # C, or NULL: zeros
     double *shift_c             # what the reductions subtract: the mean of eight values, or of all; bfloat16: 0
-    double *partial             # (blocks*pieces, 2, C)
+    Py_ssize_t partial_rows     # 2, and CBN_COUNT_ROWS more of a reduction that counts
+    double *partial             # (blocks*pieces, partial_rows, C)
     double *sum_c               # forward: S(d), then the mean; backward: S(dh)
     double *square_c            # forward: S(d*d), then m2; backward: S(dh*(x - mean))
     double *invstd_c            # forward: made, with coef_c; backward: given
     double *coef_c              # (FORWARD_ROWS or BACKWARD_ROWS, C)
     bint fits                   # whether all coefficients are known to fit, see `all_fit`
     double *forward_c           # backward, activated: (4, C), see kernels.h
+    # A forward reduction in which not every value counts alike
+    bint counts
+    bint skipna                 # NaN does not count
+    cbn_view weights            # float64, contiguous along a run, and their sums are in count_c; data NULL: ones
+    double *count_c             # C, what counts of each channel; NULL: N*S
+    double *min_c               # C, or NULL
+    double *max_c
 
 
 cdef inline double count(const Job *job) noexcept nogil:
     """Values of a channel."""
     return <double>(job.reduction.N * job.reduction.S)
+
+
+cdef inline bint is_integer(const Job *job) noexcept nogil:
+    return job.element >= U8
 
 
 cdef inline bint channels_fit(const Job *job, Py_ssize_t first, Py_ssize_t end) noexcept nogil:

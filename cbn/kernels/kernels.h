@@ -13,6 +13,7 @@
  *              bf16 f16  16-bit elements, float32 arithmetic; forward, float32 sums of a few elements feed float64 sums
  *              f32_in_f64  bf16_in_f64  f16_in_f64  float64 arithmetic on them: apply alone
  *              u8_f32  u8_bf16  i8_f32  i8_bf16  8-bit input, float32 arithmetic, y of another type: forward apply
+ *              sums_u8  sums_i8  sums_u16  sums_i16  sums_i32  integers: forward reduction, exact (integers.h)
  *   isa        baseline  avx2  avx512  avx512_bf16  neon
  *
  * act(a) = a where a > 0 or NaN, else a*negative_slope: 0 is ReLU, 1 no activation. Without z and act, dh is dy itself.
@@ -70,11 +71,22 @@ typedef struct {
     int sum_in_float64;        /* forward reduction of bfloat16: no float32 sums, whose range is too small */
     const double *shift_c;     /* reduction: shift, or mean; of bfloat16, unless `sum_in_float64`, zeros */
     double *sum_c, *square_c;  /* reduction: S(d) and S(d*d), or S(dh) and S(dh*d) */
+    double *count_c;           /* forward reduction in which not every value counts alike: rows of what is counted */
+    cbn_view w;                /* the same: float64 weights, contiguous along a run; data NULL: ones */
+    int skipna;                /* the same: NaN does not count */
     cbn_view x_copy;           /* runs, reduction: where to put what it reads; data NULL: nowhere, no apply beside it */
     cbn_view dh;               /* backward reduction: where to put dh, if there is an x_copy or if it is activated */
 } cbn_tile;
 
 typedef void (*cbn_loop)(const cbn_tile *apply, const cbn_tile *reduction); /* either may be NULL */
+
+/* Rows of what a reduction counts beside its sums, `pitch` apart. */
+enum {
+    CBN_COUNT, /* with weights and `skipna`, the weights of what counts; else how many NaN there are of weight > 0 */
+    CBN_MIN,
+    CBN_MAX,
+    CBN_COUNT_ROWS,
+};
 
 typedef struct {
     cbn_loop forward_runs, forward_rows, backward_runs, backward_rows;
@@ -84,6 +96,7 @@ typedef struct {
     const char *name;
     const cbn_loops *f32, *f32_in_f64, *f64, *bf16, *bf16_in_f64, *f16, *f16_in_f64;
     const cbn_loops *u8_f32, *u8_bf16, *i8_f32, *i8_bf16;
+    const cbn_loops *sums_u8, *sums_i8, *sums_u16, *sums_i16, *sums_i32;
 } cbn_isa;
 
 extern const cbn_isa cbn_baseline;

@@ -2,6 +2,7 @@
 
 cdef extern from "kernels.h" nogil:
     enum: CBN_ROW_BYTES
+    enum: CBN_COUNT, CBN_MIN, CBN_MAX, CBN_COUNT_ROWS
     enum: CBN_MEAN, CBN_SCALE, CBN_OFFSET, CBN_IN_FLOAT64, CBN_GRAD_MEAN, CBN_SLOPE
     ctypedef struct cbn_view:
         char *data
@@ -18,6 +19,9 @@ cdef extern from "kernels.h" nogil:
         const double *shift_c
         double *sum_c
         double *square_c
+        double *count_c
+        cbn_view w
+        bint skipna
         cbn_view x_copy, dh
     ctypedef void (*cbn_loop)(const cbn_tile *apply, const cbn_tile *reduction) noexcept nogil
     ctypedef struct cbn_loops:
@@ -35,5 +39,10 @@ cdef extern from "kernels.h" nogil:
         const cbn_loops *u8_bf16
         const cbn_loops *i8_f32
         const cbn_loops *i8_bf16
+        const cbn_loops *sums_u8
+        const cbn_loops *sums_i8
+        const cbn_loops *sums_u16
+        const cbn_loops *sums_i16
+        const cbn_loops *sums_i32
     const cbn_isa *cbn_built[]
     int cbn_highest()

@@ -37,11 +37,20 @@ from .engine cimport (
     set_epilogue,
     set_output,
     choose_stores,
+    set_count,
     vanishing,
 )
-from .job cimport BF16, F16, F32, Job
+from .job cimport BF16, F16, F32, Job, is_integer
 from .kernels cimport CBN_IN_FLOAT64, cbn_view
-from .scratch cimport divide_scratch, measure_and_apply_with_memory, scratch_doubles
+from .partition cimport Extents
+from .statistics cimport cbn_merge_moments
+from .scratch cimport (
+    divide_measure,
+    divide_scratch,
+    measure_and_apply_with_memory,
+    measure_doubles,
+    scratch_doubles,
+)
 
 import operator
 
@@ -85,17 +94,55 @@ cdef cnp.ndarray new_coefficients(Py_ssize_t rows, Py_ssize_t C):
 
 # ---- forward ---------------------------------------------------------------------------------------------------
 
-def moments(Layout layout, cnp.ndarray x):
-    """(mean, m2 = S((x - mean)^2)) of every channel."""
+def moments(Layout layout, cnp.ndarray x, bint skipna=False, cnp.ndarray weights=None, cnp.ndarray count=None,
+            bint extrema=False):
+    """(mean, m2 = S((x - mean)^2), min, max) of every channel; min and max are None without `extrema`.
+
+    x may be integers of 8 or 16 bits, or int32: then the sums are exact, and those of `count` values of each channel if
+    there is one, where zeros stand for the others. Of floats, with `skipna` NaN are missing, and
+    `count` (C,) gets the number of what counts; or `weights`, of (N, S) or (N, C, S) contiguous values as `Layout`
+    orders them, weigh the values, and `count` has their sums, or gets those of what is not missing.
+    """
     cdef Job job = job_of(layout, x, False)
     cdef Py_ssize_t C = layout.extents.C
-    mean, m2 = new_doubles(C), new_doubles(C)
-    room = new_room(&job)
+    cdef cnp.ndarray room, mean = new_doubles(C), m2 = new_doubles(C), least = None, largest = None
+    if not is_integer(&job) and (skipna or extrema or weights is not None):
+        count = new_doubles(C) if count is None else count
+        set_count(&job, skipna, weights_view(layout, weights), doubles(count, C))
+    elif count is not None:
+        job.count_c = doubles(count, C)
+    if extrema:
+        least, largest = new_doubles(C), new_doubles(C)
+    room = new_doubles(measure_doubles(&job))
     job.sum_c, job.square_c = doubles(mean, C), doubles(m2, C)
-    divide_scratch(&job, doubles(room, room.size))
+    job.min_c, job.max_c = doubles(least, C), doubles(largest, C)
+    divide_measure(&job, doubles(room, room.size))
     with nogil:
         measure(&job)
-    return mean, m2
+    return mean, m2, least, largest
+
+
+def merge_moments(cnp.ndarray count_a, cnp.ndarray mean_a, cnp.ndarray m2_a, cnp.ndarray count_b, cnp.ndarray mean_b,
+                  cnp.ndarray m2_b):
+    """(count, mean, m2) of both together, each contiguous float64 (C,)."""
+    cdef Py_ssize_t C = cnp.PyArray_SIZE(mean_a)
+    count, mean, m2 = count_a.copy(), mean_a.copy(), m2_a.copy()
+    cbn_merge_moments(doubles(count, C), doubles(mean, C), doubles(m2, C), doubles(count_b, C), doubles(mean_b, C),
+                      doubles(m2_b, C), 0, C)
+    return count, mean, m2
+
+
+cdef cbn_view weights_view(Layout layout, cnp.ndarray weights) except *:
+    """Weights of every value, or of those of any channel."""
+    cdef cbn_view w
+    cdef const Extents *e = &layout.extents
+    w.data, w.n, w.c = NULL, e.S, 0
+    if weights is None:
+        return w
+    if cnp.PyArray_SIZE(weights) != e.N * e.S:
+        w.n, w.c = e.C * e.S, e.S
+    w.data = <char *>doubles(weights, e.N * (e.S if w.c == 0 else w.n))
+    return w
 
 
 def inverse_std(cnp.ndarray var, double eps):

@@ -8,14 +8,24 @@ from .partition cimport n_partials
 
 cdef inline Py_ssize_t scratch_doubles(const Job *job) noexcept nogil:
     """How many float64 values `divide_scratch` divides."""
-    return job.reduction.C * (2 + BACKWARD_ROWS + 2 * n_partials(&job.reduction))
+    return job.reduction.C * (2 + BACKWARD_ROWS + job.partial_rows * n_partials(&job.reduction))
 
 
 cdef inline void divide_scratch(Job *job, double *room_c) noexcept nogil:
-    """Memory of a call that measures: (2 + BACKWARD_ROWS + 2*partials, C)."""
+    """Memory of a call that measures: (2 + BACKWARD_ROWS + partial_rows*partials, C)."""
     cdef Py_ssize_t C = job.reduction.C
     job.shift_c, job.sums_in_float64_c, job.coef_c = room_c, room_c + C, room_c + 2 * C
     job.partial = job.coef_c + BACKWARD_ROWS * C
+
+
+cdef inline Py_ssize_t measure_doubles(const Job *job) noexcept nogil:
+    """The same of a call that measures, and applies nothing."""
+    return job.reduction.C * (2 + job.partial_rows * n_partials(&job.reduction))
+
+
+cdef inline void divide_measure(Job *job, double *room_c) noexcept nogil:
+    cdef Py_ssize_t C = job.reduction.C
+    job.shift_c, job.sums_in_float64_c, job.partial = room_c, room_c + C, room_c + 2 * C
 
 
 cdef inline void measure_and_apply_with_memory(Job *job) noexcept nogil:

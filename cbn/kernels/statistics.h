@@ -4,6 +4,7 @@
 #include <float.h>
 #include <math.h>
 #include <stddef.h>
+#include <stdint.h>
 
 static inline void cbn_add(double *restrict to, const double *restrict from, ptrdiff_t first, ptrdiff_t end)
 {
@@ -34,6 +35,107 @@ static inline int cbn_some_far(const double *mean, const double *m2, const doubl
         some |= d * (n * d) > times * m2[c];
     }
     return some != 0;
+}
+
+/* Merge the moments b of some channels into a: Chan, Golub and LeVeque's formula. The mean of the larger side moves
+ * less. An infinite mean has no distance to another: the plain average gives the mean of all values. If one side is
+ * empty the other passes unchanged, whatever the empty side's mean is. */
+static inline void cbn_merge_moments(double *restrict count_a, double *restrict mean_a, double *restrict m2_a,
+                                     const double *restrict count_b, const double *restrict mean_b,
+                                     const double *restrict m2_b, ptrdiff_t first, ptrdiff_t end)
+{
+    for (ptrdiff_t c = first; c < end; c++) {
+        const double na = count_a[c], nb = count_b[c], n = na + nb, a = mean_a[c], b = mean_b[c];
+        const double base = na >= nb ? a : b, n_rest = na >= nb ? nb : na;
+        const double share = n > 0 ? n_rest / n : 0, delta = na >= nb ? b - a : a - b;
+        const double mean = fabs(delta) <= DBL_MAX ? base + delta * share : (a * na + b * nb) / n;
+        const double m2 = m2_a[c] + m2_b[c] + delta * delta * (n - n_rest) * share;
+        count_a[c] = n;
+        mean_a[c] = nb == 0 ? a : na == 0 ? b : mean;
+        m2_a[c] = nb == 0 ? m2_a[c] : na == 0 ? m2_b[c] : m2;
+    }
+}
+
+/* ---- what is counted ---- */
+
+static inline void cbn_take_smaller(double *restrict to, const double *restrict from, ptrdiff_t first, ptrdiff_t end)
+{
+    for (ptrdiff_t c = first; c < end; c++)
+        to[c] = from[c] < to[c] ? from[c] : to[c];
+}
+
+static inline void cbn_take_larger(double *restrict to, const double *restrict from, ptrdiff_t first, ptrdiff_t end)
+{
+    for (ptrdiff_t c = first; c < end; c++)
+        to[c] = from[c] > to[c] ? from[c] : to[c];
+}
+
+/* ---- integers: exact sums, as loops/integers.h leaves them ---- */
+
+__extension__ typedef unsigned __int128 cbn_uint128;
+
+static inline void cbn_merge_integers(double *restrict to_, const double *restrict from_, ptrdiff_t pitch,
+                                      ptrdiff_t first, ptrdiff_t end)
+{
+    int64_t *restrict to = (int64_t *)to_;
+    const int64_t *restrict from = (const int64_t *)from_;
+    for (ptrdiff_t c = first; c < end; c++) {
+        const int64_t low = to[pitch + c] + from[pitch + c];
+        const int64_t min = from[3 * pitch + c], max = from[4 * pitch + c];
+        to[c] += from[c];
+        to[pitch + c] = low & 0xffffffff;
+        to[2 * pitch + c] += from[2 * pitch + c] + (low >> 32);
+        to[3 * pitch + c] = min < to[3 * pitch + c] ? min : to[3 * pitch + c];
+        to[4 * pitch + c] = max > to[4 * pitch + c] ? max : to[4 * pitch + c];
+    }
+}
+
+/* a/n, rounded once; n < 2^63. The quotient of a, shifted as far as it goes, has 63 bits or more: what is cut off is in
+ * none of the 54 that decide, so that one bit stands for it. */
+static inline double cbn_quotient(cbn_uint128 a, uint64_t n)
+{
+    int shift = 0;
+    if (a == 0)
+        return 0;
+    shift = ((uint64_t)(a >> 64) ? __builtin_clzll((uint64_t)(a >> 64)) : 64 + __builtin_clzll((uint64_t)a)) - 1;
+    if (shift < 0) /* too many bits for a shift, which are enough */
+        return (double)(a / n | (a % n != 0));
+    a <<= shift;
+    return ldexp((double)(a / n | (a % n != 0)), -shift);
+}
+
+/* mean = S/n and m2 = Q - S^2/n of exact S = S(x), Q = S(x*x), each rounded once. With S = q*n + r and r^2 = p*n + t the
+ * latter is Q - q*(q*n + 2*r) - p - t/n, whose parts are integers that 128 bits hold. */
+static inline void cbn_moments_of_integers(double *mean, double *m2, double *least, double *largest, const double *sums_,
+                                           ptrdiff_t pitch, ptrdiff_t of_all, const double *count, ptrdiff_t first,
+                                           ptrdiff_t end)
+{
+    const int64_t *sums = (const int64_t *)sums_;
+    for (ptrdiff_t c = first; c < end; c++) {
+        const uint64_t n = count ? (uint64_t)count[c] : (uint64_t)of_all;
+        if (n == 0) {
+            mean[c] = m2[c] = 0;
+            continue;
+        }
+        const int64_t sum = sums[c];
+        const uint64_t size = sum < 0 ? 0 - (uint64_t)sum : (uint64_t)sum, q = size / n, r = size % n;
+        const cbn_uint128 squares =
+            ((cbn_uint128)(uint64_t)sums[2 * pitch + c] << 32) + (uint64_t)sums[pitch + c];
+        const cbn_uint128 r2 = (cbn_uint128)r * r, whole = squares - q * ((cbn_uint128)q * n + 2 * (cbn_uint128)r) - r2 / n;
+        const uint64_t t = (uint64_t)(r2 % n);
+        const double of_size = cbn_quotient(size, n);
+        mean[c] = sum < 0 ? -of_size : of_size;
+        if (t == 0)
+            m2[c] = (double)whole;
+        else if (whole >> 63)
+            m2[c] = (double)((whole - 1) | 1);
+        else
+            m2[c] = cbn_quotient((whole - 1) * n + (n - t), n);
+        if (least) {
+            least[c] = (double)sums[3 * pitch + c];
+            largest[c] = (double)sums[4 * pitch + c];
+        }
+    }
 }
 
 #endif

@@ -1,15 +1,18 @@
 # Measure and merge: what a reduction subtracts, how its partial sums become the statistics of a channel, and which
 # channels have to be reduced again. A channel's own data decides all of it, so the bits of a channel depend on no other
 # channel and on no number of threads.
-from libc.math cimport isfinite
+from libc.math cimport NAN, isfinite
 from libc.stdint cimport uint16_t
 from libc.string cimport memcpy
 
 from .coefficients cimport finite, inverse_std, solve_backward, solve_forward
-from .job cimport BF16, F16, Job, count
+from .job cimport BF16, F16, F32, F64, Job, count, is_integer
+from .kernels cimport CBN_COUNT, CBN_MAX, CBN_MIN
 from .partition cimport n_partials
 
 cdef extern from "half.h" nogil:
+    float cbn_from_f16(uint16_t e)
+    float cbn_from_bf16(uint16_t e)
     float cbn_with_digits_of_f16(float a)
     float cbn_finite_f16(uint16_t e)
 
@@ -17,6 +20,13 @@ cdef extern from "statistics.h" nogil:
     void cbn_add(double *to, const double *other, Py_ssize_t first, Py_ssize_t end)
     void cbn_moments_of_sums(double *sum, double *square, const double *shift, double n, Py_ssize_t first,
                              Py_ssize_t end)
+    void cbn_merge_moments(double *count_a, double *mean_a, double *m2_a, const double *count_b, const double *mean_b,
+                           const double *m2_b, Py_ssize_t first, Py_ssize_t end)
+    void cbn_take_smaller(double *to, const double *other, Py_ssize_t first, Py_ssize_t end)
+    void cbn_take_larger(double *to, const double *other, Py_ssize_t first, Py_ssize_t end)
+    void cbn_merge_integers(double *to, const double *other, Py_ssize_t pitch, Py_ssize_t first, Py_ssize_t end)
+    void cbn_moments_of_integers(double *mean, double *m2, double *least, double *largest, const double *sums,
+                                 Py_ssize_t pitch, Py_ssize_t n, const double *count, Py_ssize_t first, Py_ssize_t end)
     bint cbn_some_far(const double *mean, const double *m2, const double *shift, double n, double times,
                       Py_ssize_t first, Py_ssize_t end)
 
@@ -28,6 +38,8 @@ cdef extern from *:
 
 cdef enum:
     SAMPLES = 8
+    ENOUGH_SAMPLES = 4    # of a channel of which not every value counts; else there are
+    MORE_SAMPLES = 40
     MANY_VALUES = 1024    # of a channel of bfloat16: from here on the rounding of float32 sums averages out
 
 cdef enum:    # reductions that are still to be done
@@ -35,7 +47,7 @@ cdef enum:    # reductions that are still to be done
     IN_FLOAT64 = 2    # and of those that are
 
 
-cdef inline double shift_for_loops(Job *job, double shift) noexcept nogil:
+cdef inline double shift_for_loops(const Job *job, double shift) noexcept nogil:
     """A shift as the loops have it: of 16-bit elements a float32, for float16 with no more digits than its own numbers.
 
     Then most differences from it and their squares are exact. It is at most std further from the mean, since values on
@@ -46,9 +58,15 @@ cdef inline double shift_for_loops(Job *job, double shift) noexcept nogil:
     return shift
 
 
+cdef inline Py_ssize_t position(const Job *job, Py_ssize_t k) noexcept nogil:
+    """Which value of a channel is sample k: pairs of neighbours, mostly in one cache line."""
+    cdef Py_ssize_t n = job.reduction.N * job.reduction.S
+    return ((k | 1) * n // SAMPLES + (k & 1)) % n
+
+
 cdef inline Py_ssize_t sample(Job *job, Py_ssize_t k) noexcept nogil:
-    """Where sample k is, in elements from a channel's first one: pairs of neighbours, mostly in one cache line."""
-    cdef Py_ssize_t n = job.reduction.N * job.reduction.S, i = ((k | 1) * n // SAMPLES + (k & 1)) % n
+    """Where that is, in elements from a channel's first one."""
+    cdef Py_ssize_t i = position(job, k)
     return i // job.reduction.S * job.x.n + i % job.reduction.S
 
 
@@ -104,19 +122,104 @@ cdef inline void choose_shifts(Job *job, Py_ssize_t first, Py_ssize_t end) noexc
             job.shift_c[c] = 0    # the loops add up x itself
 
 
+cdef inline double value_at(const Job *job, Py_ssize_t i) noexcept nogil:
+    """Element i of x, a float."""
+    if job.element == F32:
+        return (<float *>job.x.data)[i]
+    if job.element == F64:
+        return (<double *>job.x.data)[i]
+    return cbn_from_f16((<uint16_t *>job.x.data)[i]) if job.element == F16 else cbn_from_bf16((<uint16_t *>job.x.data)[i])
+
+
+cdef inline double shift_of(const Job *job, Py_ssize_t c) noexcept nogil:
+    """A shift for a channel of which not every value counts: from those of the samples that do.
+
+    It is that of `choose_shifts` if all of them do. If few do, there are more samples.
+    """
+    cdef Py_ssize_t k, at, found = 0, n = job.reduction.N * job.reduction.S
+    cdef double v, first = 0, sum_of_differences = 0
+    cdef double values[SAMPLES]
+    cdef double *w = <double *>job.weights.data
+    for k in range(MORE_SAMPLES):
+        if k == SAMPLES and found == SAMPLES:
+            return pairwise_mean(values, first)
+        if k >= SAMPLES and found >= ENOUGH_SAMPLES:
+            break
+        at = position(job, k) if k < SAMPLES else (2 * k + 1) * n // (2 * MORE_SAMPLES)
+        if w != NULL and w[at // job.reduction.S * job.weights.n + at % job.reduction.S + c * job.weights.c] == 0:
+            continue
+        v = value_at(job, at // job.reduction.S * job.x.n + at % job.reduction.S + c * job.x.c)
+        if not isfinite(v):
+            continue
+        if found == 0:
+            first = v
+        if k < SAMPLES:
+            values[k] = v
+        sum_of_differences += v - first
+        found += 1
+    return finite(first + sum_of_differences / max(found, 1))
+
+
+cdef inline double pairwise_mean(const double *x, double otherwise) noexcept nogil:
+    cdef double mean = ((x[0] + x[1]) + (x[2] + x[3]) + ((x[4] + x[5]) + (x[6] + x[7]))) / SAMPLES
+    return mean if isfinite(mean) else otherwise
+
+
+cdef inline void choose_counted_shifts(Job *job, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
+    """`choose_shifts` where not every value counts alike."""
+    cdef Py_ssize_t c
+    for c in range(first, end):
+        job.sums_in_float64_c[c] = job.itemsize == 2
+        job.shift_c[c] = shift_for_loops(job, shift_of(job, c))
+
+
+cdef inline void merge_two(Job *job, double *to, double *other, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
+    cdef Py_ssize_t C = job.reduction.C
+    if is_integer(job):
+        cbn_merge_integers(to, other, C, first, end)
+        return
+    cbn_add(to, other, first, end)
+    cbn_add(to + C, other + C, first, end)
+    if job.counts:
+        to, other = to + 2 * C, other + 2 * C
+        cbn_add(to + CBN_COUNT * C, other + CBN_COUNT * C, first, end)
+        cbn_take_smaller(to + CBN_MIN * C, other + CBN_MIN * C, first, end)
+        cbn_take_larger(to + CBN_MAX * C, other + CBN_MAX * C, first, end)
+
+
+cdef inline void take_counts(Job *job, const double *counted, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
+    """How much counts of some channels, and the extremes of that: NaN where there is one, unless it is missing."""
+    cdef Py_ssize_t c, C = job.reduction.C
+    cdef bint is_nan
+    for c in range(first, end):
+        if job.skipna:
+            job.count_c[c] = counted[CBN_COUNT * C + c]
+            if job.weights.data == NULL:
+                job.count_c[c] = count(job) - job.count_c[c]
+        if job.min_c != NULL:
+            is_nan = not job.skipna and counted[CBN_COUNT * C + c] > 0
+            job.min_c[c] = NAN if is_nan else counted[CBN_MIN * C + c]
+            job.max_c[c] = NAN if is_nan else counted[CBN_MAX * C + c]
+
+
 cdef inline void merge_partials(Job *job, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
     """Merge the partial sums of some channels, in an order that their number alone decides.
 
     Takes only the channels of this pass: those marked for float64 if `job.sum_in_float64`, the others if not.
     """
-    cdef Py_ssize_t c, k, half, C = job.reduction.C, blocks = n_partials(&job.reduction)
+    cdef Py_ssize_t c, k, half, C = job.reduction.C, blocks = n_partials(&job.reduction), all_rows = job.partial_rows * C
     cdef double *sums = job.partial
     while blocks > 1:    # one half to the other: so that each has few additions
         half = (blocks + 1) // 2
         for k in range(blocks - half):
-            cbn_add(sums + 2 * C * k, sums + 2 * C * (k + half), first, end)
-            cbn_add(sums + 2 * C * k + C, sums + 2 * C * (k + half) + C, first, end)
+            merge_two(job, sums + all_rows * k, sums + all_rows * (k + half), first, end)
         blocks = half
+    if is_integer(job):
+        cbn_moments_of_integers(job.sum_c, job.square_c, job.min_c, job.max_c, sums, C,
+                                job.reduction.N * job.reduction.S, job.count_c, first, end)
+        return
+    if job.counts:
+        take_counts(job, sums + 2 * C, first, end)
     if job.backward or job.element != BF16:
         memcpy(job.sum_c + first, sums + first, (end - first) * sizeof(double))
         memcpy(job.square_c + first, sums + C + first, (end - first) * sizeof(double))
@@ -133,6 +236,13 @@ cdef inline bint moments_from_sums(Job *job, Py_ssize_t first, Py_ssize_t end) n
     """
     cdef bint left = False
     cdef Py_ssize_t c
+    if job.counts:
+        for c in range(first, end):
+            if job.count_c[c] > 0:
+                cbn_moments_of_sums(job.sum_c, job.square_c, job.shift_c, job.count_c[c], c, c + 1)
+            else:
+                job.sum_c[c] = job.square_c[c] = 0
+        return False
     if job.element != BF16:
         cbn_moments_of_sums(job.sum_c, job.square_c, job.shift_c, count(job), first, end)
         return False
@@ -175,9 +285,11 @@ cdef inline int channels_to_redo(Job *job, Py_ssize_t first, Py_ssize_t end) noe
     cdef double n = count(job), d, shift, times = 2 if job.itemsize == 8 else 4
     cdef int lost = 0
     cdef bint bfloat16 = job.element == BF16, far
-    if not bfloat16 and not cbn_some_far(job.sum_c, job.square_c, job.shift_c, n, times, first, end):
+    if not bfloat16 and not job.counts and not cbn_some_far(job.sum_c, job.square_c, job.shift_c, n, times, first, end):
         return 0
     for c in range(first, end):
+        if job.counts:
+            n = job.count_c[c]
         d = job.sum_c[c] - job.shift_c[c]
         d *= n * d    # n*(mean - shift)^2 = m2*R, R = ((mean - shift)/std)^2
         if bfloat16 and not job.sums_in_float64_c[c]:
@@ -199,7 +311,7 @@ cdef inline int merge(Job *job, int todo, Py_ssize_t first, Py_ssize_t end) noex
     """Make moments (backward: sums) of some channels that were reduced; returns the reductions that are left."""
     cdef int left
     merge_partials(job, first, end)
-    if job.backward:
+    if job.backward or is_integer(job):
         return 0
     left = IN_FLOAT64 * moments_from_sums(job, first, end) | (todo & IN_FLOAT64 if todo & IN_OWN_TYPE else 0)
     return left if left else channels_to_redo(job, first, end)

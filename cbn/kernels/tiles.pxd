@@ -30,7 +30,8 @@ cdef inline cbn_tile tile_of(const Job *job, const Rectangle *r) noexcept nogil:
     t.g = t.y = t.x    # unused views alias x, so that offsetting their pointers stays defined
     t.activated, t.negative_slope, t.vanishing = job.activated, job.negative_slope, job.vanishing
     t.checked = False
-    t.x_copy.data = t.dh.data = NULL
+    t.x_copy.data = t.dh.data = t.w.data = NULL
+    t.count_c = NULL
     if job.coef_c != NULL:
         t.coef_c = job.coef_c + r.c
     if job.forward_c != NULL:
@@ -43,9 +44,13 @@ cdef inline cbn_tile tile_to_reduce(const Job *job, const Rectangle *r) noexcept
     cdef cbn_tile t = tile_of(job, r)
     t.g, t.dh = moved(job.g, job.itemsize, r), moved(job.dh, job.itemsize, r)
     t.shift_c = job.shift_c + r.c
-    t.sum_c = job.partial + 2 * r.block * t.pitch + r.c
+    t.sum_c = job.partial + job.partial_rows * r.block * t.pitch + r.c
     t.square_c = t.sum_c + t.pitch
     t.prefetch, t.sum_in_float64 = job.prefetch, job.sum_in_float64
+    if job.counts:
+        t.count_c, t.skipna, t.w = t.sum_c + 2 * t.pitch, job.skipna, job.weights
+        if t.w.data != NULL:
+            t.w.data += (r.c * t.w.c + r.n * t.w.n + r.s) * <Py_ssize_t>sizeof(double)
     return t
 
 

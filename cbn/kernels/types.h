@@ -36,7 +36,8 @@
  * `own(type)` for the others. */
 #define TYPES(shared, own)                                                                                      \
     shared(f32) shared(f32_in_f64) shared(f64) shared(bf16_in_f64) shared(f16) shared(f16_in_f64) shared(u8_f32) \
-    shared(i8_f32) own(bf16) own(u8_bf16) own(i8_bf16)
+    shared(i8_f32) own(bf16) own(u8_bf16) own(i8_bf16) shared(sums_u8) shared(sums_i8) shared(sums_u16)          \
+    shared(sums_i16) shared(sums_i32)
 
 #define ROW_(type) TYPE_##type
 #define ROW(type) ROW_(type)
@@ -86,3 +87,32 @@
 #include "loops/loops.h"
 #define TYPE i8_bf16
 #include "loops/loops.h"
+
+/* The integers, for exact sums alone: of every set, their loops are its own. */
+#ifndef BASE
+#define TYPE sums_u8
+#define INT uint8_t
+#define SUM int32_t
+#define SQUARE uint32_t
+#include "loops/integers.h"
+#define TYPE sums_i8
+#define INT int8_t
+#define SUM int32_t
+#define SQUARE uint32_t
+#include "loops/integers.h"
+#define TYPE sums_u16
+#define INT uint16_t
+#define SUM int32_t
+#define SQUARE uint64_t
+#include "loops/integers.h"
+#define TYPE sums_i16
+#define INT int16_t
+#define SUM int32_t
+#define SQUARE uint64_t
+#include "loops/integers.h"
+#define TYPE sums_i32
+#define INT int32_t
+#define SUM int64_t
+#define SQUARE uint64_t
+#include "loops/integers.h"
+#endif

@@ -41,6 +41,7 @@
 #include "runs.h"
 #include "columns.h"
 #include "rows.h"
+#include "counted.h"
 
 /* ---- entries: the constants of the bodies ------------------------------------------------------------ */
 
@@ -52,6 +53,8 @@ INLINE void LOOP(any_runs)(const cbn_tile *m, const cbn_tile *r, const int plain
 #if SUMS
     if (m && r)
         LOOP(runs)(m, r, plain, backward, 1);
+    else if (r && !backward && r->count_c)
+        LOOP(count_runs_of)(r);
     else if (r && plain && LOOP(is_simple)(r, backward))
         LOOP(reduce_channels)(r, (LOOP(activation)){.kind = PLAIN}, backward);
     else if (r)
@@ -80,7 +83,9 @@ INLINE void LOOP(any_rows)(const cbn_tile *m, const cbn_tile *r, const int plain
     if (m && m->nontemporal)
         STORE_FENCE();
 #if SUMS
-    if (r)
+    if (r && !backward && r->count_c)
+        LOOP(count_rows_of)(r);
+    else if (r)
         LOOP(rows)(m, r, plain, backward, 0, 1, backward ? ROWS : 2 * ROWS); /* half the trips of the accumulators */
 #endif
 }

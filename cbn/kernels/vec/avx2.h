@@ -191,6 +191,19 @@ INLINE dvec select_d(dvec_bits condition, dvec a, dvec b)
 }
 #endif
 
+#define HAVE_SMALLER 1
+#if SUMS
+INLINE dvec smaller(dvec a, dvec b)
+{
+    return (dvec)_mm256_min_pd((__m256d)a, (__m256d)b);
+}
+
+INLINE dvec larger(dvec a, dvec b)
+{
+    return (dvec)_mm256_max_pd((__m256d)a, (__m256d)b);
+}
+#endif
+
 #define HAVE_PACK_D (HALF == F16)
 #if SUMS && HAVE_PACK_D
 INLINE packed_r pack_r(rvec v)

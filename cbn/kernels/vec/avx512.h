@@ -217,6 +217,19 @@ INLINE void load_two(const elem *p, vec *v)
 }
 #endif
 
+#define HAVE_SMALLER 1
+#if SUMS
+INLINE dvec smaller(dvec a, dvec b)
+{
+    return (dvec)_mm512_min_pd((__m512d)a, (__m512d)b);
+}
+
+INLINE dvec larger(dvec a, dvec b)
+{
+    return (dvec)_mm512_max_pd((__m512d)a, (__m512d)b);
+}
+#endif
+
 #define HAVE_PACK_D (HALF == F16)
 #if SUMS && HAVE_PACK_D
 INLINE packed_r pack_r(rvec v)

@@ -1,7 +1,7 @@
 /* sums.h: the primitives of reductions, whose sums are float64 vectors whatever the elements are.
  *
  * For the loops: dvec, DLANES, load_d, load_first_d, store_d, load_double, store_double, first_lanes, select_d,
- * splat_d, copy, total; rvec, load_r, load_first_r, store_r, select_r, widened, narrowed, widened_bits; of 16-bit
+ * smaller, larger, load_first_doubles, splat_d, copy, total; rvec, load_r, load_first_r, store_r, select_r, widened, narrowed, widened_bits; of 16-bit
  * elements lower_d, upper_d, folded_d, add_four and, where a set has them, add_rows and in_order. The types are in
  * vec.h.
  */
@@ -109,6 +109,28 @@ INLINE dvec select_d(dvec_bits condition, dvec a, dvec b)
     return (dvec)(((dvec_bits)a & condition) | ((dvec_bits)b & ~condition));
 }
 #endif
+
+/* Lane by lane a where it is smaller (or larger) than b, else b: also where a is NaN. */
+#if !HAVE_SMALLER
+INLINE dvec smaller(dvec a, dvec b)
+{
+    return select_d(a < b, a, b);
+}
+
+INLINE dvec larger(dvec a, dvec b)
+{
+    return select_d(a > b, a, b);
+}
+#endif
+
+/* The first n < DLANES values, and zeros; no other is read. */
+INLINE dvec load_first_doubles(const double *p, ptrdiff_t n)
+{
+    dvec v = {0};
+    for (ptrdiff_t i = 0; i < n; i++)
+        v[i] = p[i];
+    return v;
+}
 
 /* The sum of the lanes, halves first: a fixed order. */
 INLINE double total(dvec v)
