@@ -21,7 +21,7 @@ cdef extern from "kernels.h" nogil:
         double *square_c
         double *count_c
         cbn_view w
-        bint skipna
+        bint skipna, extremes
         cbn_view x_copy, dh
     ctypedef void (*cbn_loop)(const cbn_tile *apply, const cbn_tile *reduction) noexcept nogil
     ctypedef struct cbn_loops:

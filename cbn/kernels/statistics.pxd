@@ -1,7 +1,7 @@
 # Measure and merge: what a reduction subtracts, how its partial sums become the statistics of a channel, and which
 # channels have to be reduced again. A channel's own data decides all of it, so the bits of a channel depend on no other
 # channel and on no number of threads.
-from libc.math cimport NAN, isfinite
+from libc.math cimport NAN, isfinite, isnan
 from libc.stdint cimport uint16_t
 from libc.string cimport memcpy
 
@@ -35,6 +35,12 @@ cdef extern from *:
     #define cbn_fetch(p) __builtin_prefetch(p)
     """
     void cbn_fetch(const void *p) nogil
+
+cdef extern from *:
+    """
+    #define CBN_NO_OVERFLOW 1e290   /* no sum of smaller values overflows */
+    """
+    const double NO_OVERFLOW "CBN_NO_OVERFLOW"
 
 cdef enum:
     SAMPLES = 8
@@ -187,17 +193,31 @@ cdef inline void merge_two(Job *job, double *to, double *other, Py_ssize_t first
         cbn_take_larger(to + CBN_MAX * C, other + CBN_MAX * C, first, end)
 
 
-cdef inline void take_counts(Job *job, const double *counted, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
+cdef inline bint has_nan(const Job *job, double least, double largest, Py_ssize_t c) noexcept nogil:
+    """Whether there is a NaN in a channel whose sum is NaN, and not just infinities or an overflow of both signs."""
+    cdef Py_ssize_t i
+    if least > -NO_OVERFLOW and largest < NO_OVERFLOW:
+        return True
+    for i in range(job.reduction.N * job.reduction.S):
+        if isnan(value_at(job, i // job.reduction.S * job.x.n + i % job.reduction.S + c * job.x.c)):
+            return True
+    return False
+
+
+cdef inline void take_counts(Job *job, const double *sums, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
     """How much counts of some channels, and the extremes of that: NaN where there is one, unless it is missing."""
     cdef Py_ssize_t c, C = job.reduction.C
+    cdef const double *counted = sums + 2 * C
     cdef bint is_nan
     for c in range(first, end):
         if job.skipna:
             job.count_c[c] = counted[CBN_COUNT * C + c]
-            if job.weights.data == NULL:
-                job.count_c[c] = count(job) - job.count_c[c]
         if job.min_c != NULL:
-            is_nan = not job.skipna and counted[CBN_COUNT * C + c] > 0
+            is_nan = False
+            if not job.skipna and job.weights.data != NULL:
+                is_nan = counted[CBN_COUNT * C + c] > 0
+            elif not job.skipna and isnan(sums[c]):
+                is_nan = has_nan(job, counted[CBN_MIN * C + c], counted[CBN_MAX * C + c], c)
             job.min_c[c] = NAN if is_nan else counted[CBN_MIN * C + c]
             job.max_c[c] = NAN if is_nan else counted[CBN_MAX * C + c]
 
@@ -219,7 +239,7 @@ cdef inline void merge_partials(Job *job, Py_ssize_t first, Py_ssize_t end) noex
                                 job.reduction.N * job.reduction.S, job.count_c, first, end)
         return
     if job.counts:
-        take_counts(job, sums + 2 * C, first, end)
+        take_counts(job, sums, first, end)
     if job.backward or job.element != BF16:
         memcpy(job.sum_c + first, sums + first, (end - first) * sizeof(double))
         memcpy(job.square_c + first, sums + C + first, (end - first) * sizeof(double))

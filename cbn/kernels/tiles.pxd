@@ -48,7 +48,7 @@ cdef inline cbn_tile tile_to_reduce(const Job *job, const Rectangle *r) noexcept
     t.square_c = t.sum_c + t.pitch
     t.prefetch, t.sum_in_float64 = job.prefetch, job.sum_in_float64
     if job.counts:
-        t.count_c, t.skipna, t.w = t.sum_c + 2 * t.pitch, job.skipna, job.weights
+        t.count_c, t.skipna, t.extremes, t.w = t.sum_c + 2 * t.pitch, job.skipna, job.min_c != NULL, job.weights
         if t.w.data != NULL:
             t.w.data += (r.c * t.w.c + r.n * t.w.n + r.s) * <Py_ssize_t>sizeof(double)
     return t

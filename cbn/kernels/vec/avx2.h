@@ -193,14 +193,22 @@ INLINE dvec select_d(dvec_bits condition, dvec a, dvec b)
 
 #define HAVE_SMALLER 1
 #if SUMS
-INLINE dvec smaller(dvec a, dvec b)
+INLINE rvec smaller(rvec a, rvec b)
 {
-    return (dvec)_mm256_min_pd((__m256d)a, (__m256d)b);
+#if ELEM_IS_DOUBLE
+    return (rvec)_mm256_min_pd((__m256d)a, (__m256d)b);
+#else
+    return (rvec)_mm_min_ps((__m128)a, (__m128)b);
+#endif
 }
 
-INLINE dvec larger(dvec a, dvec b)
+INLINE rvec larger(rvec a, rvec b)
 {
-    return (dvec)_mm256_max_pd((__m256d)a, (__m256d)b);
+#if ELEM_IS_DOUBLE
+    return (rvec)_mm256_max_pd((__m256d)a, (__m256d)b);
+#else
+    return (rvec)_mm_max_ps((__m128)a, (__m128)b);
+#endif
 }
 #endif
 

@@ -219,14 +219,22 @@ INLINE void load_two(const elem *p, vec *v)
 
 #define HAVE_SMALLER 1
 #if SUMS
-INLINE dvec smaller(dvec a, dvec b)
+INLINE rvec smaller(rvec a, rvec b)
 {
-    return (dvec)_mm512_min_pd((__m512d)a, (__m512d)b);
+#if ELEM_IS_DOUBLE
+    return (rvec)_mm512_min_pd((__m512d)a, (__m512d)b);
+#else
+    return (rvec)_mm256_min_ps((__m256)a, (__m256)b);
+#endif
 }
 
-INLINE dvec larger(dvec a, dvec b)
+INLINE rvec larger(rvec a, rvec b)
 {
-    return (dvec)_mm512_max_pd((__m512d)a, (__m512d)b);
+#if ELEM_IS_DOUBLE
+    return (rvec)_mm512_max_pd((__m512d)a, (__m512d)b);
+#else
+    return (rvec)_mm256_max_ps((__m256)a, (__m256)b);
+#endif
 }
 #endif
 

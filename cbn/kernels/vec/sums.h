@@ -112,14 +112,14 @@ INLINE dvec select_d(dvec_bits condition, dvec a, dvec b)
 
 /* Lane by lane a where it is smaller (or larger) than b, else b: also where a is NaN. */
 #if !HAVE_SMALLER
-INLINE dvec smaller(dvec a, dvec b)
+INLINE rvec smaller(rvec a, rvec b)
 {
-    return select_d(a < b, a, b);
+    return select_r(a < b, a, b);
 }
 
-INLINE dvec larger(dvec a, dvec b)
+INLINE rvec larger(rvec a, rvec b)
 {
-    return select_d(a > b, a, b);
+    return select_r(a > b, a, b);
 }
 #endif
 
