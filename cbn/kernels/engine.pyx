@@ -14,6 +14,7 @@ from .partition cimport (
     Grid,
     Rectangle,
     ceil_div,
+    coarsen,
     item_of,
     most_items,
     n_items,
@@ -316,6 +317,8 @@ cdef Job make_job(const Extents *e, cbn_view x, Element element, Py_ssize_t item
     else:
         set_integer_loops(&job)
     job.reduction = rows_grid(e, itemsize, row_follows_row(e, x)) if reads_rows(e, x, itemsize) else runs_grid(e, True)
+    if is_integer(&job):
+        coarsen(&job.reduction)
     return job
 
 

@@ -73,7 +73,8 @@ typedef struct {
     double *sum_c, *square_c;  /* reduction: S(d) and S(d*d), or S(dh) and S(dh*d) */
     double *count_c;           /* forward reduction in which not every value counts alike: rows of what is counted */
     cbn_view w;                /* the same: float64 weights, contiguous along a run; data NULL: ones */
-    int skipna, extremes;      /* the same: NaN does not count; the smallest and the largest are wanted */
+    int skipna;                /* the same: NaN does not count */
+    int extremes;              /* the same, and of integers: the smallest and the largest are wanted */
     cbn_view x_copy;           /* runs, reduction: where to put what it reads; data NULL: nowhere, no apply beside it */
     cbn_view dh;               /* backward reduction: where to put dh, if there is an x_copy or if it is activated */
 } cbn_tile;

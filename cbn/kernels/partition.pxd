@@ -13,6 +13,9 @@ cdef enum:
     MIN_ROWS = 96         # rows of several joined: fewer, and to add up their columns is work of its own
     MAX_ROWS = 512        # of one item: more, and their sums have more additions each than is good for their digits
     ROW_ITEMS = 256       # items that suffice for any number of threads
+    INTEGER_ITEMS = 64    # items of integers that suffice
+    INTEGER_WIDTH = 1024       # elements of a run that are one row (loops/integers.h)
+    MAX_INTEGER_ROWS = 16384   # 32 bits hold the sum of four times as many squares of 8 bits
     MEDIUM_RUN = 512      # elements
     LONG_RUN = 12500      # elements
     CACHE_LINE = 64       # bytes
@@ -139,6 +142,15 @@ cdef inline void share(Grid *g, Py_ssize_t itemsize, int threads) noexcept nogil
         group = ceil_div(group, k) * k
     g.group = min(g.group, group)
     g.tiles = ceil_div(g.C, g.group)
+
+
+cdef inline void coarsen(Grid *g) noexcept nogil:
+    """Larger items of integers, whose exact sums no partition changes: each leaves partial sums to store and to merge."""
+    cdef Py_ssize_t rows = g.step // g.copies if g.rows else g.step * (2 + g.piece // INTEGER_WIDTH)
+    while n_items(g) > INTEGER_ITEMS and g.blocks > 1 and rows < MAX_INTEGER_ROWS:
+        rows *= 2
+        g.step *= 2
+        g.blocks = ceil_div(g.whole, g.step) + (g.whole < g.N)
 
 
 cdef inline Py_ssize_t n_partials(const Grid *g) noexcept nogil:

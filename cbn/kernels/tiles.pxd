@@ -47,8 +47,9 @@ cdef inline cbn_tile tile_to_reduce(const Job *job, const Rectangle *r) noexcept
     t.sum_c = job.partial + job.partial_rows * r.block * t.pitch + r.c
     t.square_c = t.sum_c + t.pitch
     t.prefetch, t.sum_in_float64 = job.prefetch, job.sum_in_float64
+    t.extremes = job.min_c != NULL
     if job.counts:
-        t.count_c, t.skipna, t.extremes, t.w = t.sum_c + 2 * t.pitch, job.skipna, job.min_c != NULL, job.weights
+        t.count_c, t.skipna, t.w = t.sum_c + 2 * t.pitch, job.skipna, job.weights
         if t.w.data != NULL:
             t.w.data += (r.c * t.w.c + r.n * t.w.n + r.s) * <Py_ssize_t>sizeof(double)
     return t

@@ -88,31 +88,41 @@
 #define TYPE i8_bf16
 #include "loops/loops.h"
 
-/* The integers, for exact sums alone: of every set, their loops are its own. */
+/* The integers, for exact sums alone; see loops/integers.h. */
 #ifndef BASE
 #define TYPE sums_u8
 #define INT uint8_t
-#define SUM int32_t
-#define SQUARE uint32_t
+#define SUM uint16_t
+#define SQUARE uint16_t
+#define MANY int32_t
+#define SQUARES uint32_t
 #include "loops/integers.h"
 #define TYPE sums_i8
 #define INT int8_t
-#define SUM int32_t
-#define SQUARE uint32_t
+#define SUM int16_t
+#define SQUARE uint16_t
+#define MANY int32_t
+#define SQUARES uint32_t
 #include "loops/integers.h"
 #define TYPE sums_u16
 #define INT uint16_t
-#define SUM int32_t
-#define SQUARE uint64_t
+#define SUM uint32_t
+#define SQUARE uint32_t
+#define MANY int64_t
+#define SQUARES uint64_t
 #include "loops/integers.h"
 #define TYPE sums_i16
 #define INT int16_t
 #define SUM int32_t
-#define SQUARE uint64_t
+#define SQUARE uint32_t
+#define MANY int64_t
+#define SQUARES uint64_t
 #include "loops/integers.h"
 #define TYPE sums_i32
 #define INT int32_t
 #define SUM int64_t
-#define SQUARE uint64_t
+#define SQUARE uint32_t
+#define MANY int64_t
+#define SQUARES uint64_t
 #include "loops/integers.h"
 #endif

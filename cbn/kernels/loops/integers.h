@@ -1,145 +1,174 @@
 /* integers.h: exact sums of integers, and their smallest and largest: a template for one integer type. Plain loops, of
- * which a compiler makes vectors; what they add up fits its type because they add up few at a time.
+ * which a compiler makes vectors. What they add up fits its type, since they add up few at a time: with the smallest
+ * types that hold a few sums these loops go through twice as much memory as with 32 bits.
  *
  * Parameters, undefined again at the end:
  *   TYPE    the name, for symbols
  *   INT     the type of an element
- *   SUM     of some elements, and
- *   SQUARE  of some squares; 64 bits of squares are in two parts, which are `LOW_BITS` and the bits above
+ *   SUM     of a few elements
+ *   SQUARE  the square of an element; of int32 its lower 32 bits
+ *   MANY    sums of a tile for each column, and
+ *   SQUARES of squares
  *
- * The square of an element has 64 bits or fewer. A tile leaves rows of int64, `pitch` apart from sum_c on: S(x), the
- * lower and the higher part of S(x*x), in units of 2^32, the smallest and the largest.
+ * A tile leaves rows of int64, `pitch` apart from sum_c on: S(x), the lower 32 bits and the higher part of S(x*x), the
+ * smallest and the largest.
  */
-#define FEW 16384 /* elements of a run; a row of the partition has fewer rows than that */
+#define FEW 8      /* rows that are added up first */
+#define WIDTH 1024 /* elements of a run that are like a row */
+#define MOST_COLUMNS (CBN_ROW_BYTES / sizeof(float)) /* of a row */
+#define IS_I32 (sizeof(INT) == 4)
 #define LOW_BITS 0xffffffffu
 
 typedef struct {
-    int64_t sum;
-    uint64_t low, high;
-    INT min, max;
-} LOOP(integers);
-
-/* x*x, or its lower 32 bits. */
-INLINE SQUARE LOOP(square)(INT x)
-{
-    if (sizeof(INT) == 4)
-        return (SQUARE)((uint64_t)((int64_t)x * x) & LOW_BITS);
-    return sizeof(INT) == 2 ? (SQUARE)((uint32_t)x * (uint32_t)x) : (SQUARE)((int)x * (int)x);
-}
-
-INLINE void LOOP(add_run)(const INT *restrict x, ptrdiff_t length, LOOP(integers) *k)
-{
-    INT min = k->min, max = k->max;
-    for (ptrdiff_t begin = 0; begin < length; begin += FEW) {
-        const ptrdiff_t end = begin + FEW < length ? begin + FEW : length;
-        SUM sum = 0;
-        SQUARE square = 0;
-        uint64_t high = 0;
-        for (ptrdiff_t i = begin; i < end; i++) {
-            sum += x[i];
-            square += LOOP(square)(x[i]);
-            if (sizeof(INT) == 4)
-                high += (uint64_t)((int64_t)x[i] * x[i]) >> 32;
-            min = x[i] < min ? x[i] : min;
-            max = x[i] > max ? x[i] : max;
-        }
-        k->sum += sum;
-        k->low += square & LOW_BITS;
-        k->high += high + ((uint64_t)square >> 32);
-    }
-    k->min = min, k->max = max;
-}
-
-INLINE void LOOP(store_integers)(const cbn_tile *r, ptrdiff_t c, const LOOP(integers) *k)
-{
-    int64_t *to = (int64_t *)r->sum_c + c;
-    to[0] = k->sum;
-    to[r->pitch] = (int64_t)(k->low & LOW_BITS);
-    to[2 * r->pitch] = (int64_t)(k->high + (k->low >> 32));
-    to[3 * r->pitch] = k->min;
-    to[4 * r->pitch] = k->max;
-}
-
-TARGET static void LOOP(integer_runs)(const cbn_tile *m, const cbn_tile *r)
-{
-    (void)m;
-    for (ptrdiff_t c = 0; c < r->n_channels; c++) {
-        const INT *x = (const INT *)r->x.data + c * r->x.c;
-        LOOP(integers) k = {.min = *x, .max = *x};
-        for (ptrdiff_t n = 0; n < r->n_runs; n++)
-            LOOP(add_run)(x + n * r->x.n, r->length, &k);
-        LOOP(store_integers)(r, c, &k);
-    }
-}
-
-#define MOST_COLUMNS (CBN_ROW_BYTES / sizeof(float)) /* of a row */
-typedef struct {
-    SUM sum[MOST_COLUMNS];
-    SQUARE square[MOST_COLUMNS];
-    uint64_t high[sizeof(INT) == 4 ? MOST_COLUMNS : 1];
+    MANY sum[MOST_COLUMNS];
+    SQUARES square[MOST_COLUMNS];
+    uint64_t high[IS_I32 ? MOST_COLUMNS : 1];
     INT min[MOST_COLUMNS], max[MOST_COLUMNS];
 } LOOP(integer_columns);
 
-/* One row, or four. */
+/* `first` is some element of each column. */
+INLINE void LOOP(begin_columns)(LOOP(integer_columns) *k, const INT *first, ptrdiff_t columns)
+{
+    memset(k->sum, 0, (size_t)columns * sizeof *k->sum);
+    memset(k->square, 0, (size_t)columns * sizeof *k->square);
+    memset(k->high, 0, (IS_I32 ? (size_t)columns : 1) * sizeof *k->high);
+    memcpy(k->min, first, (size_t)columns * sizeof(INT));
+    memcpy(k->max, first, (size_t)columns * sizeof(INT));
+}
+
+/* Some rows, FEW or one. */
 INLINE void LOOP(add_rows)(LOOP(integer_columns) *restrict k, const INT *restrict x, ptrdiff_t step, ptrdiff_t columns,
-                           const int rows)
+                           const int rows, const int extremes)
 {
     for (ptrdiff_t j = 0; j < columns; j++) {
         SUM sum = 0;
-        SQUARE square = 0;
+        SQUARES square = 0;
+        uint64_t high = 0;
         INT min = k->min[j], max = k->max[j];
         UNROLLED for (int row = 0; row < rows; row++) {
             const INT a = x[row * step + j];
-            sum += a;
-            square += LOOP(square)(a);
-            if (sizeof(INT) == 4)
-                k->high[j] += (uint64_t)((int64_t)a * a) >> 32;
-            min = a < min ? a : min;
-            max = a > max ? a : max;
+            sum = (SUM)(sum + a);
+            square += IS_I32 ? (SQUARE)((int64_t)a * a) : (SQUARE)((SQUARE)a * (SQUARE)a);
+            if (IS_I32)
+                high += (uint64_t)((int64_t)a * a) >> 32;
+            if (extremes) {
+                min = a < min ? a : min;
+                max = a > max ? a : max;
+            }
         }
         k->sum[j] += sum;
         k->square[j] += square;
-        k->min[j] = min, k->max[j] = max;
+        if (IS_I32)
+            k->high[j] += high;
+        if (extremes) {
+            k->min[j] = min;
+            k->max[j] = max;
+        }
     }
 }
 
-TARGET static void LOOP(integer_rows)(const cbn_tile *m, const cbn_tile *r)
+INLINE void LOOP(add_all_rows)(LOOP(integer_columns) *k, const INT *x, ptrdiff_t step, ptrdiff_t columns, ptrdiff_t rows,
+                               const int extremes)
 {
-    const ptrdiff_t columns = r->copies * r->n_channels * r->length;
-    LOOP(integer_columns) k;
-    (void)m;
-    memset(k.sum, 0, (size_t)columns * sizeof *k.sum);
-    memset(k.square, 0, (size_t)columns * sizeof *k.square);
-    if (sizeof(INT) == 4)
-        memset(k.high, 0, sizeof k.high);
-    memcpy(k.min, r->x.data, (size_t)columns * sizeof(INT));
-    memcpy(k.max, r->x.data, (size_t)columns * sizeof(INT));
-    ptrdiff_t n = 0;
-    for (; n + 4 <= r->n_runs; n += 4)
-        LOOP(add_rows)(&k, (const INT *)r->x.data + n * r->x.n, r->x.n, columns, 4);
-    for (; n < r->n_runs; n++)
-        LOOP(add_rows)(&k, (const INT *)r->x.data + n * r->x.n, r->x.n, columns, 1);
-    for (ptrdiff_t c = 0; c < r->n_channels; c++) {
-        LOOP(integers) of_c = {.min = k.min[c * r->length], .max = k.max[c * r->length]};
-        for (ptrdiff_t copy = 0; copy < r->copies; copy++)
-            for (ptrdiff_t i = 0; i < r->length; i++) {
-                const ptrdiff_t j = (copy * r->n_channels + c) * r->length + i;
-                of_c.sum += k.sum[j];
-                of_c.low += k.square[j] & LOW_BITS;
-                of_c.high += ((uint64_t)k.square[j] >> 32) + (sizeof(INT) == 4 ? k.high[j] : 0);
-                of_c.min = k.min[j] < of_c.min ? k.min[j] : of_c.min;
-                of_c.max = k.max[j] > of_c.max ? k.max[j] : of_c.max;
-            }
-        LOOP(store_integers)(r, c, &of_c);
+    for (; rows >= FEW; rows -= FEW, x += FEW * step)
+        LOOP(add_rows)(k, x, step, columns, FEW, extremes);
+    for (; rows > 0; rows--, x += step)
+        LOOP(add_rows)(k, x, step, columns, 1, extremes);
+}
+
+/* A channel, from the columns of which it has `copies`, `step` apart, of `length` each. */
+INLINE void LOOP(store_channel)(const LOOP(integer_columns) *k, const cbn_tile *r, ptrdiff_t c, ptrdiff_t first,
+                                ptrdiff_t step, ptrdiff_t copies, ptrdiff_t length)
+{
+    int64_t sum = 0, *to = (int64_t *)r->sum_c + c;
+    uint64_t low = 0, high = 0;
+    INT min = k->min[first], max = k->max[first];
+    for (ptrdiff_t copy = 0; copy < copies; copy++)
+        for (ptrdiff_t j = first + copy * step; j < first + copy * step + length; j++) {
+            sum += k->sum[j];
+            low += k->square[j] & LOW_BITS;
+            high += ((uint64_t)k->square[j] >> 32) + (IS_I32 ? k->high[j] : 0);
+            min = k->min[j] < min ? k->min[j] : min;
+            max = k->max[j] > max ? k->max[j] : max;
+        }
+    to[0] = sum;
+    to[r->pitch] = (int64_t)(low & LOW_BITS);
+    to[2 * r->pitch] = (int64_t)(high + (low >> 32));
+    to[3 * r->pitch] = min;
+    to[4 * r->pitch] = max;
+}
+
+/* The same of all channels, whose columns are one each, in some copies. */
+INLINE void LOOP(store_columns)(const LOOP(integer_columns) *restrict k, const cbn_tile *r)
+{
+    const ptrdiff_t width = r->n_channels, pitch = r->pitch;
+    int64_t *restrict sum = (int64_t *)r->sum_c, *restrict low = sum + pitch, *restrict high = sum + 2 * pitch;
+    int64_t *restrict min = sum + 3 * pitch, *restrict max = sum + 4 * pitch;
+    for (ptrdiff_t copy = 0; copy < r->copies; copy++)
+        for (ptrdiff_t c = 0, j = copy * width; c < width; c++, j++) {
+            sum[c] = (copy ? sum[c] : 0) + k->sum[j];
+            low[c] = (copy ? low[c] : 0) + (int64_t)(k->square[j] & LOW_BITS);
+            high[c] = (copy ? high[c] : 0) + (int64_t)(((uint64_t)k->square[j] >> 32) + (IS_I32 ? k->high[j] : 0));
+            min[c] = copy && min[c] < k->min[j] ? min[c] : k->min[j];
+            max[c] = copy && max[c] > k->max[j] ? max[c] : k->max[j];
+        }
+    for (ptrdiff_t c = 0; c < width; c++) {
+        high[c] += low[c] >> 32;
+        low[c] &= LOW_BITS;
     }
 }
+
+INLINE void LOOP(some_integer_runs)(const cbn_tile *r, const int extremes)
+{
+    LOOP(integer_columns) k;
+    const ptrdiff_t columns = r->length < WIDTH ? r->length : WIDTH, rows = r->length / columns;
+    const ptrdiff_t rest = r->length - rows * columns;
+    for (ptrdiff_t c = 0; c < r->n_channels; c++) {
+        const INT *x = (const INT *)r->x.data + c * r->x.c;
+        LOOP(begin_columns)(&k, x, columns);
+        for (ptrdiff_t n = 0; n < r->n_runs; n++, x += r->x.n) {
+            LOOP(add_all_rows)(&k, x, columns, columns, rows, extremes);
+            LOOP(add_rows)(&k, x + rows * columns, columns, rest, 1, extremes);
+        }
+        LOOP(store_channel)(&k, r, c, 0, columns, 1, columns);
+    }
+}
+
+INLINE void LOOP(some_integer_rows)(const cbn_tile *r, const int extremes)
+{
+    const ptrdiff_t width = r->n_channels * r->length, columns = r->copies * width;
+    LOOP(integer_columns) k;
+    LOOP(begin_columns)(&k, (const INT *)r->x.data, columns);
+    LOOP(add_all_rows)(&k, (const INT *)r->x.data, r->x.n, columns, r->n_runs, extremes);
+    if (r->length == 1)
+        LOOP(store_columns)(&k, r);
+    for (ptrdiff_t c = 0; c < r->n_channels && r->length > 1; c++)
+        LOOP(store_channel)(&k, r, c, c * r->length, width, r->copies, r->length);
+}
+
+#define INTEGERS(layout)                                                                                              \
+    TARGET static void LOOP(integer_##layout)(const cbn_tile *m, const cbn_tile *r)                                \
+    {                                                                                                              \
+        (void)m;                                                                                                   \
+        if (r->extremes)                                                                                           \
+            LOOP(some_integer_##layout)(r, 1);                                                                     \
+        else                                                                                                       \
+            LOOP(some_integer_##layout)(r, 0);                                                                     \
+    }
+INTEGERS(runs)
+INTEGERS(rows)
 
 const cbn_loops LOOP(loops) = {.forward_runs = LOOP(integer_runs), .forward_rows = LOOP(integer_rows)};
 
+#undef INTEGERS
 #undef FEW
-#undef LOW_BITS
+#undef WIDTH
 #undef MOST_COLUMNS
+#undef IS_I32
+#undef LOW_BITS
 #undef TYPE
 #undef INT
 #undef SUM
 #undef SQUARE
+#undef MANY
+#undef SQUARES
