@@ -13,6 +13,7 @@ coefficients, apply them element by element.
 `cbn.quantized`           evaluation of 8-bit input
 `cbn.steps`               the work of a call around the passes, and the context of backward
 `cbn.moments`             count, mean and sum of squared distances; exact merge
+`cbn.running`             the statistics of a stream
 `cbn.inputs`              arguments in the form that the passes read
 `cbn.checks`              checks of arguments that layers and functions share, with their messages
 `cbn.entries`             entries of state dicts and files
@@ -46,6 +47,7 @@ from .convert import (
 from .fuse import fuse_bn_linear, fuse_conv_bn, fuse_linear_bn
 from .memory import empty_cache
 from .moments import Moments, moments
+from .running import RunningMoments
 from .storage import load
 from .threads import get_num_threads, num_threads, set_num_threads
 
@@ -55,6 +57,7 @@ __all__ = [
     "BatchNorm2d",
     "BatchNorm3d",
     "Moments",
+    "RunningMoments",
     "__version__",
     "empty_cache",
     "from_equinox",

@@ -37,6 +37,31 @@ def moments(x: Array, channel_axis: int = 1) -> tuple[int, Doubles, Doubles]:
     return n, mean[:, 0], ((x_cn - mean) ** 2).sum(axis=1)
 
 
+def counted_moments(
+    x: Array, weights: npt.ArrayLike = 1, skipna: bool = False, channel_axis: int = 1
+) -> tuple[Doubles, Doubles, Doubles, Doubles, Doubles]:
+    """Return (count, mean, m2, min, max) of every channel, where weights broadcast to x and count is their sum.
+
+    A value of weight 0 does not count; with `skipna` NaN have weight 0. Where nothing counts: 0, 0, 0, inf, -inf.
+    """
+    x_cn = per_channel(x, channel_axis)
+    w_cn = per_channel(np.broadcast_to(np.asarray(weights, np.float64), x.shape), channel_axis).copy()
+    if skipna:
+        w_cn[np.isnan(x_cn)] = 0
+    rows = []
+    for x_n, w_n in zip(x_cn, w_cn, strict=True):
+        v, w = x_n[w_n != 0], w_n[w_n != 0]
+        if not v.size:
+            rows.append((0.0, 0.0, 0.0, np.inf, -np.inf))
+            continue
+        n = w.sum()
+        with np.errstate(invalid="ignore"):
+            mean = v[0] + (w * (v - v[0])).sum() / n
+            rows.append((n, mean, (w * (v - mean) ** 2).sum(), v.min(), v.max()))
+    count, mean, m2, least, largest = np.array(rows).reshape(-1, 5).T
+    return count, mean, m2, least, largest
+
+
 def normalize(
     x: Array,
     mean: Array,

@@ -1,4 +1,4 @@
-"""Layers in files: numpy's .npz or safetensors, with a JSON header. Loading runs no code of the file.
+"""Layers, and statistics of streams, in files: numpy's .npz or safetensors, with a JSON header. Loading runs no code of the file.
 
 `load` trusts no file. The header says which arrays the layer has, so their sizes are known. `load` compares them with
 the sizes in the file before it reads an array, and every read is bounded.
@@ -14,6 +14,7 @@ import re
 import stat
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
 import numpy as np
@@ -39,6 +40,36 @@ Described = dict[str, tuple[tuple[int, ...], str]]  # shapes and dtypes of the a
 Content = tuple[Any, Described, Callable[[], Iterable[tuple[str, Array]]]]  # header, arrays described, arrays read
 
 
+@dataclass
+class Arrays:
+    """The arrays of a file: shapes and dtypes as its headers say, and how they are read."""
+
+    described: Described
+    read: Callable[[], Iterable[tuple[str, Array]]]
+
+    def expect(self, expected: Described) -> None:
+        """Refuse a file that has not just these arrays."""
+        if sorted(self.described) != sorted(expected):
+            raise ValueError(f"it holds {_some(sorted(self.described))} and should hold {sorted(expected)}")
+        problems = []
+        for key, found in self.described.items():
+            for what, value, right in zip(("shape", "dtype"), found, expected[key], strict=True):
+                if value != right:
+                    problems.append(f"{key} has {what} {value}; expected {right}")
+        if problems:
+            raise ValueError("; ".join(problems))
+
+
+# What is in files but layers: by the class's name, from its arguments, its arrays, and whether they may be not finite
+BUILDERS: dict[str, Callable[[Any, Arrays, bool], Any]] = {}
+
+
+def save_content(file: Path | BinaryIO, header: dict[str, Any], arrays: dict[str, Array], allow_nonfinite: bool) -> None:
+    """Write class, arguments and arrays of what is no layer."""
+    header = {"format": FORMAT, **header, "arrays": sorted(arrays)}
+    _save(file, header, arrays, allow_nonfinite, False)
+
+
 def save(
     layer: Any,
     file: Path | BinaryIO,
@@ -47,8 +78,6 @@ def save(
     allow_negative_var: bool = False,
 ) -> None:
     """Write a layer to a file; see `BatchNorm.save`."""
-    path, name = _path(file, "write"), _name(file)
-    package = _safetensors() if _is_safetensors(name) else None
     arrays = layer._snapshot(ARRAYS)
     bad = [key for key, a in arrays.items() if not np.all(np.isfinite(a))]
     if bad and not allow_nonfinite:
@@ -72,6 +101,18 @@ def save(
         "frozen": layer.frozen,
         "arrays": sorted(arrays),
     }
+    _save(file, header, arrays, allow_nonfinite, allow_negative_var)
+
+
+def _save(
+    file: Path | BinaryIO,
+    header: dict[str, Any],
+    arrays: dict[str, Array],
+    allow_nonfinite: bool,
+    allow_negative_var: bool,
+) -> None:
+    path, name = _path(file, "write"), _name(file)
+    package = _safetensors() if _is_safetensors(name) else None
     described = {key: (a.shape, a.dtype.name) for key, a in arrays.items()}
     # `save` does not write what `load` would refuse
     _build(header, described, arrays.items, allow_nonfinite, allow_negative_var)
@@ -448,6 +489,10 @@ def _build(
     allow_negative_var: bool,
 ) -> Any:
     """The layer; its arrays are read once their shapes and dtypes are known to be right."""
+    if isinstance(header, dict) and isinstance(header.get("class"), str) and header["class"] in BUILDERS:
+        _expect_format(header)
+        expect_keys("header", header, ("format", "class", "arguments", "arrays"))
+        return BUILDERS[header["class"]](header["arguments"], Arrays(described, read), allow_nonfinite)
     layer = _without_arrays(header)
     problems = []
     expected = {}
@@ -475,9 +520,8 @@ def _build(
 
 def _without_arrays(header: Any) -> Any:
     """The layer that a header describes, before it has arrays."""
-    if isinstance(header, dict) and (header.get("format") != FORMAT or header["format"] is True):
-        raise ValueError(f"format {header.get('format')!r}, and this version reads {FORMAT}")
-    _keys("header", header, ("format", "class", "arguments", "training", "frozen", "arrays"))
+    _expect_format(header)
+    expect_keys("header", header, ("format", "class", "arguments", "training", "frozen", "arrays"))
     if not isinstance(header["class"], str) or header["class"] not in CLASSES:
         raise ValueError(f"unknown class {header['class']!r}")
     unknown = [key for key in header["arrays"] if key not in ARRAYS]
@@ -486,7 +530,7 @@ def _without_arrays(header: Any) -> Any:
     arguments = header["arguments"]
     if isinstance(arguments, dict) and arguments.get("nonfinite") == "propagate":  # files of version 0.1 name it
         arguments = {key: value for key, value in arguments.items() if key != "nonfinite"}
-    _keys("arguments", arguments, ARGUMENTS)
+    expect_keys("arguments", arguments, ARGUMENTS)
     flags = {key: checks.boolean(arguments[key], key) for key in ("affine", "track_running_stats", "bias")}
     for key in ("training", "frozen"):
         checks.boolean(header[key], key)
@@ -500,7 +544,12 @@ def _without_arrays(header: Any) -> Any:
     return layer
 
 
-def _keys(what: str, mapping: Any, expected: tuple[str, ...]) -> None:
+def _expect_format(header: Any) -> None:
+    if isinstance(header, dict) and (header.get("format") != FORMAT or header["format"] is True):
+        raise ValueError(f"format {header.get('format')!r}, and this version reads {FORMAT}")
+
+
+def expect_keys(what: str, mapping: Any, expected: tuple[str, ...]) -> None:
     """Refuse a mapping that has not these keys, or has others too."""
     if not isinstance(mapping, dict):
         raise ValueError(f"its {what} should be a mapping, not {type(mapping).__name__}")

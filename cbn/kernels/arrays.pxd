@@ -5,6 +5,9 @@ from .job cimport Element
 from .kernels cimport cbn_view
 from .partition cimport Extents
 
+cdef extern from "numpy/ndarraytypes.h":
+    enum: NPY_HALF
+
 cdef enum:
     MAXDIMS = 64   # numpy's own limit
 

@@ -20,9 +20,6 @@ import numpy as np
 
 cnp.import_array()
 
-cdef extern from "numpy/ndarraytypes.h":
-    enum: NPY_HALF
-
 
 # ---- memory ----------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ cdef Py_ssize_t generation    # counts the changes of instruction set and knobs:
 
 cdef Job make_job(const Extents *e, cbn_view x, Element element, Py_ssize_t itemsize, bint in_float64) noexcept nogil
 cdef void set_epilogue(Job *job, cbn_view z, double negative_slope) noexcept nogil
-cdef void set_count(Job *job, bint skipna, cbn_view weights, double *count_c) noexcept nogil
+cdef void set_count(Job *job, bint skipna, cbn_view weights) noexcept nogil
 cdef void set_coefficients(Job *job, double *coef_c) noexcept nogil
 cdef void set_output(Job *job, const Extents *e, cbn_view y, Py_ssize_t itemsize) noexcept nogil
 cdef double vanishing(Element element) noexcept nogil

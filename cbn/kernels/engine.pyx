@@ -4,7 +4,7 @@
 from cython.parallel cimport prange
 from libc.stdlib cimport labs
 
-from .job cimport BF16, F16, F32, F64, I8, I16, U8, U16, Element, Job, channels_fit, is_integer, loop_of
+from .job cimport BF16, F16, F32, F64, I8, I16, U8, U16, Element, Job, channels_fit, count, is_integer, loop_of
 from .kernels cimport CBN_COUNT_ROWS, cbn_built, cbn_highest, cbn_loop, cbn_tile, cbn_view
 from .partition cimport (
     CACHE_LINE,
@@ -277,14 +277,10 @@ cdef void set_integer_loops(Job *job) noexcept nogil:
     job.loops_in_float64 = job.loops
 
 
-cdef void set_count(Job *job, bint skipna, cbn_view weights, double *count_c) noexcept nogil:
-    """Let a forward reduction of floats count; count_c has the sums of the weights, or gets the number of values."""
-    cdef Py_ssize_t c
-    job.counts, job.skipna, job.weights, job.count_c = True, skipna, weights, count_c
+cdef void set_count(Job *job, bint skipna, cbn_view weights) noexcept nogil:
+    """Let a forward reduction of floats count. It needs a count_c, with the sums of the weights if there are any."""
+    job.counts, job.skipna, job.weights = True, skipna, weights
     job.partial_rows = 2 + CBN_COUNT_ROWS
-    if weights.data == NULL:
-        for c in range(job.reduction.C):
-            count_c[c] = <double>(job.reduction.N * job.reduction.S)
 
 
 cdef Job make_job(const Extents *e, cbn_view x, Element element, Py_ssize_t itemsize, bint in_float64) noexcept nogil:
@@ -552,9 +548,13 @@ cdef void measure(Job *job) noexcept nogil:
     """Moments of all channels, or backward sums; once more with better shifts or float64 sums where that is needed."""
     cdef int threads = threads_for(job.n_bytes * (2 if job.backward else 1), most_items(&job.reduction, job.itemsize))
     cdef int todo = IN_OWN_TYPE
+    cdef Py_ssize_t c
     share(&job.reduction, job.itemsize, threads)
     choose_prefetch(job)
     if job.counts:
+        for c in range(job.reduction.C):
+            if job.weights.data == NULL:
+                job.count_c[c] = count(job)
         choose_counted_shifts(job, 0, job.reduction.C)
         todo = IN_FLOAT64 if job.itemsize == 2 else IN_OWN_TYPE
     elif not job.backward and not is_integer(job):

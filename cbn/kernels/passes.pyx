@@ -108,9 +108,8 @@ def moments(Layout layout, cnp.ndarray x, bint skipna=False, cnp.ndarray weights
     cdef cnp.ndarray room, mean = new_doubles(C), m2 = new_doubles(C), least = None, largest = None
     if not is_integer(&job) and (skipna or extrema or weights is not None):
         count = new_doubles(C) if count is None else count
-        set_count(&job, skipna, weights_view(layout, weights), doubles(count, C))
-    elif count is not None:
-        job.count_c = doubles(count, C)
+        set_count(&job, skipna, weights_view(layout, weights))
+    job.count_c = doubles(count, C)
     if extrema:
         least, largest = new_doubles(C), new_doubles(C)
     room = new_doubles(measure_doubles(&job))

@@ -70,6 +70,19 @@ static inline void cbn_take_larger(double *restrict to, const double *restrict f
         to[c] = from[c] > to[c] ? from[c] : to[c];
 }
 
+/* The same, of extremes: NaN is the smallest, and the largest, as numpy has it. */
+static inline void cbn_take_smallest(double *restrict to, const double *restrict from, ptrdiff_t first, ptrdiff_t end)
+{
+    for (ptrdiff_t c = first; c < end; c++)
+        to[c] = from[c] < to[c] || from[c] != from[c] ? from[c] : to[c];
+}
+
+static inline void cbn_take_largest(double *restrict to, const double *restrict from, ptrdiff_t first, ptrdiff_t end)
+{
+    for (ptrdiff_t c = first; c < end; c++)
+        to[c] = from[c] > to[c] || from[c] != from[c] ? from[c] : to[c];
+}
+
 /* ---- integers: exact sums, as loops/integers.h leaves them ---- */
 
 __extension__ typedef unsigned __int128 cbn_uint128;

@@ -22,6 +22,8 @@ cdef extern from "statistics.h" nogil:
                              Py_ssize_t end)
     void cbn_merge_moments(double *count_a, double *mean_a, double *m2_a, const double *count_b, const double *mean_b,
                            const double *m2_b, Py_ssize_t first, Py_ssize_t end)
+    void cbn_take_smallest(double *to, const double *other, Py_ssize_t first, Py_ssize_t end)
+    void cbn_take_largest(double *to, const double *other, Py_ssize_t first, Py_ssize_t end)
     void cbn_take_smaller(double *to, const double *other, Py_ssize_t first, Py_ssize_t end)
     void cbn_take_larger(double *to, const double *other, Py_ssize_t first, Py_ssize_t end)
     void cbn_merge_integers(double *to, const double *other, Py_ssize_t pitch, Py_ssize_t first, Py_ssize_t end)
@@ -85,49 +87,6 @@ cdef inline void fetch_samples(Job *job, Py_ssize_t first, Py_ssize_t end) noexc
             cbn_fetch(job.x.data + (at + c * job.x.c) * job.itemsize)
 
 
-cdef inline void choose_shifts(Job *job, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
-    """The shifts of some channels: the mean of a few values from all over each.
-
-    So it is near the mean of all, and exactly the value of a constant channel. Zero for bfloat16. Where a value is not
-    finite, the first one, or zero; float16 counts such values as zero.
-    """
-    cdef Py_ssize_t c, k
-    cdef Py_ssize_t at[SAMPLES]
-    cdef double *x8
-    cdef float *x4
-    cdef uint16_t *x2
-    for k in range(SAMPLES):
-        at[k] = sample(job, k)
-    for c in range(first, end):
-        job.sums_in_float64_c[c] = False
-    # In pairs: of equal values 2x, 4x and 8x are exact, 3x is not
-    if job.itemsize == 8:
-        for c in range(first, end):
-            x8 = <double *>job.x.data + c * job.x.c
-            job.shift_c[c] = ((x8[at[0]] + x8[at[1]]) + (x8[at[2]] + x8[at[3]])
-                              + ((x8[at[4]] + x8[at[5]]) + (x8[at[6]] + x8[at[7]]))) / SAMPLES
-            if not isfinite(job.shift_c[c]):
-                job.shift_c[c] = finite(x8[at[0]])
-    elif job.itemsize == 4:
-        for c in range(first, end):
-            x4 = <float *>job.x.data + c * job.x.c
-            job.shift_c[c] = ((<double>x4[at[0]] + x4[at[1]]) + (<double>x4[at[2]] + x4[at[3]])
-                              + ((<double>x4[at[4]] + x4[at[5]]) + (<double>x4[at[6]] + x4[at[7]]))) / SAMPLES
-            if not isfinite(job.shift_c[c]):
-                job.shift_c[c] = finite(x4[at[0]])
-    elif job.element == F16:
-        for c in range(first, end):
-            x2 = <uint16_t *>job.x.data + c * job.x.c
-            job.shift_c[c] = cbn_with_digits_of_f16((
-                (cbn_finite_f16(x2[at[0]]) + cbn_finite_f16(x2[at[1]]))
-                + (cbn_finite_f16(x2[at[2]]) + cbn_finite_f16(x2[at[3]]))
-                + ((cbn_finite_f16(x2[at[4]]) + cbn_finite_f16(x2[at[5]]))
-                   + (cbn_finite_f16(x2[at[6]]) + cbn_finite_f16(x2[at[7]])))) / SAMPLES)
-    else:
-        for c in range(first, end):
-            job.shift_c[c] = 0    # the loops add up x itself
-
-
 cdef inline double value_at(const Job *job, Py_ssize_t i) noexcept nogil:
     """Element i of x, a float."""
     if job.element == F32:
@@ -171,9 +130,55 @@ cdef inline double pairwise_mean(const double *x, double otherwise) noexcept nog
     return mean if isfinite(mean) else otherwise
 
 
+cdef inline void choose_shifts(Job *job, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
+    """The shifts of some channels: the mean of a few values from all over each.
+
+    So it is near the mean of all, and exactly the value of a constant channel. Zero for bfloat16. Where a value is not
+    finite, the first one, or zero; float16 counts such values as zero.
+    """
+    cdef Py_ssize_t c, k
+    cdef Py_ssize_t at[SAMPLES]
+    cdef double *x8
+    cdef float *x4
+    cdef uint16_t *x2
+    for k in range(SAMPLES):
+        at[k] = sample(job, k)
+    for c in range(first, end):
+        job.sums_in_float64_c[c] = False
+    # In pairs: of equal values 2x, 4x and 8x are exact, 3x is not
+    if job.itemsize == 8:
+        for c in range(first, end):
+            x8 = <double *>job.x.data + c * job.x.c
+            job.shift_c[c] = ((x8[at[0]] + x8[at[1]]) + (x8[at[2]] + x8[at[3]])
+                              + ((x8[at[4]] + x8[at[5]]) + (x8[at[6]] + x8[at[7]]))) / SAMPLES
+            if not isfinite(job.shift_c[c]):
+                job.shift_c[c] = shift_of(job, c) if job.counts else finite(x8[at[0]])
+    elif job.itemsize == 4:
+        for c in range(first, end):
+            x4 = <float *>job.x.data + c * job.x.c
+            job.shift_c[c] = ((<double>x4[at[0]] + x4[at[1]]) + (<double>x4[at[2]] + x4[at[3]])
+                              + ((<double>x4[at[4]] + x4[at[5]]) + (<double>x4[at[6]] + x4[at[7]]))) / SAMPLES
+            if not isfinite(job.shift_c[c]):
+                job.shift_c[c] = shift_of(job, c) if job.counts else finite(x4[at[0]])
+    elif job.element == F16:
+        for c in range(first, end):
+            x2 = <uint16_t *>job.x.data + c * job.x.c
+            job.shift_c[c] = cbn_with_digits_of_f16((
+                (cbn_finite_f16(x2[at[0]]) + cbn_finite_f16(x2[at[1]]))
+                + (cbn_finite_f16(x2[at[2]]) + cbn_finite_f16(x2[at[3]]))
+                + ((cbn_finite_f16(x2[at[4]]) + cbn_finite_f16(x2[at[5]]))
+                   + (cbn_finite_f16(x2[at[6]]) + cbn_finite_f16(x2[at[7]])))) / SAMPLES)
+    else:
+        for c in range(first, end):
+            job.shift_c[c] = 0    # the loops add up x itself
+
+
 cdef inline void choose_counted_shifts(Job *job, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
     """`choose_shifts` where not every value counts alike."""
     cdef Py_ssize_t c
+    if job.weights.data == NULL and job.itemsize > 2:
+        choose_shifts(job, first, end)
+        return
     for c in range(first, end):
         job.sums_in_float64_c[c] = job.itemsize == 2
         job.shift_c[c] = shift_for_loops(job, shift_of(job, c))
