@@ -268,13 +268,14 @@ def measure(inp: Input, weights: Doubles | Any = None, skipna: bool = False, ext
     if inp.layout is None:
         extremes = (np.full(shape, np.inf), np.full(shape, -np.inf)) if extrema else (None, None)
         return Moments._of(0, *np.zeros((2, *shape)), *extremes)
-    if weights is not None and inp.x.dtype.kind in "biu":
+    integers = inp.x.dtype.kind in "biu"
+    if integers and weights is not None:
         return _measure_weighted_integers(inp, weights, extrema)
     count: Doubles | Any = None
     of_values: Doubles | Any = None
     if weights is not None:
         count, of_values = _ordered(inp, weights)
-    elif skipna:
+    elif skipna and not integers:
         count = np.empty(shape)
     if count is None and not extrema:
         return Moments._of(inp.count, *passes.moments(inp.layout, inp.x)[:2])
