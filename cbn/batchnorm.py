@@ -129,7 +129,7 @@ class BatchNorm(State):
         Axis with the channels: 1 for NC, NCL, NCHW, NCDHW; -1 for NLC, NHWC; or any other.
     running_var : {"unbiased", "biased"}
         Variance that the layer tracks: with 1/(n - 1), as PyTorch, or with 1/n, as Keras and ONNX.
-    activation : None, "relu" or ("leaky_relu", slope)
+    activation : None, "relu", ("leaky_relu", slope) or ("clip", low, high)
         Activation of the output, applied in the same pass, after the residual of the call.
 
     Attributes
@@ -221,7 +221,7 @@ class BatchNorm(State):
             self._remember(AFTER_EVAL)
             if not now.batch_statistics and quantization is None and not self._has_plan(x):
                 coef = steps.coefficients(context.mean, context.invstd, now.affine)
-                plan = plans.Plan.of(inp, x, now.sources, now.values, coef, now.epilogue.negative_slope)
+                plan = plans.Plan.of(inp, x, now.sources, now.values, coef, now.epilogue.act)
                 self._keep(plan, now.version)
         return y if given is None else given
 
@@ -230,14 +230,14 @@ class BatchNorm(State):
         tracked = self.track_running_stats
         affine_c = self.weight, self.bias
         running = (self.running_mean, self.running_var, self.num_batches_tracked) if tracked else None
-        slope = checks.negative_slope(self._activation)
+        act = checks.activation(self._activation)
         arrays_c = affine_c + (running or (None, None, None))
         numbers = self._num_features, self._dtype.itemsize == 8, self._eps, self._channel_axis
-        done = calls.train_layer(x, arrays_c, *numbers, self._ranks, out, residual, slope)
+        done = calls.train_layer(x, arrays_c, *numbers, self._ranks, out, residual, act)
         if done is None:
             return None
         y, inp, weight, bias, mean, m2, invstd = done
-        epilogue = steps.NO_EPILOGUE if residual is None and slope == 1 else Epilogue(residual, slope)
+        epilogue = steps.NO_EPILOGUE if residual is None and act == checks.NO_ACT else Epilogue(residual, act)
         context = Context(inp, Affine(weight, bias), epilogue, True, mean, invstd, m2, inp.count)
         self._finish_training(context, out, running)
         return y
@@ -270,7 +270,7 @@ class BatchNorm(State):
     def _read(self, inp: Input, residual: Array | None, quantization: Quantization | None) -> Snapshot:
         """What a forward of this input reads of the layer, checked."""
         version = self._version  # before anything that a plan would stand for is read
-        epilogue = Epilogue(residual, checks.negative_slope(self._activation))
+        epilogue = Epilogue(residual, checks.activation(self._activation))
         training, frozen = self.training, self._frozen
         sources = running_mean, running_var, _, _ = self.running_mean, self.running_var, self.weight, self.bias
         batch_statistics = not frozen and (training or (running_mean is None and running_var is None))
@@ -371,8 +371,8 @@ class BatchNorm(State):
         inp = as_input(example, self._channel_axis, ranks=self._ranks, y_dtype=y_dtype)
         inp.promote_for(self._dtype)
         self._check_channels(inp, self.running_mean, False)
-        name, slope = f"{type(self).__name__}({self._num_features})", checks.negative_slope(self._activation)
-        return EvalPlan(name, self._coefficients(), slope, inp, self._channel_axis, self._ranks, quantization)
+        name, act = f"{type(self).__name__}({self._num_features})", checks.activation(self._activation)
+        return EvalPlan(name, self._coefficients(), act, inp, self._channel_axis, self._ranks, quantization)
 
     def _check_channels(self, inp: Input, mean: Array | None, untracked: bool) -> None:
         """Refuse an input with another number of channels. PyTorch's message names the array that it compares first."""

@@ -10,8 +10,8 @@ import math
 import numbers
 import operator
 import reprlib
-from collections.abc import Mapping
-from typing import Any, Literal, Protocol, SupportsIndex, TypeAlias, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple, Protocol, SupportsIndex, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -41,10 +41,22 @@ Doubles = npt.NDArray[np.float64]
 # numpy's own ArrayLike also accepts str and bytes, which hold no numbers.
 ArrayLike: TypeAlias = SupportsArray | Nested[float | SupportsArray]
 Number: TypeAlias = float | np.floating[Any] | np.integer[Any]
-Activation = Literal["relu"] | tuple[Literal["leaky_relu"], Number] | None
+Activation = Literal["relu"] | tuple[Literal["leaky_relu"], Number] | tuple[Literal["clip"], Number, Number] | None
 
+
+
+class Act(NamedTuple):
+    """An activation as numbers: min(max(l(a), low), high), where l(a) = a*slope where a <= 0, else a."""
+
+    slope: float = 1.0
+    low: float = -math.inf
+    high: float = math.inf
+
+
+NO_ACT, RELU = Act(), Act(0.0)
 FLOATS = (np.dtype(np.float32), np.dtype(np.float64))  # of parameters and statistics
 INPUTS = "float32, float64, float16 or bfloat16 (of ml_dtypes)"
+MEASURED = f"{INPUTS}, or bool, int8, uint8, int16, uint16 or int32"
 
 
 class ArgumentError(ValueError, RuntimeError):
@@ -179,6 +191,13 @@ def native_input(dtype: np.dtype[Any]) -> np.dtype[Any] | None:
     return native_float(dtype)
 
 
+def native_measured(dtype: np.dtype[Any]) -> np.dtype[Any] | None:
+    """The dtype in native byte order if `moments` takes it, else None."""
+    if dtype.kind == "b" or (dtype.kind in "iu" and (dtype.itemsize <= 2 or dtype == np.int32)):
+        return dtype.newbyteorder("=")
+    return native_input(dtype)
+
+
 def native_bytes(dtype: np.dtype[Any]) -> np.dtype[Any] | None:
     """The dtype if it is an 8-bit integer, else None."""
     return dtype if dtype.kind in "iu" and dtype.itemsize == 1 else None
@@ -229,26 +248,24 @@ def unmasked(a: Any, name: str) -> None:
 
 def float_array(x: ArrayLike, name: str) -> Array:
     """x as an aligned floating array in native byte order, copied only if needed."""
-    given = array(x, name)
+    return _readable(array(x, name), x, name, native_input, INPUTS)
+
+
+def _readable(
+    given: Array, x: Any, name: str, native: Callable[[np.dtype[Any]], np.dtype[Any] | None], expected: str
+) -> Array:
+    """What was made of x, aligned and of the dtype that `native` makes of its own; None is an error."""
     # A view of our own: the caller may change shape or dtype of the array object in place
     a = given.view()
-    dtype = native_input(a.dtype)
+    dtype = native(a.dtype)
     if dtype is None:
-        raise dtype_error(given, x, name, INPUTS)
+        raise dtype_error(given, x, name, expected)
     return a if a.flags.aligned and a.dtype.isnative else a.astype(dtype, order="K", copy=True)
 
 
 def measured_array(x: ArrayLike, name: str) -> Array:
     """x as an aligned array of floats or of integers that `moments` adds up exactly, in native byte order."""
-    given = array(x, name)
-    kind, size = given.dtype.kind, given.dtype.itemsize
-    if kind == "b" or (kind in "iu" and (size <= 2 or given.dtype == np.int32)):
-        a = given.view()
-        a = a if a.flags.aligned and a.dtype.isnative else a.astype(a.dtype.newbyteorder("="), order="K", copy=True)
-        return a.view(np.intc) if size == 4 else a
-    if kind in "iu":
-        raise dtype_error(given, x, name, f"{INPUTS}, or bool, int8, uint8, int16, uint16 or int32")
-    return float_array(x, name)
+    return _readable(array(x, name), x, name, native_measured, MEASURED)
 
 
 def mask(a: ArrayLike, shape: tuple[int, ...], axis: int) -> Array:
@@ -419,21 +436,31 @@ def momentum_fraction(momentum: Number) -> float:
     return momentum
 
 
-def negative_slope(activation: Any) -> float:
-    """The factor of negative values in an activation: 1 for None, 0 for "relu", s for ("leaky_relu", s)."""
-    if activation is None:
-        return 1.0
-    if isinstance(activation, str) and activation == "relu":
-        return 0.0
-    expected = "None, 'relu' or ('leaky_relu', slope)"
-    named = isinstance(activation, (tuple, list)) and len(activation) == 2 and isinstance(activation[0], str)
-    if named and activation[0] == "leaky_relu":
-        slope = number(activation[1], "the slope of leaky_relu", "a number")
+def activation(value: Any) -> Act:
+    """An activation as numbers."""
+    if value is None:
+        return NO_ACT
+    if isinstance(value, str) and value == "relu":
+        return RELU
+    expected = "None, 'relu', ('leaky_relu', slope) or ('clip', low, high)"
+    named = isinstance(value, (tuple, list)) and len(value) > 1 and isinstance(value[0], str)
+    if named and value[0] == "leaky_relu" and len(value) == 2:
+        slope = number(value[1], "the slope of leaky_relu", "a number")
         if not abs(slope) <= float(np.finfo(np.float32).max):
             raise ValueError(f"the slope of leaky_relu must be finite, in float32 too, but got {slope}")
-        return slope
-    error = ValueError if isinstance(activation, (str, tuple, list)) else TypeError
-    raise error(f"activation must be {expected}, not {activation!r}")
+        return Act(slope)
+    if named and value[0] == "clip" and len(value) == 3:
+        return Act(1.0, *bounds(value[1], value[2], "clip"))
+    error = ValueError if isinstance(value, (str, tuple, list)) else TypeError
+    raise error(f"activation must be {expected}, not {value!r}")
+
+
+def bounds(low: Any, high: Any, name: str) -> tuple[float, float]:
+    """The bounds of a clip as floats; they may be infinite."""
+    low, high = number(low, f"the lower bound of {name}", "a number"), number(high, f"the upper bound of {name}", "a number")
+    if not low <= high:
+        raise ValueError(f"the bounds of {name} must be in order, low <= high, but got {low} and {high}")
+    return low, high
 
 
 def residual(a: ArrayLike | None, x: Array, dtype: np.dtype[Any], expected: str = "as the input") -> Array | Any:

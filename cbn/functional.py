@@ -85,7 +85,7 @@ def batch_norm(
         Axis with the channels: 1 for NC, NCL, NCHW, NCDHW; -1 for NLC, NHWC.
     out : ndarray, optional
         Receives y; has x's shape and y's dtype. It may be x or the residual, or overlap them.
-    activation : None, "relu" or ("leaky_relu", slope)
+    activation : None, "relu", ("leaky_relu", slope) or ("clip", low, high)
         Activation of y, applied in the same pass. NaN stays NaN.
     residual : array_like, optional
         Added before the activation, in the same pass; has x's shape and y's dtype.
@@ -134,7 +134,7 @@ def batch_norm(
                 return y
         elif (done := calls.train(x, *given)) is not None:
             return done[0]
-    slope = checks.negative_slope(activation)
+    act = checks.activation(activation)
     a = checks.array(x, "input")
     quantization: Quantization | None = None
     if (a.dtype in BYTES and not training) or any(given is not None for given in (x_scale, x_zero_point, out_dtype)):
@@ -144,7 +144,7 @@ def batch_norm(
     else:
         inp = as_input(a, channel_axis)
     arrays_c = running_mean, running_var, weight, bias
-    return _batch_norm(inp, arrays_c, training, momentum, eps, Epilogue(residual, slope), out, quantization)[0]
+    return _batch_norm(inp, arrays_c, training, momentum, eps, Epilogue(residual, act), out, quantization)[0]
 
 
 def _batch_norm(
@@ -164,7 +164,7 @@ def _batch_norm(
     given = out
     out, residual = as_outputs(inp, out, epilogue.residual)
     if residual is not None:
-        epilogue = Epilogue(residual, epilogue.negative_slope)
+        epilogue = Epilogue(residual, epilogue.act)
     fraction = checks.momentum_fraction(momentum)
     running_mean, running_var, weight, bias = arrays_c
     (checks.buffers_for_batch if training else checks.buffers_for_eval)(running_mean, running_var)

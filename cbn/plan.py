@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from . import checks
-from .checks import Array, ArrayLike, Doubles
+from .checks import Act, Array, ArrayLike, Doubles
 from .inputs import Input, as_input, as_outputs
 from .kernels import arrays, plans
 from .quantized import Quantization, dequantizing, forward_quantized
@@ -23,8 +23,8 @@ class EvalPlan(plans.Planned):
         Name of the layer.
     coef : (3, C) float64 ndarray
         Mean, scale and offset. With `quantization` they are for dequantized values.
-    negative_slope : float
-        Slope of the activation; 1 for none.
+    act : Act
+        Activation.
     inp : Input
         An example input; the plan does not read its values.
     channel_axis : int
@@ -39,13 +39,13 @@ class EvalPlan(plans.Planned):
         self,
         name: str,
         coef: Doubles,
-        negative_slope: float,
+        act: Act,
         inp: Input,
         channel_axis: int,
         ranks: tuple[int, ...] | None,
         quantization: Quantization | None = None,
     ) -> None:
-        self._name, self._coef, self._slope = name, coef, negative_slope
+        self._name, self._coef, self._act = name, coef, act
         self._shape, self._dtype, self._axis, self._ranks = inp.x.shape, inp.x.dtype, channel_axis, ranks
         self._quantization, self._y_dtype, self._in_float64 = quantization, inp.y_dtype, inp.in_float64
         self._prepare(inp)
@@ -79,7 +79,7 @@ class EvalPlan(plans.Planned):
         coef = self._coef if self._quantization is None else dequantizing(self._coef, self._quantization)
         if coef is not None and not self._has_plan(inp.x):
             inp.in_float64 = self._in_float64
-            self._keep(plans.Plan.of(inp, inp.x, (), (), coef, self._slope), self._version)
+            self._keep(plans.Plan.of(inp, inp.x, (), (), coef, self._act), self._version)
 
     def forward(self, x: ArrayLike, *, out: Array | None = None, residual: ArrayLike | None = None) -> Array:
         """Normalize x. A call of the plan does the same.
@@ -112,7 +112,7 @@ class EvalPlan(plans.Planned):
         inp.in_float64 = self._in_float64
         given = out
         out, residual = as_outputs(inp, out, residual)
-        epilogue = Epilogue(residual, self._slope)
+        epilogue = Epilogue(residual, self._act)
         if self._quantization is None:
             y = forward_fixed(inp, self._coef, epilogue, out)
         else:

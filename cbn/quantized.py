@@ -65,7 +65,7 @@ def _in_float64(inp: Input, coef: Doubles, epilogue: Epilogue, quantization: Qua
     """The same in float64, for coefficients that float32 cannot hold."""
     scale, zero_point = quantization
     values = Input(scale * (inp.x.astype(np.float64) - zero_point), inp.axis)
-    residual, slope = epilogue
+    residual, act = epilogue
     z = None if residual is None else values.matched(residual.astype(np.float64))
     with np.errstate(all="ignore"):
-        return forward_fixed(values, coef, Epilogue(z, slope), None).astype(inp.y_dtype)
+        return forward_fixed(values, coef, Epilogue(z, act), None).astype(inp.y_dtype)

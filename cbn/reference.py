@@ -81,17 +81,34 @@ def normalize(
     return y
 
 
-def activate(a: Array, residual: Array | None = None, negative_slope: float = 1) -> Doubles:
-    """Return act(a + residual): the sum where it is positive or NaN, else the sum times the slope; 0 is ReLU."""
+def activate(
+    a: Array,
+    residual: Array | None = None,
+    negative_slope: float = 1,
+    low: float = -np.inf,
+    high: float = np.inf,
+) -> Doubles:
+    """Return act(a + residual): the sum where it is positive or NaN, else the sum times the slope; 0 is ReLU.
+
+    Then what is below `low` becomes `low`, and what is above `high` becomes `high`.
+    """
     a = np.asarray(a, np.float64) if residual is None else a + np.asarray(residual, np.float64)
-    return np.where(a <= 0, a * negative_slope if negative_slope else 0.0, a)
+    return np.clip(np.where(a <= 0, a * negative_slope if negative_slope else 0.0, a), low, high)
 
 
-def activate_backward(dy: Array, a: Array, residual: Array | None = None, negative_slope: float = 1) -> Doubles:
-    """Return the gradient of `activate` with respect to a, which is also that of the residual."""
+def activate_backward(
+    dy: Array,
+    a: Array,
+    residual: Array | None = None,
+    negative_slope: float = 1,
+    low: float = -np.inf,
+    high: float = np.inf,
+) -> Doubles:
+    """Return the gradient of `activate` with respect to a, which is also that of the residual: 0 at the bounds."""
     a = np.asarray(a, np.float64) if residual is None else a + np.asarray(residual, np.float64)
     dy = np.asarray(dy, np.float64)
-    return np.where(a <= 0, dy * negative_slope if negative_slope else 0.0, dy)
+    dy = np.where(a <= 0, dy * negative_slope if negative_slope else 0.0, dy)
+    return np.where((a <= low) | (a >= high), 0.0, dy)
 
 
 def batch_norm(

@@ -192,12 +192,11 @@ class RunningMoments:
         leading = a.shape[:n_leading] or (1,)
         features = (*leading, self._state.shape[1])
         if mask is not None:
-            found = checks.array(mask, "mask")
-            if found.shape != a.shape[:n_leading]:  # of single values
-                mask = np.broadcast_to(found, a.shape) if _broadcasts(found, a.shape) else found
-                mask = mask.reshape(features) if mask.shape == a.shape else mask
-            elif n_leading == 0:
-                mask = found.reshape(1)
+            mask = checks.array(mask, "mask")
+            if mask.shape == a.shape[:n_leading]:
+                mask = mask.reshape(leading)
+            elif _broadcasts(mask, a.shape):  # of single values
+                mask = np.broadcast_to(mask, a.shape).reshape(features)
         inp = as_measured(a.reshape(features), -1)
         return measure(inp, as_weights(inp, mask, weights), self._skipna, self._extrema)
 

@@ -24,6 +24,8 @@ NO_FORWARD = "there is nothing to go back through: call the layer in training mo
 
 def shortest(value: float) -> str:
     """A number as the user wrote it; a float32, as ONNX and TensorFlow files hold, with the digits of float32."""
+    if np.isinf(value):
+        return f"float('{value}')"
     with np.errstate(over="ignore"):
         narrow = np.float32(value)
     return f"np.float32({narrow!s})" if float(f"{value:.9g}") != value == float(narrow) else repr(value)
@@ -124,13 +126,15 @@ class State(plans.Planned):
 
     @property
     def activation(self) -> Activation:
-        """Activation after the normalization: None, "relu" or ("leaky_relu", slope)."""
+        """Activation after the normalization: None, "relu", ("leaky_relu", slope) or ("clip", low, high)."""
         return self._activation
 
     @activation.setter
     def activation(self, value: Activation) -> None:
-        slope = checks.negative_slope(value)
-        self._activation: Activation = ("leaky_relu", slope) if isinstance(value, (tuple, list)) else value
+        act = checks.activation(value)
+        self._activation: Activation = value
+        if isinstance(value, (tuple, list)):
+            self._activation = ("clip", act.low, act.high) if value[0] == "clip" else ("leaky_relu", act.slope)
 
     # ---- modes -----------------------------------------------------------------------------------------------------
 
@@ -371,7 +375,8 @@ class State(plans.Planned):
         if isinstance(self._activation, str):
             arguments["activation"] = repr(self._activation)
         elif self._activation is not None:
-            arguments["activation"] = f"('leaky_relu', {shortest(float(self._activation[1]))})"
+            name, *numbers = self._activation
+            arguments["activation"] = f"({name!r}, {', '.join(shortest(float(number)) for number in numbers)})"
         given = ", ".join([str(self._num_features), *(f"{name}={value}" for name, value in arguments.items())])
         mode = ".freeze()" * self._frozen + ".eval()" * (not self.training)
         expected = {"weight": self.affine, "bias": has_bias}

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .checks import Array, Doubles
+from .checks import NO_ACT, Act, Array, Doubles
 from .inputs import Input
 from .kernels import arrays, passes
 from .moments import GradMoments, Moments, measure
@@ -27,10 +27,10 @@ class Affine(NamedTuple):
 
 
 class Epilogue(NamedTuple):
-    """Residual and activation after the normalization: act(a + residual), act(a) = a*negative_slope where a <= 0."""
+    """Residual and activation after the normalization: act(a + residual)."""
 
     residual: Array | Any = None
-    negative_slope: float = 1
+    act: Act = NO_ACT
 
 
 class Gradients(NamedTuple):
@@ -74,16 +74,16 @@ class Context:
     @property
     def read(self) -> list[Array]:
         """The arrays that backward reads, element by element."""
-        residual, slope = self.epilogue
-        return [self.inp.x] if residual is None or slope == 1 else [self.inp.x, residual]
+        residual, act = self.epilogue
+        return [self.inp.x] if residual is None or act == NO_ACT else [self.inp.x, residual]
 
     def is_overwritten_by(self, out: Array | None) -> bool:
         """Whether a write to `out` changes what backward reads."""
         if out is None:
             return False
-        residual, slope = self.epilogue
+        residual, act = self.epilogue
         return arrays.overlaps(self.inp.x, out) or (
-            residual is not None and slope != 1 and arrays.overlaps(residual, out)
+            residual is not None and act != NO_ACT and arrays.overlaps(residual, out)
         )
 
 
@@ -108,10 +108,10 @@ def forward_batch(
         y = arrays.empty_like(inp.x) if out is None else out
         mean, m2, invstd = np.zeros((3, inp.n_channels))
         return y, Context(inp, affine, epilogue, True, mean, invstd, m2)
-    residual, slope = epilogue
+    residual, act = epilogue
     y = inp.output(out, inp.x) if residual is None else inp.output(out, inp.x, residual)
     mean, m2, invstd = passes.normalize(
-        inp.layout, inp.x, y, affine.weight, affine.bias, eps, inp.in_float64, residual, slope
+        inp.layout, inp.x, y, affine.weight, affine.bias, eps, inp.in_float64, residual, act
     )
     return copied_into(y, out), Context(inp, affine, epilogue, True, mean, invstd, m2, inp.count)
 
@@ -139,9 +139,9 @@ def forward_fixed(inp: Input, coef: Doubles | Any, epilogue: Epilogue, out: Arra
     """y, normalized with these coefficients."""
     if inp.layout is None:
         return arrays.empty_like(inp.x, inp.y_dtype) if out is None else out
-    residual, slope = epilogue
+    residual, act = epilogue
     y = inp.output(out, inp.x) if residual is None else inp.output(out, inp.x, residual)
-    passes.apply(inp.layout, inp.x, y, coef, inp.in_float64, residual, slope)
+    passes.apply(inp.layout, inp.x, y, coef, inp.in_float64, residual, act)
     return copied_into(y, out)
 
 
@@ -170,7 +170,7 @@ def backward(
     dtype = inp.x.dtype
     if dy.dtype != dtype:
         return _backward_wider(dy, context, want_dx, want_sums, out, merge, np.dtype(np.float64))
-    if dtype.itemsize == 2 and context.epilogue.negative_slope not in (0, 1):
+    if dtype.itemsize == 2 and context.epilogue.act.slope not in (0, 1):
         # dy*slope, which is kept in between, has more digits than 16 bits hold
         return _backward_wider(dy, context, want_dx, want_sums, out, merge, np.dtype(np.float32))
     return _backward(dy, context, want_dx, want_sums, out, merge, None)
@@ -186,18 +186,20 @@ def _backward_wider(
     work: np.dtype[Any],
 ) -> Gradients:
     """`backward` on copies of its arrays in a larger type, with rounded results."""
-    inp, (residual, slope) = context.inp, context.epilogue
+    inp, (residual, act) = context.inp, context.epilogue
     dtype = inp.x.dtype
     wider = _widened(inp, work)
     dh = arrays.with_room(dy.astype, work)
-    if dy.dtype != dtype and slope != 1:
+    if dy.dtype != dtype and act != NO_ACT:
         # The passes would decide in float64 what the forward pass decided in its own arithmetic
         with np.errstate(all="ignore"):
-            below = before_activation(context) <= 0
-            dh[below] = dh[below] * slope if slope else 0
-        slope = 1
+            a = before_activation(context)
+            below = a <= 0
+            dh[below] = dh[below] * act.slope if act.slope else 0
+            dh[(a <= act.low) | (a >= act.high)] = 0
+        act = NO_ACT
     wider_residual = None if residual is None else arrays.with_room(residual.astype, work, copy=False)
-    wide = replace(context, inp=wider, epilogue=Epilogue(wider_residual, slope))
+    wide = replace(context, inp=wider, epilogue=Epilogue(wider_residual, act))
     dx, dresidual, dweight, dbias = _backward(dh, wide, want_dx, want_sums, None, merge, dtype)
     with np.errstate(all="ignore"):
         if want_dx:
@@ -233,13 +235,13 @@ def _backward(
     y_dtype: np.dtype[Any] | None,
 ) -> Gradients:
     """`backward` for dy and x with one dtype. `y_dtype` is the forward pass's if they are copies in a larger type."""
-    inp, (residual, slope) = context.inp, context.epilogue
+    inp, (residual, act) = context.inp, context.epilogue
     dy = inp.matched(dy)
     residual = None if residual is None else inp.matched(residual)
     dx = inp.output(out, dy, *context.read) if want_dx else None
     # The reduction stores dh in dresidual, or in dx unless that overlaps x, which apply reads again
     dh = dresidual = None
-    if slope != 1:
+    if act != NO_ACT:
         if residual is not None:
             dh = dresidual = arrays.empty_like(inp.x)
         elif dx is not None and inp.can_walk(dx) and not arrays.overlaps(dx, inp.x):
@@ -248,7 +250,7 @@ def _backward(
             dh = arrays.empty_like(inp.x)
     elif residual is not None:
         dresidual = arrays.with_room(dy.copy, order="K")
-    forward = context.mean, context.invstd, *context.affine, inp.in_float64, residual, slope, dh
+    forward = context.mean, context.invstd, *context.affine, inp.in_float64, residual, act, dh
     sums: Doubles | Any = None
     products: Doubles | Any = None
     dweight: Doubles | Any = None

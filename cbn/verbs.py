@@ -209,7 +209,7 @@ def batch_norm_elemt(
     >>> cbn.functional.batch_norm_elemt(np.array([[1.0, 2.0]]), None, None, [1.0, 1.0], [2.0, 2.0], 1e-5)
     array([[0., 2.]])
     """
-    slope = checks.negative_slope(activation)
+    act = checks.activation(activation)
     inp = as_input(x, channel_axis)
     given, (out, residual) = out, as_outputs(inp, out, residual)
     weight = checks.per_channel(weight, "weight", inp.n_channels, x=inp.x)
@@ -217,7 +217,7 @@ def batch_norm_elemt(
     inp.promote_for(weight, bias)
     means, invstds, *affine = _statistics(inp, mean, invstd, weight, bias)
     coef = steps.coefficients(means, invstds, Affine(*affine))
-    y = steps.forward_fixed(inp, coef, Epilogue(residual, slope), out)
+    y = steps.forward_fixed(inp, coef, Epilogue(residual, act), out)
     return y if given is None else given
 
 

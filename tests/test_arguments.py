@@ -380,6 +380,8 @@ def calls_with_counting():
         "plan": (plan, [x], {"residual": x}),
         "backward": (layer.backward, [x], {}),
         "moments": (cbn.moments, [x], {}),
+        "moments of what counts": (cbn.moments, [x], {"mask": np.ones(3, bool), "weights": v}),
+        "running": (cbn.RunningMoments(3).update, [x], {"mask": np.ones(3, bool), "weights": v}),
         "Moments": (cbn.Moments, [v, v, v], {}),
         "batch_norm, evaluation": (batch_norm, [x, v, v, v, v], {"residual": x}),
         "batch_norm, training": (batch_norm, [x, None, None, v, v, True], {"residual": x}),

@@ -158,8 +158,9 @@ def test_dtype_of_the_input(x, dtype):
     assert "expected float32, float64, float16 or bfloat16 (of ml_dtypes)" in str(error)
     with pytest.raises(TypeError, match=dtype):
         batch_norm(x, None, None, training=True)
-    with pytest.raises(TypeError, match=dtype):
-        cbn.moments(x)
+    if dtype not in ("uint8", "bool"):
+        with pytest.raises(TypeError, match=dtype):
+            cbn.moments(x)
     with pytest.raises(TypeError, match="dy has dtype"):
         native_batch_norm_backward(x, f32(2, 3), None, None, None, f32(3), f32(3), True, 1e-5)
 

@@ -22,7 +22,13 @@ from .paths import (
     in_memory_order,
 )
 
-ACTIVATIONS = {"none": (None, 1.0), "relu": ("relu", 0.0), "leaky": (("leaky_relu", 0.125), 0.125)}
+# What the argument is, and (slope, low, high) of the specification
+ACTIVATIONS = {
+    "none": (None, (1.0,)),
+    "relu": ("relu", (0.0,)),
+    "leaky": (("leaky_relu", 0.125), (0.125,)),
+    "clip": (("clip", -0.75, 0.5), (1.0, -0.75, 0.5)),
+}
 
 
 def layer(rng, dtype, n_channels, **kwargs):
@@ -32,16 +38,16 @@ def layer(rng, dtype, n_channels, **kwargs):
     return bn
 
 
-def expected(bn, x, dy, residual, slope, axis):
+def expected(bn, x, dy, residual, act, axis):
     """(y, dx, dresidual, dweight, dbias) by the specification, in the layer's mode."""
     mean, var = bn.running_mean, bn.running_var
     if bn.training and not bn.frozen:
         n, mean, m2 = reference.moments(x, axis)
         var = m2 / n
     a = reference.normalize(x, mean, var, bn.weight, bn.bias, bn.eps, axis)
-    h = reference.activate_backward(dy, a, residual, slope)
+    h = reference.activate_backward(dy, a, residual, *act)
     gradients = reference.backward(h, x, mean, var, bn.weight, bn.eps, not bn.frozen, axis)
-    return reference.activate(a, residual, slope), gradients[0], h, *gradients[1:]
+    return reference.activate(a, residual, *act), gradients[0], h, *gradients[1:]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -50,7 +56,7 @@ def expected(bn, x, dy, residual, slope, axis):
 @pytest.mark.parametrize("with_residual", [False, True], ids=["alone", "residual"])
 def test_activation_and_residual_forward_and_backward(isa, parallel, rng, dtype, layout, activation, with_residual):
     shape, axis, order = LAYOUTS[layout]
-    activation, slope = ACTIVATIONS[activation]
+    activation, act = ACTIVATIONS[activation]
     x, dy, z = (in_memory_order(rng.standard_normal(shape).astype(dtype), order) for _ in range(3))
     residual = z if with_residual else None
     for mode in ("train", "frozen", "eval"):
@@ -60,7 +66,7 @@ def test_activation_and_residual_forward_and_backward(isa, parallel, rng, dtype,
             if mode == "frozen":
                 bn.freeze()
             bn.train(mode != "eval")
-            exact = expected(bn, x, dy, residual, slope, axis % x.ndim)
+            exact = expected(bn, x, dy, residual, act, axis % x.ndim)
             with cbn.num_threads(n_threads):
                 y = bn(x, residual=residual)
                 found = (y,)
@@ -81,13 +87,16 @@ def test_activation_and_residual_forward_and_backward(isa, parallel, rng, dtype,
 @pytest.mark.parametrize("shape", PATH_SHAPES.values(), ids=PATH_SHAPES)
 @pytest.mark.parametrize("dtype", LARGE_RANGE)
 @pytest.mark.parametrize("with_residual", [False, True], ids=["alone", "residual"])
-def test_every_path_gives_the_same_bits_with_an_activation(isa, parallel, rng, dtype, shape, with_residual):
+@pytest.mark.parametrize("activation", [("leaky_relu", 0.5), ("clip", -1.0, 0.5)], ids=["leaky", "clip"])
+def test_every_path_gives_the_same_bits_with_an_activation(
+    isa, parallel, rng, dtype, shape, with_residual, activation
+):
     x, dy, z = rng.standard_normal((3, *shape)).astype(dtype)
     x[:, 3::4] *= 1e36  # channels that take float64 arithmetic
     z[:, 3::4] *= 1e36
 
     def results(offset, **kwargs):
-        bn = layer(np.random.default_rng(1), dtype, shape[1], activation=("leaky_relu", 0.5))
+        bn = layer(np.random.default_rng(1), dtype, shape[1], activation=activation)
         memory = np.empty(2 * x.size + 128, dtype)
         y, dx = (memory[i : i + x.size].reshape(shape) for i in (offset, x.size + 64 + offset))
         residual = z if with_residual else None
@@ -106,17 +115,17 @@ def test_every_path_gives_the_same_bits_with_an_activation(isa, parallel, rng, d
 
 
 @pytest.mark.parametrize("shape", [(8, 3, 128, 128), (4, 1, 256, 256), (8, 2, 128, 128), (32, 31, 32, 32)])
-@pytest.mark.parametrize("activation", ["relu", "leaky"])
+@pytest.mark.parametrize("activation", ["relu", "leaky", "clip"])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_few_channels_of_much(rng, shape, activation, dtype):
     """As many threads as channels or more: too few tiles for the pipeline, with the caches that the system has."""
-    activation, slope = ACTIVATIONS[activation]
+    activation, act = ACTIVATIONS[activation]
     x, dy = rng.standard_normal((2, *shape)).astype(dtype)
     for n_threads in (1, 2, 16):
         bn = layer(np.random.default_rng(1), dtype, shape[1], activation=activation)
         with cbn.num_threads(n_threads):
             y, dx = bn(x), bn.backward(dy)
-    exact = expected(bn, x, dy, None, slope, 1)
+    exact = expected(bn, x, dy, None, act, 1)
     agree(y, exact[0], LIMIT[x.dtype])
     agree(dx, exact[1], GRADIENT_LIMIT[x.dtype])
 
@@ -133,7 +142,7 @@ def test_what_a_slope_makes_of_float16_gradients(rng, slope, weight, bias, dy, f
     bn.weight[...], bn.bias[...] = weight, bias
     if frozen:
         bn.freeze()
-    exact = expected(bn, x, g, None, slope, 1)
+    exact = expected(bn, x, g, None, (slope,), 1)
     bn(x)
     np.testing.assert_allclose(bn.backward(g), exact[1], rtol=2e-3, atol=2e-3 * np.abs(exact[1]).max() + 6e-8)
 
@@ -148,7 +157,7 @@ def test_float64_parameters(isa, parallel, rng, layout):
     some.weight[::3] = 1e-39
     some.bias[::3] = 1e-40
     for bn in (wide, some):
-        exact = expected(bn, x, dy, z if bn is wide else None, 0.0, axis % x.ndim)
+        exact = expected(bn, x, dy, z if bn is wide else None, (0.0,), axis % x.ndim)
         y = bn(x, residual=z if bn is wide else None)
         found = bn.backward(dy)
         dx = found[0] if bn is wide else found
@@ -336,15 +345,19 @@ def test_plans(rng, dtype):
 @pytest.mark.parametrize(
     ("activation", "error", "words"),
     [
-        ("gelu", ValueError, r"activation must be None, 'relu' or \('leaky_relu', slope\), not 'gelu'"),
+        ("gelu", ValueError, r"must be None, 'relu', \('leaky_relu', slope\) or \('clip', low, high\), not 'gelu'"),
         (("relu", 1), ValueError, r"not \('relu', 1\)"),
         (("leaky_relu",), ValueError, r"not \('leaky_relu',\)"),
         (("leaky_relu", np.nan), ValueError, "the slope of leaky_relu must be finite, in float32 too, but got nan"),
         (("leaky_relu", 1e39), ValueError, r"the slope of leaky_relu must be finite, in float32 too, but got 1e\+39"),
-        ((np.arange(2), 3), ValueError, "activation must be None, 'relu' or"),
+        ((np.arange(2), 3), ValueError, "activation must be None, 'relu', "),
+        (("clip", 1), ValueError, r"not \('clip', 1\)"),
+        (("clip", 1, -1), ValueError, "the bounds of clip must be in order, low <= high, but got 1.0 and -1.0"),
+        (("clip", np.nan, 1), ValueError, "the bounds of clip must be in order"),
+        (("clip", None, 1), TypeError, "the lower bound of clip must be a number, not None"),
         (("leaky_relu", "0.1"), TypeError, "the slope of leaky_relu must be a number, not '0.1'"),
         (("leaky_relu", True), TypeError, "the slope of leaky_relu must be a number, not True"),
-        (np.tanh, TypeError, "activation must be None, 'relu' or"),
+        (np.tanh, TypeError, "activation must be None, 'relu', "),
         (1, TypeError, "not 1"),
     ],
 )
@@ -484,3 +497,47 @@ def test_the_sums_are_those_of_the_masked_gradient(isa, rng, slope):
             axis = bn.channel_axis % x.ndim
             exact = reference.per_channel(h, axis).sum(axis=1)
             assert (bn.bias_grad == exact.astype(bn.bias_grad.dtype)).all(), (dtype, layout)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("bounds", [(0.0, 6.0), (-1.0, 1.0), (-np.inf, 0.5), (0.25, np.inf), (0.5, 0.5)])
+def test_clip_is_hardtanh(isa, rng, dtype, bounds):
+    """NaN stays, infinities become bounds, and the gradient is 0 at the bounds and beyond."""
+    x = (rng.standard_normal((3, 5, 40)) * 4).astype(dtype)
+    x[0, 0, :4] = np.nan, np.inf, -np.inf, bounds[0]
+    zeros, ones = np.zeros(5), np.ones(5)
+    y = batch_norm(x, zeros, ones, eps=0, activation=("clip", *bounds))
+    assert np.array_equal(y, np.clip(x, *np.array(bounds, dtype)), equal_nan=True)
+    bn = cbn.BatchNorm(5, eps=0, activation=("clip", *bounds)).freeze()
+    dy = rng.standard_normal(x.shape).astype(dtype)
+    bn(x)
+    assert np.array_equal(bn.backward(dy), np.where((x <= bounds[0]) | (x >= bounds[1]), 0, dy).astype(dtype))
+    assert bn.activation == ("clip", *bounds)
+    assert repr(eval(repr(bn), {"BatchNorm": cbn.BatchNorm})) == repr(bn)
+
+
+def test_clip_where_a_residual_brings_back_what_overflowed(isa):
+    """Before the clip, in the larger range: not the bound of the side where it was on its way."""
+    for dtype, large in ((np.float32, 3e38), (np.float64, 1.7e308)):
+        for shape in ((2, 3, 40), (40, 3)):
+            x, z = np.full(shape, large, dtype), np.full(shape, -large, dtype)
+            y = batch_norm(
+                x, np.zeros(3), np.full(3, 0.25), eps=0, residual=z, activation=("clip", -1.0, large / 2)
+            )  # 2*large - large
+            assert (y == dtype(large / 2)).all()
+            y = batch_norm(x, np.zeros(3), np.full(3, 0.25), eps=0, residual=z, activation=("clip", -1.0, np.inf))
+            np.testing.assert_allclose(y, large, rtol=1e-6)
+
+
+def test_clip_of_torch():
+    torch = pytest.importorskip("torch")
+    for module, expected in ((torch.nn.ReLU6(), (0.0, 6.0)), (torch.nn.Hardtanh(-2, 3), (-2.0, 3.0))):
+        bn = cbn.from_torch(torch.nn.Sequential(torch.nn.BatchNorm1d(3), module))
+        assert bn.activation == ("clip", *expected)
+        x = torch.randn(64, 3, dtype=torch.float64, requires_grad=True)
+        model = torch.nn.Sequential(torch.nn.BatchNorm1d(3, dtype=torch.float64), module)
+        y = model(x * 5 + 2)
+        y.backward(dy := torch.randn_like(y))
+        bn = cbn.from_torch(model.train())
+        agree(bn(x.detach().numpy() * 5 + 2), y.detach().numpy(), 1e-12)
+        agree(bn.backward(dy.numpy()) * 5, x.grad.numpy(), 1e-11)

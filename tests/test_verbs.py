@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import cbn
-from cbn import reference, steps
+from cbn import checks, reference, steps
 from cbn.functional import (
     batch_norm,
     batch_norm_backward_elemt,
@@ -138,7 +138,7 @@ def test_steps_with_a_merge_between_are_the_fused_pass(rng, dtype, layout, slope
     z = in_memory_order(rng.standard_normal(x.shape).astype(dtype), LAYOUTS[layout][2]) if with_residual else None
     inp = as_input(x, axis)
     affine = steps.Affine(weight.astype(np.float64), bias.astype(np.float64))
-    epilogue = steps.Epilogue(z, slope)
+    epilogue = steps.Epilogue(z, checks.Act(slope))
     y, context = steps.forward_batch(inp, affine, 1e-5, epilogue, None)
     found_y, found_context = steps.forward_batch(inp, affine, 1e-5, epilogue, None, merge=lambda moments: moments)
     assert ulps(found_y, y) <= 1

@@ -219,7 +219,11 @@ def _activation(module: Any) -> Activation:
         return "relu"
     if kind == ("torch.nn.modules.activation", "LeakyReLU"):
         return ("leaky_relu", float(module.negative_slope))
-    raise ValueError(f"the activation {kind_of(module)} is not supported; only ReLU, LeakyReLU and Identity are")
+    if kind in (("torch.nn.modules.activation", "Hardtanh"), ("torch.nn.modules.activation", "ReLU6")):
+        return ("clip", float(module.min_val), float(module.max_val))
+    raise ValueError(
+        f"the activation {kind_of(module)} is not supported; only ReLU, LeakyReLU, ReLU6, Hardtanh and Identity are"
+    )
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------

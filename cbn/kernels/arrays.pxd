@@ -2,7 +2,7 @@
 cimport numpy as cnp
 
 from .job cimport Element
-from .kernels cimport cbn_view
+from .kernels cimport cbn_act, cbn_view
 from .partition cimport Extents
 
 cdef extern from "numpy/ndarraytypes.h":
@@ -82,3 +82,4 @@ cdef cnp.ndarray new_doubles(cnp.npy_intp n)
 cdef double *doubles(cnp.ndarray a, Py_ssize_t n) except? NULL
 cdef char *take_memory(size_t n_bytes) noexcept nogil
 cdef void give_memory(char *memory) noexcept nogil
+cdef cbn_act act_of(act) except *

@@ -6,6 +6,7 @@ Every function trusts its arguments: arrays of a dtype that the loops read, alig
 """
 cimport cython
 cimport numpy as cnp
+from libc.math cimport INFINITY
 from cpython.object cimport PyTypeObject
 from cpython.pycapsule cimport PyCapsule_New
 from cpython.ref cimport Py_INCREF
@@ -13,7 +14,7 @@ from libc.string cimport memcpy
 
 from .engine cimport set_memory_release
 from .job cimport BF16, F16, F32, F64, I8, I16, I32, U8, U16, Element
-from .kernels cimport cbn_view
+from .kernels cimport cbn_act, cbn_view
 from .partition cimport Extents, row_follows_row, run_follows_run
 
 import numpy as np
@@ -372,6 +373,16 @@ cdef class Input:
             if overlaps(a, out) and not is_same_memory(a, out):
                 return empty_like(self.x, self.y_dtype)
         return out
+
+
+cdef cbn_act act_of(act) except *:
+    """An activation, (slope, low, high); None for none."""
+    cdef cbn_act a
+    if act is None:
+        a.slope, a.low, a.high = 1, -INFINITY, INFINITY
+    else:
+        a.slope, a.low, a.high = act
+    return a
 
 
 cdef Element element_of(cnp.ndarray a) noexcept:

@@ -58,7 +58,7 @@ def train_layer(
     ranks: tuple[int, ...] | None,
     out: object,
     residual: object,
-    slope: float,
+    act: tuple[float, float, float],
 ) -> tuple[_Array, Input, _Doubles | None, _Doubles | None, _Doubles, _Doubles, _Doubles] | None: ...
 def layer_gradients(
     dy: object, inp: Input, weight: _Doubles | None, mean: _Doubles, invstd: _Doubles, out: object

@@ -12,7 +12,7 @@ table that needs no Python object to be looked up in.
 """
 cimport cython
 cimport numpy as cnp
-from libc.math cimport isfinite
+from libc.math cimport INFINITY, isfinite
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
 
@@ -22,6 +22,7 @@ from .arrays cimport (
     Input,
     Kind,
     Layout,
+    act_of,
     element_of,
     empty_like,
     is_of,
@@ -47,8 +48,8 @@ from .engine cimport (
     set_output,
     choose_stores,
 )
-from .job cimport Job, is_integer
-from .kernels cimport cbn_view
+from .job cimport Job, is_identity, is_integer
+from .kernels cimport cbn_act, cbn_view
 from .partition cimport Extents
 from .scratch cimport (
     divide_measure,
@@ -174,13 +175,21 @@ cdef bint is_momentum(object momentum) noexcept:
     return type(momentum) is float and 0 <= <double>momentum <= 1
 
 
-cdef bint slope_of(object activation, double *slope) noexcept:
-    """Whether the activation is None or "relu", and its factor for negative values."""
-    slope[0] = 1
+cdef bint find_act(object activation, cbn_act *act) noexcept:
+    """Whether the activation is None, "relu" or ("clip", low, high) of floats; then what it is."""
+    act[0].slope, act[0].low, act[0].high = 1, -INFINITY, INFINITY
     if activation is None:
         return True
-    slope[0] = 0
-    return type(activation) is str and <str>activation == "relu"
+    if type(activation) is str:
+        act[0].slope = 0
+        return <str>activation == "relu"
+    if type(activation) is not tuple or len(<tuple>activation) != 3:
+        return False
+    name, low, high = <tuple>activation
+    if type(name) is not str or <str>name != "clip" or type(low) is not float or type(high) is not float:
+        return False
+    act[0].low, act[0].high = low, high
+    return act[0].low <= act[0].high
 
 
 cdef bint is_wider(Prepared p, object a) noexcept:
@@ -203,7 +212,7 @@ cdef double *copied(double *room_c, object a, Py_ssize_t C) noexcept:
     return room_c
 
 
-cdef bint set_arrays(Prepared p, Job *job, cnp.ndarray x, object out, object residual, double slope) noexcept:
+cdef bint set_arrays(Prepared p, Job *job, cnp.ndarray x, object out, object residual, cbn_act act) noexcept:
     """Let the job read x and residual; False if `out` or residual is not for it."""
     cdef cbn_view z
     job[0] = p.job
@@ -216,9 +225,9 @@ cdef bint set_arrays(Prepared p, Job *job, cnp.ndarray x, object out, object res
             return False
         z = job.x
         z.data = cnp.PyArray_BYTES(<cnp.ndarray>residual)
-        set_epilogue(job, z, slope)
-    elif slope != 1:
-        set_epilogue(job, job.z, slope)
+        set_epilogue(job, z, act)
+    elif not is_identity(act):
+        set_epilogue(job, job.z, act)
     return True
 
 
@@ -229,7 +238,8 @@ def evaluate(x, weight, bias, running_mean, running_var, momentum, eps, channel_
     cdef Prepared p = prepared_for(x, channel_axis)
     cdef Job job
     cdef Py_ssize_t C
-    cdef double slope, epsilon
+    cdef cbn_act act
+    cdef double epsilon
     cdef double *room_c
     cdef double *mean_c
     cdef double *invstd_c
@@ -241,8 +251,8 @@ def evaluate(x, weight, bias, running_mean, running_var, momentum, eps, channel_
     C = p.layout.extents.C
     if not (is_per_channel(running_mean, C, False) and is_per_channel(running_var, C, False)
             and is_per_channel(weight, C, False) and is_per_channel(bias, C, False)
-            and is_epsilon(eps, False) and is_momentum(momentum) and slope_of(activation, &slope)
-            and set_arrays(p, &job, x, out, residual, slope)):
+            and is_epsilon(eps, False) and is_momentum(momentum) and find_act(activation, &act)
+            and set_arrays(p, &job, x, out, residual, act)):
         return None
     y = empty_like(x) if out is None else out
     room_c = <double *>malloc((FORWARD_ROWS + 4) * C * sizeof(double))
@@ -267,7 +277,7 @@ def evaluate(x, weight, bias, running_mean, running_var, momentum, eps, channel_
 
 
 cdef cnp.ndarray normalized(Prepared p, cnp.ndarray x, object weight, object bias, double eps, object out,
-                            object residual, double slope, bint wide, cnp.ndarray mean, cnp.ndarray m2,
+                            object residual, cbn_act act, bint wide, cnp.ndarray mean, cnp.ndarray m2,
                             cnp.ndarray invstd, double *weight_c, double *bias_c):
     """y and the batch's statistics; None, and nothing has changed, for an output or residual that is not for x.
 
@@ -276,7 +286,7 @@ cdef cnp.ndarray normalized(Prepared p, cnp.ndarray x, object weight, object bia
     cdef Job job
     cdef cnp.ndarray y
     cdef double *room_c
-    if not set_arrays(p, &job, x, out, residual, slope):
+    if not set_arrays(p, &job, x, out, residual, act):
         return None
     y = empty_like(x) if out is None else out
     room_c = <double *>malloc(scratch_doubles(&job) * sizeof(double))
@@ -311,11 +321,11 @@ def train(x, weight, bias, running_mean, running_var, momentum, eps, channel_axi
     """(y, mean, invstd) of `functional.native_batch_norm` in training, after the running statistics moved; or None."""
     cdef Prepared p = prepared_for(x, channel_axis)
     cdef Py_ssize_t C
-    cdef double slope
+    cdef cbn_act act
     cdef double *affine_c
     cdef cnp.ndarray y, mean, invstd, m2
     if p is None or not is_batch(p, weight, bias, running_mean, running_var, eps) or not is_momentum(momentum) \
-            or not slope_of(activation, &slope):
+            or not find_act(activation, &act):
         return None
     if type(out) is cnp.ndarray and (p.covers(out, running_mean) or p.covers(out, running_var)):
         return None
@@ -325,7 +335,7 @@ def train(x, weight, bias, running_mean, running_var, momentum, eps, channel_axi
     if affine_c == NULL:
         return None
     try:
-        y = normalized(p, x, weight, bias, eps, out, residual, slope, is_wider(p, weight) or is_wider(p, bias), mean,
+        y = normalized(p, x, weight, bias, eps, out, residual, act, is_wider(p, weight) or is_wider(p, bias), mean,
                        m2, invstd, affine_c, affine_c + C)
     finally:
         free(affine_c)
@@ -337,7 +347,7 @@ def train(x, weight, bias, running_mean, running_var, momentum, eps, channel_axi
 
 
 def train_layer(x, tuple arrays_c, Py_ssize_t n_channels, bint is_double, eps, channel_axis, tuple ranks, out, residual,
-                double slope):
+                act):
     """(y, input, weight, bias, mean, m2, invstd) of a layer's forward in training, in float64; or None.
 
     arrays_c: weight, bias, running mean, running variance and counter, the last three None if they stay.
@@ -356,7 +366,7 @@ def train_layer(x, tuple arrays_c, Py_ssize_t n_channels, bint is_double, eps, c
         weight_c = new_doubles(C)
     if bias is not None:
         bias_c = new_doubles(C)
-    y = normalized(p, x, weight, bias, eps, out, residual, slope, is_double and p.kind.type_num != cnp.NPY_DOUBLE, mean,
+    y = normalized(p, x, weight, bias, eps, out, residual, act_of(act), is_double and p.kind.type_num != cnp.NPY_DOUBLE, mean,
                    m2, invstd, NULL if weight_c is None else <double *>cnp.PyArray_DATA(weight_c),
                    NULL if bias_c is None else <double *>cnp.PyArray_DATA(bias_c))
     if y is None:
@@ -381,7 +391,7 @@ cdef cnp.ndarray differentiated(Prepared p, cnp.ndarray dy, cnp.ndarray x, objec
     cdef Py_ssize_t c, C = p.layout.extents.C
     cdef cnp.ndarray dx
     cdef double *room_c
-    if not set_arrays(p, &job, x, out, None, 1) or (out is not None and p.overlap(dy, out)):
+    if not set_arrays(p, &job, x, out, None, p.job.act) or (out is not None and p.overlap(dy, out)):
         return None
     dx = empty_like(x) if out is None else out
     room_c = <double *>malloc((scratch_doubles(&job) + 3 * C) * sizeof(double))

@@ -1,6 +1,6 @@
 # The engine's C side: fill in a Job, then run it without the GIL.
 from .job cimport Element, Job
-from .kernels cimport cbn_isa, cbn_view
+from .kernels cimport cbn_act, cbn_isa, cbn_view
 from .partition cimport Extents
 
 cdef enum:
@@ -10,7 +10,7 @@ cdef const cbn_isa *active    # the instruction set in use
 cdef Py_ssize_t generation    # counts the changes of instruction set and knobs: what jobs were made with
 
 cdef Job make_job(const Extents *e, cbn_view x, Element element, Py_ssize_t itemsize, bint in_float64) noexcept nogil
-cdef void set_epilogue(Job *job, cbn_view z, double negative_slope) noexcept nogil
+cdef void set_epilogue(Job *job, cbn_view z, cbn_act act) noexcept nogil
 cdef void set_count(Job *job, bint skipna, cbn_view weights) noexcept nogil
 cdef void set_coefficients(Job *job, double *coef_c) noexcept nogil
 cdef void set_output(Job *job, const Extents *e, cbn_view y, Py_ssize_t itemsize) noexcept nogil

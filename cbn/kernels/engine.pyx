@@ -2,10 +2,11 @@
 # nowhere else. The engine knows no array: it is given pointers and strides.
 """Instruction sets, threads, knobs, and the order of the work. Internal."""
 from cython.parallel cimport prange
+from libc.math cimport INFINITY
 from libc.stdlib cimport labs
 
-from .job cimport BF16, F16, F32, F64, I8, I16, U8, U16, Element, Job, channels_fit, count, is_integer, loop_of
-from .kernels cimport CBN_COUNT_ROWS, cbn_built, cbn_highest, cbn_loop, cbn_tile, cbn_view
+from .job cimport BF16, F16, F32, F64, I8, I16, U8, U16, Element, Job, channels_fit, count, is_identity, is_integer, loop_of
+from .kernels cimport CBN_COUNT_ROWS, cbn_act, cbn_built, cbn_highest, cbn_loop, cbn_tile, cbn_view
 from .partition cimport (
     CACHE_LINE,
     LONG_RUN,
@@ -292,7 +293,7 @@ cdef Job make_job(const Extents *e, cbn_view x, Element element, Py_ssize_t item
     job.copy = NULL
     job.x = job.y = job.g = x
     job.activated = job.keeps_dh = job.sum_in_float64 = job.fits = False
-    job.negative_slope = 1
+    job.act.slope, job.act.low, job.act.high = 1, -INFINITY, INFINITY
     job.z.data = job.dh.data = NULL
     job.weight_c = job.bias_c = job.shift_c = job.partial = job.sum_c = NULL
     job.square_c = job.invstd_c = job.coef_c = job.forward_c = job.sums_in_float64_c = NULL
@@ -318,10 +319,10 @@ cdef Job make_job(const Extents *e, cbn_view x, Element element, Py_ssize_t item
     return job
 
 
-cdef void set_epilogue(Job *job, cbn_view z, double negative_slope) noexcept nogil:
-    """Let act(. + z) follow the normalization; z.data may be NULL, and a slope of 1 is no activation."""
-    job.activated = z.data != NULL or negative_slope != 1
-    job.negative_slope = negative_slope
+cdef void set_epilogue(Job *job, cbn_view z, cbn_act act) noexcept nogil:
+    """Let act(. + z) follow the normalization; z.data may be NULL."""
+    job.activated = z.data != NULL or not is_identity(act)
+    job.act = act
     job.z = z
 
 

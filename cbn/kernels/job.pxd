@@ -1,6 +1,8 @@
 # Job: all that one call of a pass is, in C. The engine runs it; passes.pyx and plans.pyx fill it in from arrays.
+from libc.math cimport INFINITY
+
 from .coefficients cimport all_fit
-from .kernels cimport cbn_loop, cbn_loops, cbn_view
+from .kernels cimport cbn_act, cbn_loop, cbn_loops, cbn_view
 from .partition cimport Grid
 
 cdef enum Element:    # what an array holds
@@ -26,7 +28,7 @@ cdef struct Job:
     bint sum_in_float64         # which reduction this is, see kernels.h
     double *sums_in_float64_c   # whether the sums of a channel are float64 (bfloat16)
     bint activated              # what is normalized goes through act(. + z)
-    double negative_slope
+    cbn_act act
     double vanishing            # the largest number that the type of y takes for zero
     int threads                 # of the pipeline,
     char *copy                  # a copy of a tile for each of them,
@@ -57,6 +59,10 @@ cdef struct Job:
 cdef inline double count(const Job *job) noexcept nogil:
     """Values of a channel."""
     return <double>(job.reduction.N * job.reduction.S)
+
+
+cdef inline bint is_identity(cbn_act act) noexcept nogil:
+    return act.slope == 1 and act.low == -INFINITY and act.high == INFINITY
 
 
 cdef inline bint is_integer(const Job *job) noexcept nogil:

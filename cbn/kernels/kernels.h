@@ -16,7 +16,8 @@
  *              sums_u8  sums_i8  sums_u16  sums_i16  sums_i32  integers: forward reduction, exact (integers.h)
  *   isa        baseline  avx2  avx512  avx512_bf16  neon
  *
- * act(a) = a where a > 0 or NaN, else a*negative_slope: 0 is ReLU, 1 no activation. Without z and act, dh is dy itself.
+ * act(a) = min(max(l(a), low), high), where l(a) = a where a > 0 or NaN, else a*slope: slope 0 is ReLU, 1 with infinite
+ * bounds no activation. NaN stays. Without z and act, dh is dy itself.
  *
  * A loop applies coefficients to one tile, or reduces one, or does both at once: it writes some channels while it
  * reads those that come next, so that memory is written and read at the same time. Sizes and strides count elements. Strides may be
@@ -45,6 +46,11 @@ typedef struct {
     ptrdiff_t n, c;
 } cbn_view;
 
+/* An activation. It has a slope other than 1, or bounds that are not both infinite, or neither. */
+typedef struct {
+    double slope, low, high;
+} cbn_act;
+
 /* What coefficients are applied to, or what is reduced. The two of a loop that does both have one n_runs and length. */
 typedef struct {
     cbn_view x, g; /* input; backward: gradient of the output, dy for a reduction and dh for apply */
@@ -54,7 +60,7 @@ typedef struct {
                       alone, and then with `checked` */
     int checked;   /* apply that is activated: what is infinite or NaN before the act is computed again, with a larger
                       range */
-    double negative_slope;
+    cbn_act act;
     double vanishing; /* backward reduction: the largest number that the type of y takes for zero, where act' is the
                          slope */
     ptrdiff_t n_runs, n_channels;

@@ -7,10 +7,13 @@ cdef extern from "kernels.h" nogil:
     ctypedef struct cbn_view:
         char *data
         Py_ssize_t n, c
+    ctypedef struct cbn_act:
+        double slope, low, high
     ctypedef struct cbn_tile:
         cbn_view x, g, z, y
         bint activated, checked
-        double negative_slope, vanishing
+        cbn_act act
+        double vanishing
         Py_ssize_t n_runs, n_channels, length, copies, skip, drop
         const double *coef_c
         const double *forward_c

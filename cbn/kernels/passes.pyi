@@ -32,7 +32,7 @@ def apply(
     coef: _Doubles,
     in_float64: bool = False,
     residual: _Array | None = None,
-    negative_slope: float = 1,
+    act: tuple[float, float, float] | None = None,
 ) -> None: ...
 def normalize(
     layout: Layout,
@@ -43,7 +43,7 @@ def normalize(
     eps: float,
     in_float64: bool = False,
     residual: _Array | None = None,
-    negative_slope: float = 1,
+    act: tuple[float, float, float] | None = None,
 ) -> tuple[_Doubles, _Doubles, _Doubles]: ...
 def grad_moments(
     layout: Layout,
@@ -55,7 +55,7 @@ def grad_moments(
     bias: _Doubles | None = None,
     in_float64: bool = False,
     residual: _Array | None = None,
-    negative_slope: float = 1,
+    act: tuple[float, float, float] | None = None,
     dh: _Array | None = None,
     y_dtype: np.dtype[Any] | None = None,
 ) -> tuple[_Doubles, _Doubles, _Doubles]: ...
@@ -70,7 +70,7 @@ def gradients(
     bias: _Doubles | None = None,
     in_float64: bool = False,
     residual: _Array | None = None,
-    negative_slope: float = 1,
+    act: tuple[float, float, float] | None = None,
     dh: _Array | None = None,
     keeps_dh: bool = False,
     y_dtype: np.dtype[Any] | None = None,

@@ -18,7 +18,7 @@ cimport cython
 cimport numpy as cnp
 from libc.stdlib cimport free, malloc
 
-from .arrays cimport Input, Layout, doubles, element_of, is_plain, new_doubles
+from .arrays cimport Input, Layout, act_of, doubles, element_of, is_plain, new_doubles
 from .coefficients cimport (
     BACKWARD_ROWS,
     FORWARD_ROWS,
@@ -63,12 +63,12 @@ cdef Job job_of(Layout layout, cnp.ndarray x, bint in_float64):
     return make_job(&layout.extents, layout.view(x), element_of(x), cnp.PyArray_ITEMSIZE(x), in_float64)
 
 
-cdef void follow_with(Job *job, Layout layout, cnp.ndarray residual, double negative_slope):
+cdef void follow_with(Job *job, Layout layout, cnp.ndarray residual, act) except *:
     """Let act(. + residual) follow the normalization."""
     cdef cbn_view z = job.z
     if residual is not None:
         z = layout.view(residual)
-    set_epilogue(job, z, negative_slope)
+    set_epilogue(job, z, act_of(act))
 
 
 cdef void write_to(Job *job, Layout layout, cnp.ndarray y):
@@ -179,7 +179,7 @@ def fits_float32(cnp.ndarray coef):
 
 
 def apply(Layout layout, cnp.ndarray x, cnp.ndarray y, cnp.ndarray coef, bint in_float64=False,
-          cnp.ndarray residual=None, double negative_slope=1):
+          cnp.ndarray residual=None, act=None):
     """y = act((x - mean)*scale + offset + residual) with these `coefficients`.
 
     x may be uint8 or int8: then y and the residual are float32 or bfloat16, and coef `fits_float32`.
@@ -187,14 +187,14 @@ def apply(Layout layout, cnp.ndarray x, cnp.ndarray y, cnp.ndarray coef, bint in
     cdef Job job = job_of(layout, x, in_float64)
     check_coefficients(coef, FORWARD_ROWS, layout)
     set_coefficients(&job, <double *>cnp.PyArray_DATA(coef))
-    follow_with(&job, layout, residual, negative_slope)
+    follow_with(&job, layout, residual, act)
     write_to(&job, layout, y)
     with nogil:
         run_apply(&job)
 
 
 def normalize(Layout layout, cnp.ndarray x, cnp.ndarray y, cnp.ndarray weight, cnp.ndarray bias, double eps,
-              bint in_float64=False, cnp.ndarray residual=None, double negative_slope=1):
+              bint in_float64=False, cnp.ndarray residual=None, act=None):
     """(mean, m2, invstd) of the batch, and y = act((x - mean)*invstd*weight + bias + residual)."""
     cdef Job job = job_of(layout, x, in_float64)
     cdef Py_ssize_t C = layout.extents.C
@@ -203,7 +203,7 @@ def normalize(Layout layout, cnp.ndarray x, cnp.ndarray y, cnp.ndarray weight, c
     divide_scratch(&job, doubles(room, room.size))
     job.sum_c, job.square_c, job.invstd_c = doubles(mean, C), doubles(m2, C), doubles(invstd, C)
     job.weight_c, job.bias_c, job.eps = doubles(weight, C), doubles(bias, C), eps
-    follow_with(&job, layout, residual, negative_slope)
+    follow_with(&job, layout, residual, act)
     write_to(&job, layout, y)
     with nogil:
         measure_and_apply_with_memory(&job)
@@ -222,7 +222,7 @@ cdef void go_back_through(Job *job, double *forward_c) noexcept nogil:
 
 
 cdef tuple backward(Layout layout, cnp.ndarray dy, cnp.ndarray x, cnp.ndarray dx, cnp.ndarray mean, cnp.ndarray invstd,
-                    cnp.ndarray weight, cnp.ndarray bias, bint in_float64, cnp.ndarray residual, double negative_slope,
+                    cnp.ndarray weight, cnp.ndarray bias, bint in_float64, cnp.ndarray residual, act,
                     cnp.ndarray dh, bint keeps_dh, y_dtype):
     cdef Job job = job_of(layout, x, in_float64)
     cdef Py_ssize_t c, C = layout.extents.C
@@ -239,7 +239,7 @@ cdef tuple backward(Layout layout, cnp.ndarray dy, cnp.ndarray x, cnp.ndarray dx
     job.sum_c, job.square_c = doubles(sums, C), doubles(products, C)
     job.g = layout.view(dy)
     if dh is not None:
-        follow_with(&job, layout, residual, negative_slope)
+        follow_with(&job, layout, residual, act)
         job.dh, job.keeps_dh = layout.view(dh), keeps_dh
         if y_dtype is not None:
             job.vanishing = vanishing(F32 if y_dtype.itemsize > 2 else F16 if y_dtype == np.float16 else BF16)
@@ -259,22 +259,22 @@ cdef tuple backward(Layout layout, cnp.ndarray dy, cnp.ndarray x, cnp.ndarray dx
 
 def grad_moments(Layout layout, cnp.ndarray dy, cnp.ndarray x, cnp.ndarray mean, cnp.ndarray invstd,
                  cnp.ndarray weight=None, cnp.ndarray bias=None, bint in_float64=False, cnp.ndarray residual=None,
-                 double negative_slope=1, cnp.ndarray dh=None, y_dtype=None):
+                 act=None, cnp.ndarray dh=None, y_dtype=None):
     """(S(dh), S(dh*(x - mean)), S(dh*(x - mean))*invstd) of every channel: dbias, dweight/invstd, dweight.
 
     Without `dh` the forward pass had no activation, and dh is dy. Else act(. + residual) followed its normalization
     with mean, invstd, weight and bias, and dh = dy times the slope of act is put there; `dh` may be dy. `y_dtype` is
     that of the forward pass where x is a wider copy of its input.
     """
-    return backward(layout, dy, x, None, mean, invstd, weight, bias, in_float64, residual, negative_slope, dh, True,
+    return backward(layout, dy, x, None, mean, invstd, weight, bias, in_float64, residual, act, dh, True,
                     y_dtype)
 
 
 def gradients(Layout layout, cnp.ndarray dy, cnp.ndarray x, cnp.ndarray dx, cnp.ndarray mean, cnp.ndarray invstd,
               cnp.ndarray weight=None, cnp.ndarray bias=None, bint in_float64=False, cnp.ndarray residual=None,
-              double negative_slope=1, cnp.ndarray dh=None, bint keeps_dh=False, y_dtype=None):
+              act=None, cnp.ndarray dh=None, bint keeps_dh=False, y_dtype=None):
     """`grad_moments`, and dx through the statistics of the batch. `dh` may be dx; it is filled if `keeps_dh`."""
-    return backward(layout, dy, x, dx, mean, invstd, weight, bias, in_float64, residual, negative_slope, dh, keeps_dh,
+    return backward(layout, dy, x, dx, mean, invstd, weight, bias, in_float64, residual, act, dh, keeps_dh,
                     y_dtype)
 
 

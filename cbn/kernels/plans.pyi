@@ -21,7 +21,7 @@ class Plan:
         sources: tuple[_Array | None, ...],
         values: tuple[_Doubles | None, ...],
         coef: _Doubles,
-        negative_slope: float = 1,
+        act: tuple[float, float, float] | None = None,
     ) -> Plan | None: ...
 
 def plans_stand_for(cls: type, *others: str) -> None: ...

@@ -10,6 +10,7 @@ from .arrays cimport (
     Input,
     Kind,
     Layout,
+    act_of,
     element_of,
     empty_like,
     is_of,
@@ -91,7 +92,7 @@ cdef class Plan:
     cdef Layout layout
 
     @staticmethod
-    def of(Input inp, x, tuple sources, tuple values, cnp.ndarray coef, double negative_slope=1):
+    def of(Input inp, x, tuple sources, tuple values, cnp.ndarray coef, act=None):
         """The plan for arguments like x, of which inp was made, or None where it could not be used.
 
         sources: running mean and variance, weight, bias, or None for those that are not there; values: contiguous
@@ -117,7 +118,7 @@ cdef class Plan:
             raise ValueError(f"there are coefficients of shape {np.shape(coef)} for {layout.extents.C} channels")
         self.job = make_job(&layout.extents, layout.view(a), element_of(a), cnp.PyArray_ITEMSIZE(a), inp.in_float64)
         set_coefficients(&self.job, <double *>cnp.PyArray_DATA(coef))
-        set_epilogue(&self.job, self.job.z, negative_slope)
+        set_epilogue(&self.job, self.job.z, act_of(act))
         set_output(&self.job, &layout.extents, layout.view(y), cnp.PyArray_ITEMSIZE(y))
         self.isa = active
         # From here on no Python code: what is seen must be what the values were made from
@@ -193,7 +194,7 @@ cdef class Plan:
         job.x.data = job.g.data = cnp.PyArray_BYTES(x)
         job.y.data = cnp.PyArray_BYTES(y)
         if residual is not None:
-            set_epilogue(&job, self.layout.view(residual), job.negative_slope)
+            set_epilogue(&job, self.layout.view(residual), job.act)
         choose_stores(&job)
         if job.n_bytes < SMALL:
             apply_here(&job)

@@ -28,7 +28,7 @@ cdef inline cbn_tile tile_of(const Job *job, const Rectangle *r) noexcept nogil:
     t.skip = t.drop = 0
     t.x, t.z = moved(job.x, job.itemsize, r), moved(job.z, job.y_itemsize, r)
     t.g = t.y = t.x    # unused views alias x, so that offsetting their pointers stays defined
-    t.activated, t.negative_slope, t.vanishing = job.activated, job.negative_slope, job.vanishing
+    t.activated, t.act, t.vanishing = job.activated, job.act, job.vanishing
     t.checked = False
     t.x_copy.data = t.dh.data = t.w.data = NULL
     t.count_c = NULL
@@ -64,7 +64,7 @@ cdef inline cbn_tile tile_to_apply(const Job *job, const Rectangle *r) noexcept 
     if job.backward:
         t.z.data, t.activated = NULL, False    # dh has them in it
     # A residual or a slope can bring back what has overflowed
-    if t.activated and (t.z.data != NULL or (t.negative_slope != 0 and t.negative_slope != 1)):
+    if t.activated and (t.z.data != NULL or (t.act.slope != 0 and t.act.slope != 1)):
         t.checked = may_overflow(job, r.c, r.c + r.n_channels)
     if job.itemsize == 8 and not (job.fits or channels_fit(job, r.c, r.c + r.n_channels)):
         t.activated = t.checked = True    # only to look at what comes out: no residual, and forward a slope of 1

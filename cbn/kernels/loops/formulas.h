@@ -66,15 +66,19 @@ INLINE vec LOOP(applied)(vec x, vec g, const vec *f, const int backward)
 
 typedef struct {
     int kind; /* PLAIN, ACTIVATED or CHECKED */
-    real negative_slope;
+    real slope;
     real vanishing; /* the largest number that y's type takes for zero */
-    double slope_d; /* negative_slope, for float64 */
+    double slope_d; /* slope, for float64 */
+    int clips;      /* whether there are bounds, and a slope of 1 */
+    real low, high;
 } LOOP(activation);
 
 INLINE LOOP(activation) LOOP(activation_of)(const cbn_tile *t)
 {
     const int kind = !t->activated ? PLAIN : t->checked ? CHECKED : ACTIVATED;
-    return (LOOP(activation)){kind, (real)t->negative_slope, (real)t->vanishing, t->negative_slope};
+    const int clips = t->act.low > -INFINITY || t->act.high < INFINITY;
+    return (LOOP(activation)){kind,  (real)t->act.slope,    (real)t->vanishing,    t->act.slope,
+                              clips, (real)t->act.low, (real)t->act.high};
 }
 
 /* Lanes begin to end of y or dx from the i-th element on, before the activation; z may be NULL. If `kind` is CHECKED,
@@ -101,7 +105,11 @@ INLINE vec LOOP(unchecked)(const elem *x, const elem *g, const elem_out *z, ptrd
     const vec a = LOOP(before)(x, g, z, i, begin, end, f, kind, backward, seen);
     if (kind == PLAIN || backward)
         return a;
-    return select(a <= 0, act.negative_slope != 0 ? a * act.negative_slope : (vec){0}, a);
+    if (act.clips) {
+        const vec low = splat(act.low), high = splat(act.high), below = select(a < low, low, a);
+        return select(below > high, high, below);
+    }
+    return select(a <= 0, act.slope != 0 ? a * act.slope : (vec){0}, a);
 }
 
 /* A larger range; where long double is double, float64 has none. */
@@ -123,7 +131,10 @@ TARGET static __attribute__((noinline, cold)) vec LOOP(checked)(const elem *x, c
                                         : d * scale + term + z_[k];
         if (a[k] - a[k] == 0)
             continue;
-        y[k] = (real)(backward || !(b <= 0) ? b : act->slope_d != 0 ? b * act->slope_d : 0);
+        if (act->clips && !backward)
+            y[k] = b < act->low ? act->low : b > act->high ? act->high : (real)b;
+        else
+            y[k] = (real)(backward || !(b <= 0) ? b : act->slope_d != 0 ? b * act->slope_d : 0);
     }
     return y;
 }
@@ -157,7 +168,7 @@ INLINE vec LOOP(value)(const elem *x, const elem *g, const elem_out *z, ptrdiff_
 INLINE int LOOP(stays_normal)(const cbn_tile *m, real term, LOOP(activation) act, const int backward)
 {
 #if HAVE_PACK_NORMAL
-    const int selects = act.kind == PLAIN || act.negative_slope == 0;
+    const int selects = act.kind == PLAIN || act.slope == 0;
     return !backward && !m->z.data && selects && (term >= 1e-20f || term <= -1e-20f);
 #else
     (void)m, (void)term, (void)act, (void)backward;
@@ -188,7 +199,7 @@ typedef struct {
  * forward pass, by the very code of the forward apply: y was positive exactly where this is larger than `vanishing`. */
 INLINE vec LOOP(input)(const elem *x, const elem_out *z, ptrdiff_t i, ptrdiff_t end, const vec *f, const int kind)
 {
-    const LOOP(activation) none = {.kind = CHECKED, .negative_slope = 1, .slope_d = 1};
+    const LOOP(activation) none = {.kind = CHECKED, .slope = 1, .slope_d = 1};
     vec seen = {0};
     const vec a = LOOP(before)(x, NULL, z, i, 0, end, f, kind, 0, &seen);
     return LOOP(check)(a, seen, x, NULL, z, i, 0, end, f, none, kind, 0);
@@ -214,6 +225,11 @@ INLINE dvec LOOP(masked)(LOOP(source) p, ptrdiff_t i, ptrdiff_t n, const real *i
     const rvec g = n == DLANES ? load_r(p.g + i) : load_first_r(p.g + i, n);
     rvec a;
     memcpy(&a, input, sizeof a);
+    if (act.clips) {
+        const rvec dh = select_r((a <= act.low) | (a >= act.high), (rvec){0}, g);
+        store_r(p.dh + i, dh, n);
+        return widened(dh);
+    }
     if (act.slope_d == 0) {
         const rvec dh = select_r(a <= act.vanishing, (rvec){0}, g);
         store_r(p.dh + i, dh, n);
