@@ -14,6 +14,7 @@ coefficients, apply them element by element.
 `cbn.steps`               the work of a call around the passes, and the context of backward
 `cbn.moments`             count, mean and sum of squared distances; exact merge
 `cbn.running`             the statistics of a stream
+`cbn.scaling`             standardize, with given statistics
 `cbn.inputs`              arguments in the form that the passes read
 `cbn.checks`              checks of arguments that layers and functions share, with their messages
 `cbn.entries`             entries of state dicts and files
@@ -48,6 +49,7 @@ from .fuse import fuse_bn_linear, fuse_conv_bn, fuse_linear_bn
 from .memory import empty_cache
 from .moments import Moments, moments
 from .running import RunningMoments
+from .scaling import standardize
 from .storage import load
 from .threads import get_num_threads, num_threads, set_num_threads
 
@@ -79,5 +81,6 @@ __all__ = [
     "set_check_inputs",
     "set_num_threads",
     "show_config",
+    "standardize",
     "to_torch_state",
 ]

@@ -10,11 +10,12 @@ import numpy as np
 import numpy.typing as npt
 
 from . import checks, entries, storage
-from .checks import ArrayLike, Doubles, Number
+from .checks import Array, ArrayLike, Doubles, Number
 from .inputs import as_measured, as_weights
 from .kernels import arrays, calls, channels
 from .memory import retried
 from .moments import Moments, measure, variance
+from .scaling import Clip, ZeroVar, options, standardize_running
 
 __all__ = ["RunningMoments"]
 
@@ -199,6 +200,53 @@ class RunningMoments:
                 mask = np.broadcast_to(mask, a.shape).reshape(features)
         inp = as_measured(a.reshape(features), -1)
         return measure(inp, as_weights(inp, mask, weights), self._skipna, self._extrema)
+
+    def standardize(
+        self,
+        x: ArrayLike,
+        *,
+        eps: Number = 1e-8,
+        clip: Clip = None,
+        center: bool = True,
+        zero_var: ZeroVar = "eps",
+        out: Array | None = None,
+        dtype: npt.DTypeLike = None,
+    ) -> Array:
+        """Standardize observations with the mean and the biased variance of all values so far.
+
+        Parameters
+        ----------
+        x : array_like
+            Observations, as for `update`.
+        eps, clip, center, zero_var, out, dtype
+            As for `cbn.standardize`.
+
+        Returns
+        -------
+        ndarray
+            The result with x's shape; `out` if given. A feature of which nothing has been seen is NaN.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `cbn.standardize`.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import cbn
+        >>> running = cbn.RunningMoments(1).update(np.array([[0.0], [2.0]]))
+        >>> running.standardize(np.array([[5.0], [1.0]]), clip=3)
+        array([[3.],
+               [0.]])
+        """
+        if dtype is None and len(self._shape) == 1:
+            axis = -1 if self._channel_axis is None else self._channel_axis
+            y = calls.standardize_running(self._state, x, axis, out, eps, zero_var, clip, center)
+            if y is not None:
+                return y
+        how = options(eps, False, zero_var, clip, center)
+        return standardize_running(self._state, x, self._shape, self._channel_axis, how, out, dtype)
 
     def merge(self, other: RunningMoments | Moments) -> RunningMoments:
         """Take in what another object has seen, and return this one.

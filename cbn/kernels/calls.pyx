@@ -34,7 +34,7 @@ from .arrays cimport (
     view_of,
 )
 from .channels cimport move_running
-from .coefficients cimport FORWARD_ROWS, inverse_std, solve_forward
+from .coefficients cimport FORWARD_ROWS, inverse_std, solve_forward, solve_standard
 from .engine cimport (
     SMALL,
     apply,
@@ -563,3 +563,103 @@ def update_running(cnp.ndarray state, x, tuple shape, bint skipna, bint extrema)
     merge_rows(<double *>cnp.PyArray_DATA(state), room_c, C, extrema)
     free(room_c)
     return True
+
+
+# ---- standardize -----------------------------------------------------------------------------------------------
+
+cdef struct Standard:    # what `standardize` is asked for, but its statistics
+    double eps
+    bint outside, zero_is_one, centered
+    cbn_act clip
+
+
+cdef cnp.ndarray standardized(Prepared p, cnp.ndarray x, object out, const Standard *how, double *room_c):
+    """y, from the mean and the variance that are behind the coefficients in `room_c`; None for another `out`."""
+    cdef Job job
+    cdef cnp.ndarray y
+    cdef Py_ssize_t C = p.layout.extents.C
+    cdef double *mean_c = room_c + FORWARD_ROWS * C
+    if not set_arrays(p, &job, x, out, None, how.clip):
+        return None
+    y = empty_like(x) if out is None else out
+    solve_standard(room_c, C, mean_c if how.centered else NULL, mean_c + C, how.eps, how.outside, how.zero_is_one)
+    job.y.data = cnp.PyArray_BYTES(y)
+    set_coefficients(&job, room_c)
+    choose_stores(&job)
+    if job.n_bytes < SMALL:
+        apply_here(&job)
+    else:
+        with nogil:
+            apply(&job)
+    return y
+
+
+cdef bint find_standard(Standard *how, eps, eps_outside, zero_var, clip, center) noexcept:
+    """Whether the options are of the kind that most calls have; then what they are."""
+    how.clip.slope, how.clip.low, how.clip.high = 1, -INFINITY, INFINITY
+    if not is_epsilon(eps, False) or type(eps_outside) is not bool or type(center) is not bool \
+            or type(zero_var) is not str:
+        return False
+    how.eps, how.outside, how.centered = eps, eps_outside, center
+    how.zero_is_one = <str>zero_var == "one"
+    if not how.zero_is_one and <str>zero_var != "eps":
+        return False
+    if clip is None:
+        return True
+    if type(clip) is float or type(clip) is int:
+        how.clip.high = clip
+        how.clip.low = -how.clip.high
+    elif type(clip) is tuple and len(<tuple>clip) == 2 and type((<tuple>clip)[0]) is float \
+            and type((<tuple>clip)[1]) is float:
+        how.clip.low, how.clip.high = <tuple>clip
+    else:
+        return False
+    return how.clip.low <= how.clip.high
+
+
+def standardize(x, mean, var, channel_axis, out, eps, eps_outside, zero_var, clip, center):
+    """y of `cbn.standardize` for an x of y's dtype, or None."""
+    cdef Prepared p = prepared_for(x, channel_axis)
+    cdef Standard how
+    cdef Py_ssize_t c, C
+    cdef double *room_c
+    cdef double *var_c
+    if p is None or mean is None or var is None or not find_standard(&how, eps, eps_outside, zero_var, clip, center):
+        return None
+    C = p.layout.extents.C
+    if not is_per_channel(mean, C, False) or not is_per_channel(var, C, False):
+        return None
+    room_c = <double *>malloc((FORWARD_ROWS + 2) * C * sizeof(double))
+    if room_c == NULL:
+        return None
+    try:
+        copied(room_c + FORWARD_ROWS * C, mean, C)
+        var_c = copied(room_c + (FORWARD_ROWS + 1) * C, var, C)
+        for c in range(C):
+            if var_c[c] < 0:
+                return None
+        return standardized(p, x, out, &how, room_c)
+    finally:
+        free(room_c)
+
+
+def standardize_running(cnp.ndarray state, x, channel_axis, out, eps, zero_var, clip, center):
+    """The same with the mean and the biased variance of the state of `RunningMoments`."""
+    cdef Prepared p = prepared_for(x, channel_axis)
+    cdef Standard how
+    cdef Py_ssize_t c, C = cnp.PyArray_DIM(state, 1)
+    cdef double *room_c
+    cdef double *rows_c = <double *>cnp.PyArray_DATA(state)
+    if p is None or p.layout.extents.C != C or not is_state(state, C) \
+            or not find_standard(&how, eps, False, zero_var, clip, center):
+        return None
+    room_c = <double *>malloc((FORWARD_ROWS + 2) * C * sizeof(double))
+    if room_c == NULL:
+        return None
+    try:
+        memcpy(room_c + FORWARD_ROWS * C, rows_c + MEAN_ROW * C, C * sizeof(double))
+        for c in range(C):
+            room_c[(FORWARD_ROWS + 1) * C + c] = rows_c[M2_ROW * C + c] / rows_c[c]
+        return standardized(p, x, out, &how, room_c)
+    finally:
+        free(room_c)

@@ -66,6 +66,23 @@ static inline void cbn_solve_forward(double *coef, ptrdiff_t C, ptrdiff_t first,
         memset(coef + CBN_OFFSET * C + first, 0, n_bytes);
 }
 
+/* y = (x - mean)*s, s = 1/sqrt(var + eps); or 1/(sqrt(var) + eps) if eps is `outside`. Where the variance is 0 it is 1 if
+ * `zero_is_one`. mean NULL: y = x*s, and offset -0 keeps the sign of a zero. */
+static inline void cbn_solve_standard(double *coef, ptrdiff_t C, const double *mean, const double *var, double eps,
+                                      int outside, int zero_is_one)
+{
+    double *scale = coef + CBN_SCALE * C, *offset = coef + CBN_OFFSET * C;
+    if (mean)
+        memcpy(coef + CBN_MEAN * C, mean, (size_t)C * sizeof *coef);
+    else
+        memset(coef + CBN_MEAN * C, 0, (size_t)C * sizeof *coef);
+    for (ptrdiff_t c = 0; c < C; c++) {
+        const double divisor = outside ? sqrt(var[c]) + eps : sqrt(var[c] + eps);
+        scale[c] = 1 / (zero_is_one && var[c] == 0 ? 1 : divisor);
+        offset[c] = mean ? 0 : -0.0;
+    }
+}
+
 /* A bound of what the lower one of the two floats that are a mean contributes (loops/formulas.h). */
 static inline double cbn_lower_part(double mean, double scale)
 {

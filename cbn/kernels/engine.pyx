@@ -5,8 +5,8 @@ from cython.parallel cimport prange
 from libc.math cimport INFINITY
 from libc.stdlib cimport labs
 
-from .job cimport BF16, F16, F32, F64, I8, I16, U8, U16, Element, Job, channels_fit, count, is_identity, is_integer, loop_of
-from .kernels cimport CBN_COUNT_ROWS, cbn_act, cbn_built, cbn_highest, cbn_loop, cbn_tile, cbn_view
+from .job cimport BF16, F16, F32, F64, I8, I16, I32, U8, U16, Element, Job, channels_fit, count, is_identity, is_integer, loop_of
+from .kernels cimport CBN_COUNT_ROWS, cbn_act, cbn_built, cbn_conversion, cbn_highest, cbn_loop, cbn_tile, cbn_view
 from .partition cimport (
     CACHE_LINE,
     LONG_RUN,
@@ -37,7 +37,7 @@ from .statistics cimport (
     merge,
     solve,
 )
-from .tiles cimport apply_tile, in_copy, tile_to_apply, tile_to_reduce, to_cache_lines
+from .tiles cimport apply_tile, in_copy, tile_of, tile_to_apply, tile_to_reduce, to_cache_lines
 
 import os
 
@@ -301,6 +301,7 @@ cdef Job make_job(const Extents *e, cbn_view x, Element element, Py_ssize_t item
     job.weights.data = NULL
     job.count_c = job.min_c = job.max_c = NULL
     job.partial_rows = 2
+    job.widen = job.narrow = NULL
     job.eps = 0
     job.vanishing = vanishing(element)
     if element == F64:
@@ -355,6 +356,38 @@ cdef void set_output(Job *job, const Extents *e, cbn_view y, Py_ssize_t itemsize
     choose_stores(job)
 
 
+cdef void set_conversion(Job *job, const Extents *e, cbn_view y, Element y_element, Py_ssize_t y_itemsize) noexcept nogil:
+    """Let `apply` write y, of another type than x, with float32 arithmetic if that holds both, else float64's."""
+    cdef bint wide = job.in_float64 or y_element == F64 or job.element == F64 or job.element == I32
+    job.widen = widening(job, wide)
+    job.narrow = narrowing(y_element, wide)
+    job.x_itemsize, job.y_itemsize, job.y = job.itemsize, y_itemsize, y
+    job.n_bytes = e.C * e.N * e.S * max(job.x_itemsize, y_itemsize)
+    job.element, job.itemsize, job.in_float64 = F64 if wide else F32, 8 if wide else 4, wide
+    job.loops = active.f64 if wide else active.f32
+    job.loops_in_float64 = active.f64 if wide else active.f32_in_f64
+    job.apply = rows_grid(e, job.itemsize, False) if e.rows else runs_grid(e, False)
+    job.nontemporal = job.prefetch = False
+
+
+cdef cbn_conversion widening(const Job *job, bint wide) noexcept nogil:
+    if is_integer(job):
+        return job.loops.widen_f64 if wide else job.loops.widen
+    if job.element == F64:
+        return active.f64.widen
+    return job.loops_in_float64.widen if wide else job.loops.widen
+
+
+cdef cbn_conversion narrowing(Element y, bint wide) noexcept nogil:
+    if y == F64:
+        return active.f64.narrow
+    if y == F32:
+        return active.f32_in_f64.narrow if wide else active.f32.narrow
+    if y == F16:
+        return active.f16_in_f64.narrow if wide else active.f16.narrow
+    return active.bf16_in_f64.narrow if wide else active.bf16.narrow
+
+
 cdef Py_ssize_t traffic(const Job *job) noexcept nogil:
     return (3 if job.backward or job.z.data != NULL else 2) * job.n_bytes
 
@@ -385,6 +418,10 @@ cdef void choose_prefetch(Job *job) noexcept nogil:
     """
     job.prefetch = prefetch and leaves_the_caches(job)
 
+
+cdef enum:
+    CONVERTED = 4096           # float64 values that are converted at once: they stay in L1
+    CONVERTED_COLUMNS = 256
 
 # ---- running a job: no result depends on the order of the work, or on who does it ------------------------------
 
@@ -423,6 +460,82 @@ cdef void apply_items(Job *job, Py_ssize_t begin, Py_ssize_t end, int thread) no
         if job.apply.rows:
             to_cache_lines(job, &t, r.c == 0, r.c + r.n_channels == job.apply.C)
         apply_tile(job, &t, job.apply.rows)
+
+
+cdef void convert_items(Job *job, Py_ssize_t begin, Py_ssize_t end, int thread) noexcept nogil:
+    """`apply_items` between types, by way of a buffer."""
+    cdef Py_ssize_t item
+    cdef Rectangle r
+    for item in range(begin, end):
+        r = rectangle(&job.apply, item)
+        if job.apply.rows:
+            convert_rows(job, &r)
+        else:
+            convert_runs(job, &r)
+
+
+cdef void convert_rows(Job *job, const Rectangle *r) noexcept nogil:
+    """As many rows at once as the buffer holds of some columns: the loops set up factors for each column each time."""
+    cdef double buffer[CONVERTED]
+    cdef Py_ssize_t c = r.c, n, rows, columns, most, last = r.c + r.n_channels, end = r.n + r.n_runs
+    cdef cbn_tile t = tile_of(job, r)
+    t.x.data, t.x.c = <char *>buffer, 1
+    while c < last:
+        columns = t.n_channels = t.x.n = min(CONVERTED_COLUMNS, last - c)
+        t.y = t.g = t.x
+        t.coef_c = job.coef_c + c
+        most = CONVERTED * <Py_ssize_t>sizeof(double) // (columns * job.itemsize)
+        n = r.n
+        while n < end:
+            rows = t.n_runs = min(most, end - n)
+            convert_some(job.widen, job.x.data + (n * job.x.n + c) * job.x_itemsize, job.x.n * job.x_itemsize,
+                         <char *>buffer, columns * job.itemsize, rows, columns, job.x.n == columns)
+            apply_tile(job, &t, True)
+            convert_some(job.narrow, <char *>buffer, columns * job.itemsize,
+                         job.y.data + (n * job.y.n + c) * job.y_itemsize, job.y.n * job.y_itemsize, rows, columns,
+                         job.y.n == columns)
+            n += rows
+        c += columns
+
+
+cdef void convert_runs(Job *job, const Rectangle *r) noexcept nogil:
+    """As many runs at once as the buffer holds, or a part of one."""
+    cdef double buffer[CONVERTED]
+    cdef Py_ssize_t n, c, s, runs, length, room = CONVERTED * <Py_ssize_t>sizeof(double) // job.itemsize
+    cdef Py_ssize_t last = r.c + r.n_channels, end = r.s + r.length
+    cdef Py_ssize_t most = max(1, room // r.length), at_once = min(room, r.length)
+    cdef cbn_tile t = tile_of(job, r)
+    t.n_runs = 1
+    for n in range(r.n, r.n + r.n_runs):
+        c = r.c
+        while c < last:
+            runs = t.n_channels = min(most, last - c)
+            t.coef_c = job.coef_c + c
+            s = r.s
+            while s < end:
+                length = t.length = min(at_once, end - s)
+                t.x.data, t.x.n, t.x.c = <char *>buffer, 0, length
+                t.y = t.g = t.x
+                convert_some(job.widen, job.x.data + (c * job.x.c + n * job.x.n + s) * job.x_itemsize,
+                             job.x.c * job.x_itemsize, <char *>buffer, length * job.itemsize, runs, length,
+                             job.x.c == length)
+                apply_tile(job, &t, False)
+                convert_some(job.narrow, <char *>buffer, length * job.itemsize,
+                             job.y.data + (c * job.y.c + n * job.y.n + s) * job.y_itemsize, job.y.c * job.y_itemsize,
+                             runs, length, job.y.c == length)
+                s += length
+            c += runs
+
+
+cdef void convert_some(cbn_conversion convert, const char *source, Py_ssize_t source_step, char *to, Py_ssize_t to_step,
+                       Py_ssize_t runs, Py_ssize_t length, bint joined) noexcept nogil:
+    """Runs or rows, at once if they are `joined`, one behind the other on both sides."""
+    cdef Py_ssize_t k
+    if joined:
+        convert(source, to, runs * length)
+        return
+    for k in range(runs):
+        convert(source + k * source_step, to + k * to_step, length)
 
 
 cdef void choose_tiles(Job *job) noexcept nogil:
@@ -570,7 +683,7 @@ cdef void apply(Job *job) noexcept nogil:
     cdef Py_ssize_t arrays = 3 if job.backward else 2
     cdef int threads = threads_for(arrays * job.n_bytes, most_items(&job.apply, job.itemsize))
     share(&job.apply, job.itemsize, threads)
-    run(apply_items, job, n_items(&job.apply), threads)
+    run(apply_items if job.widen == NULL else convert_items, job, n_items(&job.apply), threads)
 
 
 cdef void apply_here(Job *job) noexcept nogil:

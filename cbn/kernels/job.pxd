@@ -2,7 +2,7 @@
 from libc.math cimport INFINITY
 
 from .coefficients cimport all_fit
-from .kernels cimport cbn_act, cbn_loop, cbn_loops, cbn_view
+from .kernels cimport cbn_act, cbn_conversion, cbn_loop, cbn_loops, cbn_view
 from .partition cimport Grid
 
 cdef enum Element:    # what an array holds
@@ -35,6 +35,10 @@ cdef struct Job:
     Py_ssize_t copy_bytes       # of this size
     Py_ssize_t copy_n, copy_c   # and with these strides
     bint copying                # apply reads the copy
+    # Apply from and to other types than the arithmetic's, which `element` is
+    cbn_conversion widen        # NULL: none
+    cbn_conversion narrow
+    Py_ssize_t x_itemsize
     double eps
     double *weight_c            # C, or NULL: ones
     double *bias_c              # C, or NULL: zeros

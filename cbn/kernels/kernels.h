@@ -95,9 +95,16 @@ enum {
     CBN_COUNT_ROWS,
 };
 
+/* n elements, one behind the other, as numbers of another type. */
+typedef void (*cbn_conversion)(const void *from, void *to, ptrdiff_t n);
+
+/* Of one element type. */
 typedef struct {
     cbn_loop forward_runs, forward_rows, backward_runs, backward_rows;
-} cbn_loops; /* of one element type */
+    cbn_conversion widen;  /* to the type of the arithmetic; of integers (sums_*) to float32 */
+    cbn_conversion widen_f64; /* of integers alone: to float64 */
+    cbn_conversion narrow; /* from the type of the arithmetic to y's, rounded to nearest; not of integers */
+} cbn_loops;
 
 typedef struct {
     const char *name;

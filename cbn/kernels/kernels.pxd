@@ -27,8 +27,10 @@ cdef extern from "kernels.h" nogil:
         bint skipna, extremes
         cbn_view x_copy, dh
     ctypedef void (*cbn_loop)(const cbn_tile *apply, const cbn_tile *reduction) noexcept nogil
+    ctypedef void (*cbn_conversion)(const void *source, void *to, Py_ssize_t n) noexcept nogil
     ctypedef struct cbn_loops:
         cbn_loop forward_runs, forward_rows, backward_runs, backward_rows
+        cbn_conversion widen, widen_f64, narrow
     ctypedef struct cbn_isa:
         const char *name
         const cbn_loops *f32

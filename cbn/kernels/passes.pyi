@@ -34,6 +34,17 @@ def apply(
     residual: _Array | None = None,
     act: tuple[float, float, float] | None = None,
 ) -> None: ...
+def convert(
+    layout: Layout,
+    x: _Array,
+    y: _Array,
+    coef: _Doubles,
+    in_float64: bool = False,
+    act: tuple[float, float, float] | None = None,
+) -> None: ...
+def standard_coefficients(
+    mean: _Doubles | None, var: _Doubles, eps: float, outside: bool, zero_is_one: bool
+) -> _Doubles: ...
 def normalize(
     layout: Layout,
     x: _Array,

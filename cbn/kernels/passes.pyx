@@ -27,6 +27,7 @@ from .coefficients cimport (
     inverse_std as invert,
     solve_backward,
     solve_forward,
+    solve_standard,
     takes_float64,
 )
 from .engine cimport (
@@ -37,10 +38,11 @@ from .engine cimport (
     set_epilogue,
     set_output,
     choose_stores,
+    set_conversion,
     set_count,
     vanishing,
 )
-from .job cimport BF16, F16, F32, Job, is_integer
+from .job cimport BF16, F16, F32, Element, Job, is_integer
 from .kernels cimport CBN_IN_FLOAT64, cbn_view
 from .partition cimport Extents
 from .statistics cimport cbn_merge_moments
@@ -191,6 +193,26 @@ def apply(Layout layout, cnp.ndarray x, cnp.ndarray y, cnp.ndarray coef, bint in
     write_to(&job, layout, y)
     with nogil:
         run_apply(&job)
+
+
+def convert(Layout layout, cnp.ndarray x, cnp.ndarray y, cnp.ndarray coef, bint in_float64=False, act=None):
+    """`apply` for an x of any type that `moments` takes and a y of any floating one, without a residual."""
+    cdef Job job = job_of(layout, x, in_float64)
+    cdef Element element = element_of(y)
+    check_coefficients(coef, FORWARD_ROWS, layout)
+    set_epilogue(&job, job.z, act_of(act))
+    set_conversion(&job, &layout.extents, layout.view(y), element, cnp.PyArray_ITEMSIZE(y))
+    set_coefficients(&job, <double *>cnp.PyArray_DATA(coef))
+    with nogil:
+        run_apply(&job)
+
+
+def standard_coefficients(cnp.ndarray mean, cnp.ndarray var, double eps, bint outside, bint zero_is_one):
+    """(3, C): mean (or zeros for None), scale = 1/sqrt(var + eps) or as the other two say, and no offset."""
+    cdef Py_ssize_t C = cnp.PyArray_SIZE(var)
+    cdef cnp.ndarray coef = new_coefficients(FORWARD_ROWS, C)
+    solve_standard(<double *>cnp.PyArray_DATA(coef), C, doubles(mean, C), doubles(var, C), eps, outside, zero_is_one)
+    return coef
 
 
 def normalize(Layout layout, cnp.ndarray x, cnp.ndarray y, cnp.ndarray weight, cnp.ndarray bias, double eps,

@@ -1,4 +1,4 @@
-/* integers.h: exact sums of integers, and their smallest and largest: a template for one integer type. Plain loops, of
+/* integers.h: exact sums of integers, their smallest and largest, and their conversion: a template for one integer type. Plain loops, of
  * which a compiler makes vectors. What they add up fits its type, since they add up few at a time: with the smallest
  * types that hold a few sums these loops go through twice as much memory as with 32 bits.
  *
@@ -158,7 +158,28 @@ INLINE void LOOP(some_integer_rows)(const cbn_tile *r, const int extremes)
 INTEGERS(runs)
 INTEGERS(rows)
 
-const cbn_loops LOOP(loops) = {.forward_runs = LOOP(integer_runs), .forward_rows = LOOP(integer_rows)};
+TARGET static void LOOP(widen)(const void *from, void *to, ptrdiff_t n)
+{
+    const INT *restrict x = from;
+    float *restrict r = to;
+    for (ptrdiff_t i = 0; i < n; i++)
+        r[i] = (float)x[i];
+}
+
+TARGET static void LOOP(widen_f64)(const void *from, void *to, ptrdiff_t n)
+{
+    const INT *restrict x = from;
+    double *restrict r = to;
+    for (ptrdiff_t i = 0; i < n; i++)
+        r[i] = x[i];
+}
+
+const cbn_loops LOOP(loops) = {
+    .forward_runs = LOOP(integer_runs),
+    .forward_rows = LOOP(integer_rows),
+    .widen = LOOP(widen),
+    .widen_f64 = LOOP(widen_f64),
+};
 
 #undef INTEGERS
 #undef FEW

@@ -119,7 +119,40 @@ ENTRIES(backward, runs, 1)
 ENTRIES(backward, rows, 1)
 #endif
 
+/* ---- conversions, for arrays whose type the other loops do not have on both sides ----------------------------- */
+
+TARGET static void LOOP(widen)(const void *from, void *to, ptrdiff_t n)
+{
+    const elem *x = from;
+    real *r = to;
+    ptrdiff_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        const vec v = load(x + i);
+        memcpy(r + i, &v, sizeof v);
+    }
+    if (i < n) {
+        const vec v = load_part(x + i, 0, n - i);
+        memcpy(r + i, &v, (size_t)(n - i) * sizeof(real));
+    }
+}
+
+TARGET static void LOOP(narrow)(const void *from, void *to, ptrdiff_t n)
+{
+    const real *r = from;
+    elem_out *y = to;
+    ptrdiff_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        store(y + i, load_real(r + i));
+    if (i < n) {
+        vec v = {0};
+        memcpy(&v, r + i, (size_t)(n - i) * sizeof(real));
+        store_part(y + i, v, 0, n - i);
+    }
+}
+
 const cbn_loops LOOP(loops) = {
+    .widen = LOOP(widen),
+    .narrow = LOOP(narrow),
     .forward_runs = LOOP(forward_runs),
     .forward_rows = LOOP(forward_rows),
 #if !BYTE
