@@ -44,7 +44,6 @@ Number: TypeAlias = float | np.floating[Any] | np.integer[Any]
 Activation = Literal["relu"] | tuple[Literal["leaky_relu"], Number] | tuple[Literal["clip"], Number, Number] | None
 
 
-
 class Act(NamedTuple):
     """An activation as numbers: min(max(l(a), low), high), where l(a) = a*slope where a <= 0, else a."""
 
@@ -457,7 +456,10 @@ def activation(value: Any) -> Act:
 
 def bounds(low: Any, high: Any, name: str) -> tuple[float, float]:
     """The bounds of a clip as floats; they may be infinite."""
-    low, high = number(low, f"the lower bound of {name}", "a number"), number(high, f"the upper bound of {name}", "a number")
+    low, high = (
+        number(low, f"the lower bound of {name}", "a number"),
+        number(high, f"the upper bound of {name}", "a number"),
+    )
     if not low <= high:
         raise ValueError(f"the bounds of {name} must be in order, low <= high, but got {low} and {high}")
     return low, high

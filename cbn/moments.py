@@ -242,8 +242,8 @@ def moments(
         mean  = sum(w*x)/count
         m2    = sum(w*(x - mean)^2)
 
-    A value of weight 0 is not read into any result. Without `skipna` a NaN makes mean, m2, min and max NaN, as in numpy.
-    Where nothing counts, mean and m2 are 0, min is infinity and max is -infinity, so that the merge with others is right.
+    A value of weight 0 is not read into any result. Without `skipna` a NaN makes mean, m2, min and max NaN, as numpy
+    has it. Where nothing counts, mean and m2 are 0, min is infinity and max is -infinity, which merges right.
     Sums of integers are exact: without weights, mean and m2 are the exact quotients, rounded once. :doc:`/numerics` has
     what the sums of floats are, and a bound of their error.
 
@@ -259,7 +259,9 @@ def moments(
     (array([1., 2.]), array([1., 6.]), array([1., 7.]))
     """
     inp = as_measured(x, channel_axis)
-    return measure(inp, as_weights(inp, mask, weights), checks.boolean(skipna, "skipna"), checks.boolean(extrema, "extrema"))
+    return measure(
+        inp, as_weights(inp, mask, weights), checks.boolean(skipna, "skipna"), checks.boolean(extrema, "extrema")
+    )
 
 
 def measure(inp: Input, weights: Doubles | Any = None, skipna: bool = False, extrema: bool = False) -> Moments:

@@ -134,7 +134,9 @@ def _per_channel(value: Any, name: str, n_channels: int) -> Doubles:
     """A statistic as (C,) float64 values."""
     a = checks.doubles(value, name)
     if a.shape not in ((), (n_channels,)):
-        raise ValueError(f"{name} has shape {a.shape}; expected ({n_channels},), the channels of the input, or one number")
+        raise ValueError(
+            f"{name} has shape {a.shape}; expected ({n_channels},), the channels of the input, or one number"
+        )
     if name == "var" and np.any(a < 0):
         raise ValueError(f"var must not be negative, but got {a[a < 0].flat[0]}")
     return np.array(np.broadcast_to(a, n_channels))
@@ -177,8 +179,9 @@ def _result_dtype(x: np.dtype[Any], out: Array | None, dtype: npt.DTypeLike) -> 
         found = np.dtype(object)
     native = checks.native_input(found)
     if native is None:
-        name = "dtype" if dtype is not None else "out has dtype, which"
-        raise TypeError(f"{name} must be {checks.INPUTS}, not {wanted!r}")
+        if dtype is None:
+            raise TypeError(f"out has dtype {wanted}; expected {checks.INPUTS}")
+        raise TypeError(f"dtype must be {checks.INPUTS}, not {wanted!r}")
     return native
 
 
@@ -204,8 +207,8 @@ def standardize_running(
     if target is not None and target.flags.c_contiguous:
         standardized(a.reshape(flat), mean, var, len(flat) - 1, how, target.reshape(flat), dtype)
         return out  # type: ignore[no-any-return]
-    y = standardized(a.reshape(flat), mean, var, len(flat) - 1, how, None, dtype or (target if target is None else target.dtype))
+    y = standardized(
+        a.reshape(flat), mean, var, len(flat) - 1, how, None, dtype or (target if target is None else target.dtype)
+    )
     y = y.reshape(a.shape)
     return y if out is None else copied_into(y, out)
-
-

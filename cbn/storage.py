@@ -1,4 +1,4 @@
-"""Layers, and statistics of streams, in files: numpy's .npz or safetensors, with a JSON header. Loading runs no code of the file.
+"""Layers and statistics in files: numpy's .npz or safetensors, with a JSON header. Loading runs no code of the file.
 
 `load` trusts no file. The header says which arrays the layer has, so their sizes are known. `load` compares them with
 the sizes in the file before it reads an array, and every read is bounded.
@@ -64,7 +64,9 @@ class Arrays:
 BUILDERS: dict[str, Callable[[Any, Arrays, bool], Any]] = {}
 
 
-def save_content(file: Path | BinaryIO, header: dict[str, Any], arrays: dict[str, Array], allow_nonfinite: bool) -> None:
+def save_content(
+    file: Path | BinaryIO, header: dict[str, Any], arrays: dict[str, Array], allow_nonfinite: bool
+) -> None:
     """Write class, arguments and arrays of what is no layer."""
     header = {"format": FORMAT, **header, "arrays": sorted(arrays)}
     _save(file, header, arrays, allow_nonfinite, False)

@@ -260,7 +260,11 @@ def test_refusals():
     x = np.zeros((6, 3, 5), np.float32)
     for arguments, error, words in (
         ({"mask": np.ones(6)}, TypeError, "mask has dtype float64; expected bool"),
-        ({"mask": np.ones(7, bool)}, ValueError, r"mask has shape \(7,\), which broadcasts neither to \(6, 5\), the input"),
+        (
+            {"mask": np.ones(7, bool)},
+            ValueError,
+            r"mask has shape \(7,\), which broadcasts neither to \(6, 5\), the input",
+        ),
         ({"mask": None, "weights": np.ones(3)}, ValueError, r"weights has shape \(3,\); expected \(6,\)"),
         ({"weights": [1, 1, 1, 1, 1, np.nan]}, ValueError, "weights must be finite and not negative, but got nan"),
         ({"weights": [1, 1, 1, 1, 1, -2]}, ValueError, "not negative, but got -2"),

@@ -88,9 +88,7 @@ def test_activation_and_residual_forward_and_backward(isa, parallel, rng, dtype,
 @pytest.mark.parametrize("dtype", LARGE_RANGE)
 @pytest.mark.parametrize("with_residual", [False, True], ids=["alone", "residual"])
 @pytest.mark.parametrize("activation", [("leaky_relu", 0.5), ("clip", -1.0, 0.5)], ids=["leaky", "clip"])
-def test_every_path_gives_the_same_bits_with_an_activation(
-    isa, parallel, rng, dtype, shape, with_residual, activation
-):
+def test_every_path_gives_the_same_bits_with_an_activation(isa, parallel, rng, dtype, shape, with_residual, activation):
     x, dy, z = rng.standard_normal((3, *shape)).astype(dtype)
     x[:, 3::4] *= 1e36  # channels that take float64 arithmetic
     z[:, 3::4] *= 1e36

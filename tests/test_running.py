@@ -167,7 +167,11 @@ def test_files_that_are_refused(rng):
     assert np.isnan(cbn.load(io.BytesIO(file.getvalue()), allow_nonfinite=True).mean[0])
     good = io.BytesIO()
     RunningMoments(2).save(good)
-    for old, new in ((b'"shape": [2]', b'"shape": [3]'), (b'"skipna"', b'"skipnb"'), (b'"extrema": f', b'"extrema": t')):
+    for old, new in (
+        (b'"shape": [2]', b'"shape": [3]'),
+        (b'"skipna"', b'"skipnb"'),
+        (b'"extrema": f', b'"extrema": t'),
+    ):
         content = good.getvalue()
         old, new = ("".join(chr(b) for b in part).encode("utf-32-le") for part in (old, new))
         assert content.count(old) == 1
