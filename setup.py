@@ -174,6 +174,7 @@ EXTENSIONS = {
     "passes": ["passes.pyx"],
     "arrays": ["arrays.pyx", "pool.c"],
     "calls": ["calls.pyx"],
+    "running": ["running.pyx"],
     "plans": ["plans.pyx"],
     "channels": ["channels.pyx"],
 }

@@ -12,14 +12,15 @@ import numpy.typing as npt
 from . import checks, entries, storage
 from .checks import Array, ArrayLike, Doubles, Number
 from .inputs import as_measured, as_weights
-from .kernels import arrays, calls, channels
+from .kernels import arrays, channels
+from .kernels import running as compiled
 from .memory import retried
 from .moments import Moments, measure, variance
 from .scaling import Clip, ZeroVar, options, standardize_running
 
 __all__ = ["RunningMoments"]
 
-NAMES = ("count", "mean", "m2", "min", "max")  # rows of the state, as calls.pyx knows them
+NAMES = ("count", "mean", "m2", "min", "max")  # rows of the state, as kernels/running.pyx knows them
 
 
 class RunningMoments:
@@ -172,7 +173,7 @@ class RunningMoments:
             For another dtype or shape, and as `cbn.moments` says. Nothing has changed then.
         """
         if mask is None and weights is None and self._channel_axis is None:
-            if calls.update_running(self._state, x, self._shape, self._skipna, self._extrema):
+            if compiled.update(self._state, x, self._shape, self._skipna, self._extrema):
                 return self
         self._merge(arrays.with_room(self._measured, x, mask, weights))
         return self
@@ -242,7 +243,7 @@ class RunningMoments:
         """
         if dtype is None and len(self._shape) == 1:
             axis = -1 if self._channel_axis is None else self._channel_axis
-            y = calls.standardize_running(self._state, x, axis, out, eps, zero_var, clip, center)
+            y = compiled.standardize_running(self._state, x, axis, out, eps, zero_var, clip, center)
             if y is not None:
                 return y
         how = options(eps, False, zero_var, clip, center)
@@ -277,7 +278,7 @@ class RunningMoments:
     def _merge(self, other: Moments) -> None:
         rows = [other.count, other.mean, other.m2]
         rows += [other.min, other.max] if self._extrema else [other.mean, other.mean]
-        calls.merge_running(self._state, np.array(rows), self._extrema)
+        compiled.merge(self._state, np.array(rows), self._extrema)
 
     def reset(self) -> None:
         """Start again: from `prior`, if there is one."""

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from . import checks
 from .checks import NO_ACT, Act, Array, ArrayLike, Doubles, Number
 from .inputs import Input
-from .kernels import calls, channels, passes
+from .kernels import channels, passes, running
 from .steps import copied_into
 
 __all__ = ["standardize"]
@@ -102,7 +102,7 @@ def standardize(
            [ 1.,  0.]], dtype=float32)
     """
     if dtype is None:
-        y = calls.standardize(x, mean, var, channel_axis, out, eps, eps_outside, zero_var, clip, center)
+        y = running.standardize(x, mean, var, channel_axis, out, eps, eps_outside, zero_var, clip, center)
         if y is not None:
             return y
     how = options(eps, eps_outside, zero_var, clip, center)

@@ -97,6 +97,9 @@ def test_imports_run_one_way():
         "memory": {"kernels"},
         "inputs": {"checks", "kernels"},
         "moments": {"checks", "inputs", "kernels"},
+        "scaling": {"checks", "inputs", "kernels", "steps"},
+        "running": {"checks", "entries", "inputs", "kernels", "memory", "moments", "scaling", "storage"},
+        "sklearn": {"checks", "inputs", "kernels", "moments", "scaling", "steps"},
         "steps": {"checks", "inputs", "kernels", "moments"},
         "quantized": {"checks", "inputs", "kernels", "steps"},
         "verbs": {"checks", "inputs", "kernels", "moments", "steps"},
@@ -134,15 +137,21 @@ def test_cimports_run_one_way():
         "partition": {"kernels"},
         "coefficients": {"kernels"},
         "job": {"coefficients", "kernels", "partition"},
-        "statistics": {"coefficients", "job", "partition"},
+        "statistics": {"coefficients", "job", "kernels", "partition"},
+        "conversion": {"job", "kernels", "partition", "tiles"},
         "tiles": {"coefficients", "job", "kernels", "partition"},
-        "engine": {"job", "kernels", "partition", "statistics", "tiles"},
+        "engine": {"conversion", "job", "kernels", "partition", "statistics", "tiles"},
         "arrays": {"engine", "job", "kernels", "partition"},
-        "passes": {"arrays", "coefficients", "engine", "job", "kernels", "scratch"},
+        "passes": {
+            *("arrays", "coefficients", "engine", "job", "kernels", "partition", "scratch", "statistics"),
+        },
         "plans": {"arrays", "coefficients", "engine", "job", "kernels"},
         "channels": {"arrays"},
         "scratch": {"arrays", "coefficients", "engine", "job", "partition"},
         "calls": {"arrays", "channels", "coefficients", "engine", "job", "kernels", "scratch"},
+        "running": {
+            *("arrays", "calls", "coefficients", "engine", "job", "kernels", "partition", "scratch", "statistics"),
+        },
     }
     paths = [p for p in SOURCES if p.suffix in (".pyx", ".pxd")]
     assert {path.stem for path in paths} == set(allowed)

@@ -13,6 +13,7 @@ Where each line is, from a numpy array down to an instruction:
 
     passes.pyx        the entries: one function for each verb and for all of them fused; `Passes` for C and Cython
     calls.pyx         whole calls of the functions, for arguments of the kind that most calls have; scratch.pxd
+    running.pyx       whole calls of statistics: a stream's state moved in place, arrays standardized
     plans.pyx         calls that repeat: everything prepared that does not depend on values
     arrays.pyx        numpy's side: how an array lies in memory (`Layout`, `Input`), memory of outputs; pool.c
     channels.pyx      parameters and statistics of a layer, read and written as one
@@ -23,12 +24,14 @@ Where each line is, from a numpy array down to an instruction:
     statistics.pxd    shifts, merge of partial sums, what has to be reduced again; statistics.h: its loops over channels
     coefficients.h    solve; whether float32 arithmetic does for a channel
     tiles.pxd         an item as the loops see it
+    conversion.pxd    apply from and to other types than the arithmetic's
     kernels.h         the table of loops, and what a loop is given; kernels.pxd is the same for Cython
     select.c          which instruction sets there are, and which of them this processor runs
     sets/             one file for each instruction set, which includes everything below; set.h
     types.h           the element types: a type is one word
     loops/            the loops, a template: formulas.h the arithmetic of an element, runs.h, rows.h and columns.h the
-                      two layouts, stream.h apply alone to runs, prefetch.h what is fetched ahead, loops.h the entries
+                      two layouts, stream.h apply alone to runs, counted.h reductions in which not every value counts
+                      alike, prefetch.h what is fetched ahead, loops.h the entries; integers.h exact sums of integers
     vec/              vectors: vec.h and sums.h for any size, and a header for what each set does better
     half.h            16-bit floats, one at a time
 
@@ -49,7 +52,7 @@ So that a pass gives the same bits with one instruction set, what decides a sum 
 alone. What may change with the machine (threads, caches, kind of store, prefetch) decides no bit.
 """
 
-__all__ = ["arrays", "calls", "channels", "engine", "passes", "plans"]
+__all__ = ["arrays", "calls", "channels", "engine", "passes", "plans", "running"]
 
 
 def _is_compiled() -> bool:
@@ -93,6 +96,6 @@ def _explain(error: ImportError) -> str:
 
 
 try:
-    from . import arrays, calls, channels, engine, passes, plans
+    from . import arrays, calls, channels, engine, passes, plans, running
 except ImportError as error:
     raise ImportError(_explain(error), name="cbn.kernels.engine") from (error if _is_compiled() else None)

@@ -63,27 +63,3 @@ def train_layer(
 def layer_gradients(
     dy: object, inp: Input, weight: _Doubles | None, mean: _Doubles, invstd: _Doubles, out: object
 ) -> tuple[_Array, _Doubles, _Doubles] | None: ...
-def merge_running(state: _Doubles, other: _Doubles, extrema: bool) -> None: ...
-def update_running(state: _Doubles, x: object, shape: tuple[int, ...], skipna: bool, extrema: bool) -> bool: ...
-def standardize(
-    x: object,
-    mean: object,
-    var: object,
-    channel_axis: object,
-    out: object,
-    eps: object,
-    eps_outside: object,
-    zero_var: object,
-    clip: object,
-    center: object,
-) -> _Array | None: ...
-def standardize_running(
-    state: _Doubles,
-    x: object,
-    channel_axis: object,
-    out: object,
-    eps: object,
-    zero_var: object,
-    clip: object,
-    center: object,
-) -> _Array | None: ...

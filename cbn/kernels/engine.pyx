@@ -5,8 +5,9 @@ from cython.parallel cimport prange
 from libc.math cimport INFINITY
 from libc.stdlib cimport labs
 
-from .job cimport BF16, F16, F32, F64, I8, I16, I32, U8, U16, Element, Job, channels_fit, count, is_identity, is_integer, loop_of
-from .kernels cimport CBN_COUNT_ROWS, cbn_act, cbn_built, cbn_conversion, cbn_highest, cbn_loop, cbn_tile, cbn_view
+from .conversion cimport convert_rows, convert_runs, convert_with
+from .job cimport BF16, F16, F32, F64, U8, Element, Job, channels_fit, count, is_identity, is_integer, loop_of, sums_of
+from .kernels cimport CBN_COUNT_ROWS, cbn_act, cbn_built, cbn_highest, cbn_loop, cbn_tile, cbn_view
 from .partition cimport (
     CACHE_LINE,
     LONG_RUN,
@@ -37,7 +38,7 @@ from .statistics cimport (
     merge,
     solve,
 )
-from .tiles cimport apply_tile, in_copy, tile_of, tile_to_apply, tile_to_reduce, to_cache_lines
+from .tiles cimport apply_tile, in_copy, tile_to_apply, tile_to_reduce, to_cache_lines
 
 import os
 
@@ -264,20 +265,6 @@ cdef double vanishing(Element element) noexcept nogil:
     return 2.0 ** -134 if element == BF16 else 0
 
 
-cdef void set_integer_loops(Job *job) noexcept nogil:
-    """Let a job reduce integers; to apply to 8-bit ones, `set_output` chooses others."""
-    job.partial_rows = 2 + CBN_COUNT_ROWS
-    if job.element == U8:
-        job.loops = active.sums_u8
-    elif job.element == I8:
-        job.loops = active.sums_i8
-    elif job.element == U16:
-        job.loops = active.sums_u16
-    else:
-        job.loops = active.sums_i16 if job.element == I16 else active.sums_i32
-    job.loops_in_float64 = job.loops
-
-
 cdef void set_count(Job *job, bint skipna, cbn_view weights) noexcept nogil:
     """Let a forward reduction of floats count. It needs a count_c, with the sums of the weights if there are any."""
     job.counts, job.skipna, job.weights = True, skipna, weights
@@ -313,7 +300,8 @@ cdef Job make_job(const Extents *e, cbn_view x, Element element, Py_ssize_t item
     elif element == BF16:
         job.loops, job.loops_in_float64 = active.bf16, active.bf16_in_f64
     else:
-        set_integer_loops(&job)
+        job.loops = job.loops_in_float64 = sums_of(active, element)    # to apply, `set_output` chooses others
+        job.partial_rows = 2 + CBN_COUNT_ROWS
     job.reduction = rows_grid(e, itemsize, row_follows_row(e, x)) if reads_rows(e, x, itemsize) else runs_grid(e, True)
     if is_integer(&job):
         coarsen(&job.reduction)
@@ -356,38 +344,6 @@ cdef void set_output(Job *job, const Extents *e, cbn_view y, Py_ssize_t itemsize
     choose_stores(job)
 
 
-cdef void set_conversion(Job *job, const Extents *e, cbn_view y, Element y_element, Py_ssize_t y_itemsize) noexcept nogil:
-    """Let `apply` write y, of another type than x, with float32 arithmetic if that holds both, else float64's."""
-    cdef bint wide = job.in_float64 or y_element == F64 or job.element == F64 or job.element == I32
-    job.widen = widening(job, wide)
-    job.narrow = narrowing(y_element, wide)
-    job.x_itemsize, job.y_itemsize, job.y = job.itemsize, y_itemsize, y
-    job.n_bytes = e.C * e.N * e.S * max(job.x_itemsize, y_itemsize)
-    job.element, job.itemsize, job.in_float64 = F64 if wide else F32, 8 if wide else 4, wide
-    job.loops = active.f64 if wide else active.f32
-    job.loops_in_float64 = active.f64 if wide else active.f32_in_f64
-    job.apply = rows_grid(e, job.itemsize, False) if e.rows else runs_grid(e, False)
-    job.nontemporal = job.prefetch = False
-
-
-cdef cbn_conversion widening(const Job *job, bint wide) noexcept nogil:
-    if is_integer(job):
-        return job.loops.widen_f64 if wide else job.loops.widen
-    if job.element == F64:
-        return active.f64.widen
-    return job.loops_in_float64.widen if wide else job.loops.widen
-
-
-cdef cbn_conversion narrowing(Element y, bint wide) noexcept nogil:
-    if y == F64:
-        return active.f64.narrow
-    if y == F32:
-        return active.f32_in_f64.narrow if wide else active.f32.narrow
-    if y == F16:
-        return active.f16_in_f64.narrow if wide else active.f16.narrow
-    return active.bf16_in_f64.narrow if wide else active.bf16.narrow
-
-
 cdef Py_ssize_t traffic(const Job *job) noexcept nogil:
     return (3 if job.backward or job.z.data != NULL else 2) * job.n_bytes
 
@@ -418,10 +374,6 @@ cdef void choose_prefetch(Job *job) noexcept nogil:
     """
     job.prefetch = prefetch and leaves_the_caches(job)
 
-
-cdef enum:
-    CONVERTED = 4096           # float64 values that are converted at once: they stay in L1
-    CONVERTED_COLUMNS = 256
 
 # ---- running a job: no result depends on the order of the work, or on who does it ------------------------------
 
@@ -462,6 +414,11 @@ cdef void apply_items(Job *job, Py_ssize_t begin, Py_ssize_t end, int thread) no
         apply_tile(job, &t, job.apply.rows)
 
 
+cdef void set_conversion(Job *job, const Extents *e, cbn_view y, Element y_element, Py_ssize_t y_itemsize) noexcept nogil:
+    """Let `apply` write a y of another type than x."""
+    convert_with(job, active, e, y, y_element, y_itemsize)
+
+
 cdef void convert_items(Job *job, Py_ssize_t begin, Py_ssize_t end, int thread) noexcept nogil:
     """`apply_items` between types, by way of a buffer."""
     cdef Py_ssize_t item
@@ -472,70 +429,6 @@ cdef void convert_items(Job *job, Py_ssize_t begin, Py_ssize_t end, int thread) 
             convert_rows(job, &r)
         else:
             convert_runs(job, &r)
-
-
-cdef void convert_rows(Job *job, const Rectangle *r) noexcept nogil:
-    """As many rows at once as the buffer holds of some columns: the loops set up factors for each column each time."""
-    cdef double buffer[CONVERTED]
-    cdef Py_ssize_t c = r.c, n, rows, columns, most, last = r.c + r.n_channels, end = r.n + r.n_runs
-    cdef cbn_tile t = tile_of(job, r)
-    t.x.data, t.x.c = <char *>buffer, 1
-    while c < last:
-        columns = t.n_channels = t.x.n = min(CONVERTED_COLUMNS, last - c)
-        t.y = t.g = t.x
-        t.coef_c = job.coef_c + c
-        most = CONVERTED * <Py_ssize_t>sizeof(double) // (columns * job.itemsize)
-        n = r.n
-        while n < end:
-            rows = t.n_runs = min(most, end - n)
-            convert_some(job.widen, job.x.data + (n * job.x.n + c) * job.x_itemsize, job.x.n * job.x_itemsize,
-                         <char *>buffer, columns * job.itemsize, rows, columns, job.x.n == columns)
-            apply_tile(job, &t, True)
-            convert_some(job.narrow, <char *>buffer, columns * job.itemsize,
-                         job.y.data + (n * job.y.n + c) * job.y_itemsize, job.y.n * job.y_itemsize, rows, columns,
-                         job.y.n == columns)
-            n += rows
-        c += columns
-
-
-cdef void convert_runs(Job *job, const Rectangle *r) noexcept nogil:
-    """As many runs at once as the buffer holds, or a part of one."""
-    cdef double buffer[CONVERTED]
-    cdef Py_ssize_t n, c, s, runs, length, room = CONVERTED * <Py_ssize_t>sizeof(double) // job.itemsize
-    cdef Py_ssize_t last = r.c + r.n_channels, end = r.s + r.length
-    cdef Py_ssize_t most = max(1, room // r.length), at_once = min(room, r.length)
-    cdef cbn_tile t = tile_of(job, r)
-    t.n_runs = 1
-    for n in range(r.n, r.n + r.n_runs):
-        c = r.c
-        while c < last:
-            runs = t.n_channels = min(most, last - c)
-            t.coef_c = job.coef_c + c
-            s = r.s
-            while s < end:
-                length = t.length = min(at_once, end - s)
-                t.x.data, t.x.n, t.x.c = <char *>buffer, 0, length
-                t.y = t.g = t.x
-                convert_some(job.widen, job.x.data + (c * job.x.c + n * job.x.n + s) * job.x_itemsize,
-                             job.x.c * job.x_itemsize, <char *>buffer, length * job.itemsize, runs, length,
-                             job.x.c == length)
-                apply_tile(job, &t, False)
-                convert_some(job.narrow, <char *>buffer, length * job.itemsize,
-                             job.y.data + (c * job.y.c + n * job.y.n + s) * job.y_itemsize, job.y.c * job.y_itemsize,
-                             runs, length, job.y.c == length)
-                s += length
-            c += runs
-
-
-cdef void convert_some(cbn_conversion convert, const char *source, Py_ssize_t source_step, char *to, Py_ssize_t to_step,
-                       Py_ssize_t runs, Py_ssize_t length, bint joined) noexcept nogil:
-    """Runs or rows, at once if they are `joined`, one behind the other on both sides."""
-    cdef Py_ssize_t k
-    if joined:
-        convert(source, to, runs * length)
-        return
-    for k in range(runs):
-        convert(source + k * source_step, to + k * to_step, length)
 
 
 cdef void choose_tiles(Job *job) noexcept nogil:

@@ -2,7 +2,7 @@
 from libc.math cimport INFINITY
 
 from .coefficients cimport all_fit
-from .kernels cimport cbn_act, cbn_conversion, cbn_loop, cbn_loops, cbn_view
+from .kernels cimport cbn_act, cbn_conversion, cbn_isa, cbn_loop, cbn_loops, cbn_view
 from .partition cimport Grid
 
 cdef enum Element:    # what an array holds
@@ -75,6 +75,15 @@ cdef inline bint is_integer(const Job *job) noexcept nogil:
 
 cdef inline bint channels_fit(const Job *job, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
     return all_fit(job.coef_c, job.reduction.C, first, end, job.backward, job.itemsize)
+
+
+cdef inline const cbn_loops *sums_of(const cbn_isa *isa, Element integer) noexcept nogil:
+    """The loops that reduce integers."""
+    if integer == U8 or integer == I8:
+        return isa.sums_u8 if integer == U8 else isa.sums_i8
+    if integer == U16 or integer == I16:
+        return isa.sums_u16 if integer == U16 else isa.sums_i16
+    return isa.sums_i32
 
 
 cdef inline cbn_loop loop_of(const Job *job, const cbn_loops *loops, bint rows) noexcept nogil:

@@ -1,0 +1,34 @@
+"""Types of the compiled calls of statistics; see running.pyx."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+_Array = npt.NDArray[Any]
+_Doubles = npt.NDArray[np.float64]
+
+def merge(state: _Doubles, other: _Doubles, extrema: bool) -> None: ...
+def update(state: _Doubles, x: object, shape: tuple[int, ...], skipna: bool, extrema: bool) -> bool: ...
+def standardize(
+    x: object,
+    mean: object,
+    var: object,
+    channel_axis: object,
+    out: object,
+    eps: object,
+    eps_outside: object,
+    zero_var: object,
+    clip: object,
+    center: object,
+) -> _Array | None: ...
+def standardize_running(
+    state: _Doubles,
+    x: object,
+    channel_axis: object,
+    out: object,
+    eps: object,
+    zero_var: object,
+    clip: object,
+    center: object,
+) -> _Array | None: ...
