@@ -49,7 +49,8 @@ class Moments:
         mean = mean_a + delta*n_b/n
         m2   = m2_a + m2_b + delta^2*n_a*n_b/n
 
-    Extremes survive a merge if both sides have them.
+    A mean that was measured keeps the digits that float64 does not hold, so that the distance of two means, and with it
+    the variance, loses none. Extremes survive a merge if both sides have them.
 
     Examples
     --------
@@ -67,6 +68,7 @@ class Moments:
     m2: npt.NDArray[np.float64]
     min: npt.NDArray[np.float64] | Any
     max: npt.NDArray[np.float64] | Any
+    _low: npt.NDArray[np.float64]
 
     def __init__(
         self,
@@ -97,10 +99,10 @@ class Moments:
             if extreme is not None and extreme.shape != mean.shape:
                 raise ValueError(f"{name} has shape {extreme.shape}; expected {mean.shape}, as mean")
             extremes.append(extreme)
-        self._set(np.array(np.broadcast_to(count, mean.shape)), mean, m2, *extremes)
+        self._set(np.array(np.broadcast_to(count, mean.shape)), mean, m2, np.zeros(mean.shape), *extremes)
 
     def _set(self, *values: Doubles | None) -> None:
-        for name, value in zip(("count", "mean", "m2", "min", "max"), values, strict=True):
+        for name, value in zip(("count", "mean", "m2", "_low", "min", "max"), values, strict=True):
             object.__setattr__(self, name, value)
 
     @classmethod
@@ -109,15 +111,20 @@ class Moments:
         count: float | Doubles,
         mean: Doubles,
         m2: Doubles,
+        low: Doubles | None = None,
         min: Doubles | Any = None,
         max: Doubles | Any = None,
     ) -> Moments:
-        """Moments from arrays of our own, without checks and copies."""
+        """Moments from arrays of our own, without checks and copies; `low` is what float64 does not hold of the mean."""
         self = cls.__new__(cls)
         if not isinstance(count, np.ndarray):
             count = np.full(mean.shape, float(count))
-        self._set(count, mean, m2, min, max)
+        self._set(count, mean, m2, np.zeros(mean.shape) if low is None else low, min, max)
         return self
+
+    @property
+    def _rows(self) -> tuple[Doubles, Doubles, Doubles, Doubles]:
+        return self.count, self.mean, self.m2, self._low
 
     def __repr__(self) -> str:
         parts = [f"count={self.count!r}", f"mean={self.mean!r}", f"m2={self.m2!r}"]
@@ -142,7 +149,7 @@ class Moments:
             return NotImplemented
         if other.mean.shape != self.mean.shape:
             raise ValueError(f"moments of {self.mean.size} and of {other.mean.size} channels cannot be merged")
-        merged = passes.merge_moments(self.count, self.mean, self.m2, other.count, other.mean, other.m2)
+        merged = passes.merge_moments(self._rows, other._rows)
         if self.min is None or other.min is None:
             return Moments._of(*merged)
         return Moments._of(*merged, np.minimum(self.min, other.min), np.maximum(self.max, other.max))
@@ -269,7 +276,7 @@ def measure(inp: Input, weights: Doubles | Any = None, skipna: bool = False, ext
     shape = (inp.n_channels,)
     if inp.layout is None:
         extremes = (np.full(shape, np.inf), np.full(shape, -np.inf)) if extrema else (None, None)
-        return Moments._of(0, *np.zeros((2, *shape)), *extremes)
+        return Moments._of(0, *np.zeros((3, *shape)), *extremes)
     integers = inp.x.dtype.kind in "biu"
     if integers and weights is not None:
         return _measure_weighted_integers(inp, weights, extrema)
@@ -280,7 +287,7 @@ def measure(inp: Input, weights: Doubles | Any = None, skipna: bool = False, ext
     elif skipna and not integers:
         count = np.empty(shape)
     if count is None and not extrema:
-        return Moments._of(inp.count, *passes.moments(inp.layout, inp.x)[:2])
+        return Moments._of(inp.count, *passes.moments(inp.layout, inp.x))
     found = passes.moments(inp.layout, inp.x, skipna, of_values, count, extrema)
     return Moments._of(inp.count if count is None else count, *found)
 
@@ -305,11 +312,11 @@ def _measure_weighted_integers(inp: Input, weights: Doubles, extrema: bool) -> M
     rest = tuple(axis for axis in range(inp.x.ndim) if axis != inp.axis)
     some = Input(arrays.with_room(np.where, counts, inp.x, inp.x.dtype.type(0)), inp.axis)
     count = counts.sum(axis=rest, dtype=np.float64)
-    mean, m2 = passes.moments(some.layout, some.x, count=count)[:2]
+    found = passes.moments(some.layout, some.x, count=count)[:3]
     if not extrema:
-        return Moments._of(count, mean, m2)
+        return Moments._of(count, *found)
     info = (0, 1) if inp.x.dtype == np.bool_ else (np.iinfo(inp.x.dtype).min, np.iinfo(inp.x.dtype).max)
     least = inp.x.min(axis=rest, where=counts, initial=info[1]).astype(np.float64)
     largest = inp.x.max(axis=rest, where=counts, initial=info[0]).astype(np.float64)
     least[count == 0], largest[count == 0] = np.inf, -np.inf
-    return Moments._of(count, mean, m2, least, largest)
+    return Moments._of(count, *found, least, largest)

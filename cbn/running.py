@@ -20,7 +20,7 @@ from .scaling import Clip, ZeroVar, options, standardize_running
 
 __all__ = ["RunningMoments"]
 
-NAMES = ("count", "mean", "m2", "min", "max")  # rows of the state, as kernels/running.pyx knows them
+NAMES = ("count", "mean", "m2", "mean_low", "min", "max")  # rows of the state, as kernels/running.pyx knows them
 
 
 class RunningMoments:
@@ -124,12 +124,12 @@ class RunningMoments:
     @property
     def min(self) -> npt.NDArray[np.float64] | Any:
         """Smallest values, or None."""
-        return self._rows()[3].reshape(self._shape) if self._extrema else None
+        return self._rows()[4].reshape(self._shape) if self._extrema else None
 
     @property
     def max(self) -> npt.NDArray[np.float64] | Any:
         """Largest values, or None."""
-        return self._rows()[4].reshape(self._shape) if self._extrema else None
+        return self._rows()[5].reshape(self._shape) if self._extrema else None
 
     def var(self, correction: Number = 0) -> npt.NDArray[np.float64]:
         """Variance ``m2 / (count - correction)``: biased with 0, unbiased with 1; NaN if count is too small."""
@@ -143,7 +143,7 @@ class RunningMoments:
     def moments(self) -> Moments:
         """A snapshot as `Moments`, whose channels are the features in C order."""
         rows = self._rows()
-        return Moments._of(*rows) if self._extrema else Moments._of(*rows[:3])
+        return Moments._of(*rows) if self._extrema else Moments._of(*rows[:4])
 
     def update(
         self, x: ArrayLike, *, mask: ArrayLike | None = None, weights: ArrayLike | None = None
@@ -276,7 +276,7 @@ class RunningMoments:
         return self
 
     def _merge(self, other: Moments) -> None:
-        rows = [other.count, other.mean, other.m2]
+        rows = [*other._rows]
         rows += [other.min, other.max] if self._extrema else [other.mean, other.mean]
         compiled.merge(self._state, np.array(rows), self._extrema)
 
@@ -287,7 +287,10 @@ class RunningMoments:
     # ---- state -------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, npt.NDArray[np.float64]]:
-        """Copies of count, mean and m2, and with `extrema` of min and max, as arrays of `shape`."""
+        """Copies of count, mean and m2, and with `extrema` of min and max, as arrays of `shape`.
+
+        mean_low is what float64 does not hold of the mean.
+        """
         rows = self._rows()
         return {name: rows[i].reshape(self._shape) for i, name in enumerate(self._names)}
 
@@ -299,12 +302,12 @@ class RunningMoments:
         TypeError
             If `state` is no mapping.
         ValueError
-            If an entry is missing, unknown, of another shape, not finite, or if a count or m2 is negative. One error
-            lists all problems, and nothing has changed.
+            If an entry but mean_low is missing, or one is unknown, of another shape or not finite, or if a count or m2
+            is negative. One error lists all problems, and nothing has changed.
         """
         if not isinstance(state, Mapping):
             raise TypeError(f"state must be a mapping of names to arrays, not {type(state).__name__}")
-        missing = [name for name in self._names if name not in state]
+        missing = [name for name in self._names if name not in state and name != "mean_low"]
         unexpected = [name for name in state if name not in self._names]
         problems = entries.differences(missing, unexpected)
         new = self._first_state()
@@ -339,12 +342,12 @@ class RunningMoments:
 
     @property
     def _names(self) -> tuple[str, ...]:
-        return NAMES if self._extrema else NAMES[:3]
+        return NAMES if self._extrema else NAMES[:4]
 
     def _first_state(self) -> Doubles:
         size = int(np.prod(self._shape))
-        state = np.zeros((5, size))
-        state[3], state[4] = np.inf, -np.inf
+        state = np.zeros((6, size))
+        state[4], state[5] = np.inf, -np.inf
         if self._prior is not None:
             mean, var, count = self._prior
             state[0], state[1], state[2] = count.ravel(), mean.ravel(), (var * count).ravel()

@@ -56,6 +56,7 @@ cdef struct Job:
     bint skipna                 # NaN does not count
     cbn_view weights            # float64, contiguous along a run, and their sums are in count_c; data NULL: ones
     double *count_c             # C, what counts of each channel; NULL: N*S
+    double *low_c               # C, the lower parts of the means; or NULL
     double *min_c               # C, or NULL
     double *max_c
 

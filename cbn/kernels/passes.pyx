@@ -98,7 +98,9 @@ cdef cnp.ndarray new_coefficients(Py_ssize_t rows, Py_ssize_t C):
 
 def moments(Layout layout, cnp.ndarray x, bint skipna=False, cnp.ndarray weights=None, cnp.ndarray count=None,
             bint extrema=False):
-    """(mean, m2 = S((x - mean)^2), min, max) of every channel; min and max are None without `extrema`.
+    """(mean, m2 = S((x - mean)^2), low, min, max) of every channel; min and max are None without `extrema`.
+
+    The mean is mean + low, of which float64 holds the first.
 
     x may be integers of 8 or 16 bits, or int32: then the sums are exact, and those of `count` values of each channel if
     there is one, where zeros stand for the others. Of floats, with `skipna` NaN are missing, and
@@ -107,7 +109,7 @@ def moments(Layout layout, cnp.ndarray x, bint skipna=False, cnp.ndarray weights
     """
     cdef Job job = job_of(layout, x, False)
     cdef Py_ssize_t C = layout.extents.C
-    cdef cnp.ndarray room, mean = new_doubles(C), m2 = new_doubles(C), least = None, largest = None
+    cdef cnp.ndarray room, mean = new_doubles(C), m2 = new_doubles(C), low = new_doubles(C), least = None, largest = None
     if not is_integer(&job) and (skipna or extrema or weights is not None):
         count = new_doubles(C) if count is None else count
         set_count(&job, skipna, weights_view(layout, weights))
@@ -116,21 +118,21 @@ def moments(Layout layout, cnp.ndarray x, bint skipna=False, cnp.ndarray weights
         least, largest = new_doubles(C), new_doubles(C)
     room = new_doubles(measure_doubles(&job))
     job.sum_c, job.square_c = doubles(mean, C), doubles(m2, C)
+    job.low_c = doubles(low, C)
     job.min_c, job.max_c = doubles(least, C), doubles(largest, C)
     divide_measure(&job, doubles(room, room.size))
     with nogil:
         measure(&job)
-    return mean, m2, least, largest
+    return mean, m2, low, least, largest
 
 
-def merge_moments(cnp.ndarray count_a, cnp.ndarray mean_a, cnp.ndarray m2_a, cnp.ndarray count_b, cnp.ndarray mean_b,
-                  cnp.ndarray m2_b):
-    """(count, mean, m2) of both together, each contiguous float64 (C,)."""
-    cdef Py_ssize_t C = cnp.PyArray_SIZE(mean_a)
-    count, mean, m2 = count_a.copy(), mean_a.copy(), m2_a.copy()
-    cbn_merge_moments(doubles(count, C), doubles(mean, C), doubles(m2, C), doubles(count_b, C), doubles(mean_b, C),
-                      doubles(m2_b, C), 0, C)
-    return count, mean, m2
+def merge_moments(tuple a, tuple b):
+    """(count, mean, m2, low) of both together, from the same of each, contiguous float64 (C,)."""
+    cdef Py_ssize_t C = a[0].size
+    count, mean, m2, low = [each.copy() for each in a]
+    cbn_merge_moments(doubles(count, C), doubles(mean, C), doubles(low, C), doubles(m2, C), doubles(b[0], C),
+                      doubles(b[1], C), doubles(b[3], C), doubles(b[2], C), 0, C)
+    return count, mean, m2, low
 
 
 cdef cbn_view weights_view(Layout layout, cnp.ndarray weights) except *:

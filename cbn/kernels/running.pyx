@@ -26,7 +26,7 @@ cnp.import_array()
 # ---- statistics of a stream ------------------------------------------------------------------------------------
 
 cdef enum:    # rows of the state of `RunningMoments`
-    COUNT_ROW, MEAN_ROW, M2_ROW, MIN_ROW, MAX_ROW, RUNNING_ROWS
+    COUNT_ROW, MEAN_ROW, M2_ROW, LOW_ROW, MIN_ROW, MAX_ROW, RUNNING_ROWS
 
 
 cdef bint is_state(cnp.ndarray state, Py_ssize_t C) noexcept:
@@ -36,14 +36,15 @@ cdef bint is_state(cnp.ndarray state, Py_ssize_t C) noexcept:
 
 
 cdef void merge_rows(double *to, const double *other, Py_ssize_t C, bint extrema) noexcept nogil:
-    cbn_merge_moments(to, to + MEAN_ROW * C, to + M2_ROW * C, other, other + MEAN_ROW * C, other + M2_ROW * C, 0, C)
+    cbn_merge_moments(to, to + MEAN_ROW * C, to + LOW_ROW * C, to + M2_ROW * C, other, other + MEAN_ROW * C,
+                      other + LOW_ROW * C, other + M2_ROW * C, 0, C)
     if extrema:
         cbn_take_smallest(to + MIN_ROW * C, other + MIN_ROW * C, 0, C)
         cbn_take_largest(to + MAX_ROW * C, other + MAX_ROW * C, 0, C)
 
 
 def merge(cnp.ndarray state, cnp.ndarray other, bint extrema):
-    """Merge the moments of `other` into `state`, (5, C) each, as one step towards all other threads."""
+    """Merge the moments of `other` into `state`, (6, C) each, as one step towards all other threads."""
     cdef Py_ssize_t C = cnp.PyArray_DIM(state, 1)
     if not is_state(state, C) or not is_state(other, C):
         raise ValueError(f"states of shapes {np.shape(state)} and {np.shape(other)}")
@@ -77,7 +78,7 @@ cdef bint is_measured(cnp.ndarray x) noexcept:
 
 
 def update(cnp.ndarray state, x, tuple shape, bint skipna, bint extrema):
-    """Measure x, observations of `shape` along any leading axes, and merge that into `state` (5, C); or return False.
+    """Measure x, observations of `shape` along any leading axes, and merge that into `state` (6, C); or return False.
 
     The merge is one step towards all other threads, signal handlers and exceptions.
     """
@@ -99,7 +100,7 @@ def update(cnp.ndarray state, x, tuple shape, bint skipna, bint extrema):
         room_c[c] = <double>(job.reduction.N * job.reduction.S)
     if job.counts:
         job.count_c = room_c
-    job.sum_c, job.square_c = room_c + MEAN_ROW * C, room_c + M2_ROW * C
+    job.sum_c, job.square_c, job.low_c = room_c + MEAN_ROW * C, room_c + M2_ROW * C, room_c + LOW_ROW * C
     if extrema:
         job.min_c, job.max_c = room_c + MIN_ROW * C, room_c + MAX_ROW * C
     divide_measure(&job, room_c + RUNNING_ROWS * C)

@@ -12,6 +12,22 @@ static inline void cbn_add(double *restrict to, const double *restrict from, ptr
         to[c] += from[c];
 }
 
+/* What float64 cannot hold of a + b, which is `sum`; 0 if that is not finite. */
+static inline double cbn_lost(double a, double b, double sum)
+{
+    const double b_there = sum - a, lost = (a - (sum - b_there)) + (b - b_there);
+    return fabs(lost) <= DBL_MAX ? lost : 0;
+}
+
+/* The lower part of the means that `cbn_moments_of_sums` makes of these sums: a mean has as many digits as S(d)/n, which
+ * is not large beside the spread, and not just those that float64 has for it. So merges lose none. */
+static inline void cbn_lower_parts(double *restrict low, const double *restrict sum, const double *restrict shift,
+                                   double n, ptrdiff_t first, ptrdiff_t end)
+{
+    for (ptrdiff_t c = first; c < end; c++)
+        low[c] = cbn_lost(shift[c], sum[c] / n, shift[c] + sum[c] / n);
+}
+
 /* S(d) becomes the mean, S(d*d) becomes m2 = S(d*d) - S(d)^2/n, d = x - shift. */
 static inline void cbn_moments_of_sums(double *restrict sum, double *restrict square, const double *restrict shift,
                                        double n, ptrdiff_t first, ptrdiff_t end)
@@ -39,19 +55,27 @@ static inline int cbn_some_far(const double *mean, const double *m2, const doubl
 
 /* Merge the moments b of some channels into a: Chan, Golub and LeVeque's formula. The mean of the larger side moves
  * less. An infinite mean has no distance to another: the plain average gives the mean of all values. If one side is
- * empty the other passes unchanged, whatever the empty side's mean is. */
-static inline void cbn_merge_moments(double *restrict count_a, double *restrict mean_a, double *restrict m2_a,
-                                     const double *restrict count_b, const double *restrict mean_b,
+ * empty the other passes unchanged, whatever the empty side's mean is. A mean is two numbers, mean + low: the distance
+ * of two means that are large beside it would lose digits else, and m2 with it. */
+static inline void cbn_merge_moments(double *restrict count_a, double *restrict mean_a, double *restrict low_a,
+                                     double *restrict m2_a, const double *restrict count_b,
+                                     const double *restrict mean_b, const double *restrict low_b,
                                      const double *restrict m2_b, ptrdiff_t first, ptrdiff_t end)
 {
     for (ptrdiff_t c = first; c < end; c++) {
         const double na = count_a[c], nb = count_b[c], n = na + nb, a = mean_a[c], b = mean_b[c];
-        const double base = na >= nb ? a : b, n_rest = na >= nb ? nb : na;
-        const double share = n > 0 ? n_rest / n : 0, delta = na >= nb ? b - a : a - b;
-        const double mean = fabs(delta) <= DBL_MAX ? base + delta * share : (a * na + b * nb) / n;
+        const int a_is_larger = na >= nb;
+        const double base = a_is_larger ? a : b, base_low = a_is_larger ? low_a[c] : low_b[c];
+        const double rest = a_is_larger ? b : a, rest_low = a_is_larger ? low_b[c] : low_a[c];
+        const double n_rest = a_is_larger ? nb : na, share = n > 0 ? n_rest / n : 0;
+        const double delta = (rest - base) + (rest_low - base_low), move = base_low + delta * share;
+        const int finite = fabs(delta) <= DBL_MAX;
+        const double mean = finite ? base + move : (a * na + b * nb) / n;
+        const double low = finite ? cbn_lost(base, move, mean) : 0;
         const double m2 = m2_a[c] + m2_b[c] + delta * delta * (n - n_rest) * share;
         count_a[c] = n;
         mean_a[c] = nb == 0 ? a : na == 0 ? b : mean;
+        low_a[c] = nb == 0 ? low_a[c] : na == 0 ? low_b[c] : low;
         m2_a[c] = nb == 0 ? m2_a[c] : na == 0 ? m2_b[c] : m2;
     }
 }
@@ -119,7 +143,7 @@ static inline double cbn_quotient(cbn_uint128 a, uint64_t n)
 
 /* mean = S/n and m2 = Q - S^2/n of exact S = S(x), Q = S(x*x), each rounded once. With S = q*n + r and r^2 = p*n + t the
  * latter is Q - q*(q*n + 2*r) - p - t/n, whose parts are integers that 128 bits hold. */
-static inline void cbn_moments_of_integers(double *mean, double *m2, double *least, double *largest, const double *sums_,
+static inline void cbn_moments_of_integers(double *mean, double *low, double *m2, double *least, double *largest, const double *sums_,
                                            ptrdiff_t pitch, ptrdiff_t of_all, const double *count, ptrdiff_t first,
                                            ptrdiff_t end)
 {
@@ -128,6 +152,8 @@ static inline void cbn_moments_of_integers(double *mean, double *m2, double *lea
         const uint64_t n = count ? (uint64_t)count[c] : (uint64_t)of_all;
         if (n == 0) {
             mean[c] = m2[c] = 0;
+            if (low)
+                low[c] = 0;
             continue;
         }
         const int64_t sum = sums[c];
@@ -138,6 +164,11 @@ static inline void cbn_moments_of_integers(double *mean, double *m2, double *lea
         const uint64_t t = (uint64_t)(r2 % n);
         const double of_size = cbn_quotient(size, n);
         mean[c] = sum < 0 ? -of_size : of_size;
+        if (low) {
+            const double lost = cbn_lost((double)q, (double)r / (double)n, (double)q + (double)r / (double)n);
+            const double rounded = (double)q + (double)r / (double)n - of_size; /* 0, or a unit in the last place */
+            low[c] = sum < 0 ? -(lost + rounded) : lost + rounded;
+        }
         if (t == 0)
             m2[c] = (double)whole;
         else if (whole >> 63)

@@ -20,14 +20,18 @@ cdef extern from "statistics.h" nogil:
     void cbn_add(double *to, const double *other, Py_ssize_t first, Py_ssize_t end)
     void cbn_moments_of_sums(double *sum, double *square, const double *shift, double n, Py_ssize_t first,
                              Py_ssize_t end)
-    void cbn_merge_moments(double *count_a, double *mean_a, double *m2_a, const double *count_b, const double *mean_b,
-                           const double *m2_b, Py_ssize_t first, Py_ssize_t end)
+    void cbn_lower_parts(double *low, const double *sum, const double *shift, double n, Py_ssize_t first,
+                         Py_ssize_t end)
+    void cbn_merge_moments(double *count_a, double *mean_a, double *low_a, double *m2_a, const double *count_b,
+                           const double *mean_b, const double *low_b, const double *m2_b, Py_ssize_t first,
+                           Py_ssize_t end)
     void cbn_take_smallest(double *to, const double *other, Py_ssize_t first, Py_ssize_t end)
     void cbn_take_largest(double *to, const double *other, Py_ssize_t first, Py_ssize_t end)
     void cbn_take_smaller(double *to, const double *other, Py_ssize_t first, Py_ssize_t end)
     void cbn_take_larger(double *to, const double *other, Py_ssize_t first, Py_ssize_t end)
     void cbn_merge_integers(double *to, const double *other, Py_ssize_t pitch, Py_ssize_t first, Py_ssize_t end)
-    void cbn_moments_of_integers(double *mean, double *m2, double *least, double *largest, const double *sums,
+    void cbn_moments_of_integers(double *mean, double *low, double *m2, double *least, double *largest,
+                                 const double *sums,
                                  Py_ssize_t pitch, Py_ssize_t n, const double *count, Py_ssize_t first, Py_ssize_t end)
     bint cbn_some_far(const double *mean, const double *m2, const double *shift, double n, double times,
                       Py_ssize_t first, Py_ssize_t end)
@@ -240,7 +244,7 @@ cdef inline void merge_partials(Job *job, Py_ssize_t first, Py_ssize_t end) noex
             merge_two(job, sums + all_rows * k, sums + all_rows * (k + half), first, end)
         blocks = half
     if is_integer(job):
-        cbn_moments_of_integers(job.sum_c, job.square_c, job.min_c, job.max_c, sums, C,
+        cbn_moments_of_integers(job.sum_c, job.low_c, job.square_c, job.min_c, job.max_c, sums, C,
                                 job.reduction.N * job.reduction.S, job.count_c, first, end)
         return
     if job.counts:
@@ -254,6 +258,12 @@ cdef inline void merge_partials(Job *job, Py_ssize_t first, Py_ssize_t end) noex
             job.sum_c[c], job.square_c[c] = sums[c], sums[C + c]
 
 
+cdef inline void make_moments(Job *job, double n, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
+    if job.low_c != NULL:
+        cbn_lower_parts(job.low_c, job.sum_c, job.shift_c, n, first, end)
+    cbn_moments_of_sums(job.sum_c, job.square_c, job.shift_c, n, first, end)
+
+
 cdef inline bint moments_from_sums(Job *job, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
     """Make mean and m2 of what `merge_partials` took, in the place of the sums.
 
@@ -264,12 +274,14 @@ cdef inline bint moments_from_sums(Job *job, Py_ssize_t first, Py_ssize_t end) n
     if job.counts:
         for c in range(first, end):
             if job.count_c[c] > 0:
-                cbn_moments_of_sums(job.sum_c, job.square_c, job.shift_c, job.count_c[c], c, c + 1)
+                make_moments(job, job.count_c[c], c, c + 1)
             else:
                 job.sum_c[c] = job.square_c[c] = 0
+                if job.low_c != NULL:
+                    job.low_c[c] = 0
         return False
     if job.element != BF16:
-        cbn_moments_of_sums(job.sum_c, job.square_c, job.shift_c, count(job), first, end)
+        make_moments(job, count(job), first, end)
         return False
     for c in range(first, end):
         if job.sums_in_float64_c[c] != job.sum_in_float64:
@@ -278,7 +290,7 @@ cdef inline bint moments_from_sums(Job *job, Py_ssize_t first, Py_ssize_t end) n
         # because they are too small, are looked at again
         if not job.sum_in_float64 and not 1e-20 <= job.square_c[c] < 1e300:
             job.sums_in_float64_c[c] = left = True
-        cbn_moments_of_sums(job.sum_c, job.square_c, job.shift_c, count(job), c, c + 1)
+        make_moments(job, count(job), c, c + 1)
     return left
 
 
