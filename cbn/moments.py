@@ -12,9 +12,11 @@ import numpy.typing as npt
 from . import checks
 from .checks import ArrayLike, Doubles, Number
 from .inputs import Input, as_measured, as_weights
-from .kernels import arrays, passes
+from .kernels import arrays, passes, running
 
 __all__ = ["Moments", "moments"]
+
+MOST_INT32 = 1 << 32  # values of int32 whose sum 64 bits hold
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -101,9 +103,8 @@ class Moments:
             extremes.append(extreme)
         self._set(np.array(np.broadcast_to(count, mean.shape)), mean, m2, np.zeros(mean.shape), *extremes)
 
-    def _set(self, *values: Doubles | None) -> None:
-        for name, value in zip(("count", "mean", "m2", "_low", "min", "max"), values, strict=True):
-            object.__setattr__(self, name, value)
+    def _set(self, count: Doubles, mean: Doubles, m2: Doubles, low: Doubles, min: Any, max: Any) -> None:
+        self.__dict__.update(count=count, mean=mean, m2=m2, _low=low, min=min, max=max)  # of a frozen object
 
     @classmethod
     def _of(
@@ -115,7 +116,7 @@ class Moments:
         min: Doubles | Any = None,
         max: Doubles | Any = None,
     ) -> Moments:
-        """Moments from arrays of our own, without checks and copies; `low` is what float64 does not hold of the mean."""
+        """Moments from arrays of our own, without checks and copies; `low` is what float64 lacks of the mean."""
         self = cls.__new__(cls)
         if not isinstance(count, np.ndarray):
             count = np.full(mean.shape, float(count))
@@ -134,7 +135,7 @@ class Moments:
 
     def var(self, correction: Number = 0) -> npt.NDArray[np.float64]:
         """Variance ``m2 / (count - correction)``: biased with 0, unbiased with 1; NaN if count is too small."""
-        return variance(self.count, self.m2, correction)
+        return running.variance(self.count, self.m2, checks.number(correction, "correction", "a number"))
 
     def std(self, correction: Number = 0) -> npt.NDArray[np.float64]:
         """Square root of the variance."""
@@ -169,13 +170,6 @@ class Moments:
         for part in parts[1:]:
             total = total + part
         return total
-
-
-def variance(count: Doubles, m2: Doubles, correction: Number) -> Doubles:
-    """m2/(count - correction), NaN where that is not positive."""
-    n = count - correction
-    with np.errstate(all="ignore"):
-        return np.where(n > 0, m2 / n, np.nan)
 
 
 @dataclass(frozen=True, eq=False)
@@ -265,6 +259,10 @@ def moments(
     >>> m.count, m.mean, m.max
     (array([1., 2.]), array([1., 6.]), array([1., 7.]))
     """
+    if mask is None and weights is None:
+        found = running.moments(x, channel_axis, skipna, extrema)
+        if found is not None:
+            return Moments._of(*found)
     inp = as_measured(x, channel_axis)
     return measure(
         inp, as_weights(inp, mask, weights), checks.boolean(skipna, "skipna"), checks.boolean(extrema, "extrema")
@@ -278,6 +276,8 @@ def measure(inp: Input, weights: Doubles | Any = None, skipna: bool = False, ext
         extremes = (np.full(shape, np.inf), np.full(shape, -np.inf)) if extrema else (None, None)
         return Moments._of(0, *np.zeros((3, *shape)), *extremes)
     integers = inp.x.dtype.kind in "biu"
+    if inp.x.dtype == np.int32 and inp.count > MOST_INT32:
+        return _measure_halves(inp, weights, extrema)
     if integers and weights is not None:
         return _measure_weighted_integers(inp, weights, extrema)
     count: Doubles | Any = None
@@ -292,6 +292,18 @@ def measure(inp: Input, weights: Doubles | Any = None, skipna: bool = False, ext
     return Moments._of(inp.count if count is None else count, *found)
 
 
+def _measure_halves(inp: Input, weights: Doubles | Any, extrema: bool) -> Moments:
+    """Both halves of an array by themselves, merged."""
+    sizes = [0 if axis == inp.axis else size for axis, size in enumerate(inp.x.shape)]
+    axis = int(np.argmax(sizes))
+    full = None if weights is None else np.broadcast_to(weights, np.broadcast_shapes(weights.shape, inp.x.shape))
+    halves = []
+    for part in (slice(None, sizes[axis] // 2), slice(sizes[axis] // 2, None)):
+        at = (slice(None),) * axis + (part,)
+        halves.append(measure(Input(inp.x[at], inp.axis), None if full is None else full[at], False, extrema))
+    return halves[0] + halves[1]
+
+
 def _ordered(inp: Input, weights: Doubles) -> tuple[Doubles, Doubles]:
     """The sums of the weights of every channel, and the weights in the order of the layout."""
     per_channel = weights.shape[inp.axis] != 1
@@ -299,8 +311,8 @@ def _ordered(inp: Input, weights: Doubles) -> tuple[Doubles, Doubles]:
     rest = tuple(axis for axis in range(inp.x.ndim) if axis != inp.axis)
     full = np.broadcast_to(weights, shape)
     count = full.sum(axis=rest)
-    order = inp.layout.order
-    order = [axis for axis in rest if axis not in order] + order
+    in_memory = inp.layout.order
+    order = [axis for axis in rest if axis not in in_memory] + in_memory
     return np.array(np.broadcast_to(count, inp.n_channels)), np.ascontiguousarray(full.transpose(order)).reshape(-1)
 
 

@@ -15,7 +15,7 @@ from .inputs import as_measured, as_weights
 from .kernels import arrays, channels
 from .kernels import running as compiled
 from .memory import retried
-from .moments import Moments, measure, variance
+from .moments import Moments, measure
 from .scaling import Clip, ZeroVar, options, standardize_running
 
 __all__ = ["RunningMoments"]
@@ -114,27 +114,28 @@ class RunningMoments:
     @property
     def count(self) -> npt.NDArray[np.float64]:
         """Number of values, or sum of their weights."""
-        return self._rows()[0].reshape(self._shape)
+        return self._row(0)
 
     @property
     def mean(self) -> npt.NDArray[np.float64]:
         """Mean of all values."""
-        return self._rows()[1].reshape(self._shape)
+        return self._row(1)
 
     @property
     def min(self) -> npt.NDArray[np.float64] | Any:
         """Smallest values, or None."""
-        return self._rows()[4].reshape(self._shape) if self._extrema else None
+        return self._row(4) if self._extrema else None
 
     @property
     def max(self) -> npt.NDArray[np.float64] | Any:
         """Largest values, or None."""
-        return self._rows()[5].reshape(self._shape) if self._extrema else None
+        return self._row(5) if self._extrema else None
 
     def var(self, correction: Number = 0) -> npt.NDArray[np.float64]:
         """Variance ``m2 / (count - correction)``: biased with 0, unbiased with 1; NaN if count is too small."""
         count, _, m2 = self._rows()[:3]
-        return variance(count, m2, correction).reshape(self._shape)
+        number = checks.number(correction, "correction", "a number")
+        return compiled.variance(count, m2, number).reshape(self._shape)
 
     def std(self, correction: Number = 0) -> npt.NDArray[np.float64]:
         """Square root of the variance."""
@@ -211,7 +212,7 @@ class RunningMoments:
         center: bool = True,
         zero_var: ZeroVar = "eps",
         out: Array | None = None,
-        dtype: npt.DTypeLike = None,
+        dtype: npt.DTypeLike | None = None,
     ) -> Array:
         """Standardize observations with the mean and the biased variance of all values so far.
 
@@ -353,9 +354,15 @@ class RunningMoments:
             state[0], state[1], state[2] = count.ravel(), mean.ravel(), (var * count).ravel()
         return state
 
+    def _row(self, i: int) -> Doubles:
+        """A copy of a row, as an array of `shape`."""
+        row: Doubles = self._rows()[i]
+        return row.reshape(self._shape)
+
     def _rows(self) -> Doubles:
         """A copy of the state, as it is at one moment."""
-        return channels.copies(self._state.reshape(-1))[0].reshape(self._state.shape)  # type: ignore[no-any-return]
+        flat: Doubles = channels.copies(self._state.reshape(-1))[0]
+        return flat.reshape(self._state.shape)
 
     def _replace(self, state: Doubles) -> None:
         channels.replace([self._state.reshape(-1)], [state.reshape(-1)], ["state"])

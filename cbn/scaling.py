@@ -41,7 +41,7 @@ def standardize(
     clip: Clip = None,
     center: bool = True,
     out: Array | None = None,
-    dtype: npt.DTypeLike = None,
+    dtype: npt.DTypeLike | None = None,
 ) -> Array:
     """Subtract the mean and divide by the standard deviation, in one read of x and one write.
 
@@ -143,7 +143,7 @@ def _per_channel(value: Any, name: str, n_channels: int) -> Doubles:
 
 
 def standardized(
-    a: Array, mean: Doubles, var: Doubles, axis: int, how: Options, out: Array | None, dtype: npt.DTypeLike
+    a: Array, mean: Doubles, var: Doubles, axis: int, how: Options, out: Array | None, dtype: npt.DTypeLike | None
 ) -> Array:
     """`standardize` of an array that has been checked, by statistics that have been."""
     y_dtype = _result_dtype(a.dtype, out, dtype)
@@ -165,7 +165,7 @@ def standardized(
     return y.reshape(shape) if given is None else given
 
 
-def _result_dtype(x: np.dtype[Any], out: Array | None, dtype: npt.DTypeLike) -> np.dtype[Any]:
+def _result_dtype(x: np.dtype[Any], out: Array | None, dtype: npt.DTypeLike | None) -> np.dtype[Any]:
     wanted: Any = dtype
     if wanted is None and isinstance(out, np.ndarray):
         wanted = out.dtype

@@ -387,6 +387,30 @@ class TestInBrowser:
         assert all(pixels[i : i + 500].std() > 0.02 for i in range(0, 3000, 500))
 
 
+def test_statistics_have_a_section_with_errors(tmp_path):
+    found = results(latency=False)
+    case = Case("moments+extrema", (20000, 1000), "last", 1, "called", group="statistics")
+    rows = [r for r in measured(case, ("numpy", "scikit-learn"), LIMITS, np.random.default_rng(3))]
+    errors = {"cbn": 1e-16, "numpy": 8.0, "scikit-learn": 2e-13}
+    for row in rows:
+        row["extra_info"]["errors"] = {"mean": 1e-20, "var": errors.get(row["extra_info"]["contender"], 0.0)}
+    before = written(tmp_path, found)[1]
+    found["benchmarks"] += rows
+    page, summary = written(tmp_path, found)
+    assert_sound(page)
+    text = section(page, "statistics")
+    assert "moments with extrema" in text
+    assert "20000×1000" in text
+    assert [text.count(f"error {word}<") for word in ("1e-16", "8e+00", "2e-13")] == [1, 1, 1]
+    for name in errors:
+        extra = next(r["extra_info"] for r in rows if r["extra_info"]["contender"] == name)
+        shown = (
+            f"{100 * extra['share']['median']:.0f} %" if name == "cbn" else read.ratio_words(extra["ratio"]["median"])
+        )
+        assert shown in text
+    assert cells(summary) == cells(before)  # the table is about batch normalization
+
+
 def test_networks_functions_and_chains_have_sections(tmp_path):
     rng = np.random.default_rng(2)
     found = results(latency=False)

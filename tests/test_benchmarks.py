@@ -37,6 +37,9 @@ MB = 1 << 20
         (Case("backward", (4096, 1024), "last"), 5),
         (Case("eval", (8,), group="networks", network="ResNet-50"), 2),
         (Case("train", (64,), group="networks", network="U-Net-1d"), 2 + 4 / 18),  # 4 of 18 with 1 MB a channel
+        (Case("moments+extrema", (20000, 1000), "last", group="statistics"), 1),
+        (Case("update", (8, 17), "last", group="statistics"), 1),
+        (Case("standardize+clip", (20000, 1000), "last", group="statistics"), 2),
     ],
 )
 def test_traffic_model(case, units):
@@ -46,7 +49,7 @@ def test_traffic_model(case, units):
 def test_lists():
     full = cases.full(2)
     assert len(set(full)) == len(full) > 100
-    assert {c.op for c in full} == set(cases.OPS)
+    assert {c.op for c in full} == {*cases.OPS, *cases.STATISTICS}
     assert {c.memory for c in full} == {"out", "called"}
     assert {c.threads for c in full} == {1, 2}
     assert len([c for c in cases.short(2) if c.group == "shapes"]) < 40
@@ -91,6 +94,7 @@ def test_shapes(text):
         (["run", "--dtype", "float16"], "invalid choice: 'float16'"),
         (["run", "--fused", "gelu"], "invalid choice: 'gelu'"),
         (["run", "--dtype", "float64"], "nothing to measure"),
+        (["run", "--shape", "8x6x5x4", "--dtype", "uint8"], "nothing to measure"),
         (["run", "--shape", "8x6x5x4", "--fused", "relu", "--op", "backward"], "nothing to measure"),
         (["run", "--threads", "0"], "--threads must be 1 or more"),
         (["compare", "absent.json"], "No such file"),
@@ -112,6 +116,8 @@ def test_types_and_what_follows_are_chosen(capsys):
     names = capsys.readouterr().out.split()
     assert names
     assert all("bfloat16" in name for name in names)
+    command.main(["run", "--list", "--group", "statistics", "--dtype", "uint8", "--op", "moments", "--threads", "1"])
+    assert capsys.readouterr().out.split() == ["statistics-moments-64x3x224x224-first-uint8-called-1t"]
 
 
 @pytest.mark.parametrize(
@@ -306,6 +312,90 @@ def test_networks_functions_and_chains_are_compared_with_float64(case, tmp_path)
         engine.tune(**before)
     stores = {"cbn, plain stores", "cbn, non-temporal stores"}
     assert taken - {"PyTorch"} == {"cbn"} | (stores if case.chain else {"cbn layers"})
+
+
+STATISTICS = [
+    Case(op, shape, layout, 1, "called", dtype, group="statistics")
+    for shape, layout, dtype in (((8, 17), "last", "float32"), ((1, 1, 5000), "first", "float32"),
+                                 ((4, 3, 16, 16), "first", "uint8"))
+    for op in (cases.STATISTICS if dtype == "float32" else ("moments", "moments+extrema"))
+    if len(shape) == 2 or op.startswith("moments")
+]  # fmt: skip
+MEASURE = ("cbn", "numpy", "PyTorch", "scikit-learn", "fast-array-utils")
+
+
+def prepared(case, folder):
+    """{contender: its answer} for all that are installed and support a case."""
+    exact, found = [suite.Exact(case, folder).files], {}
+    for name in contenders.ALL:
+        contender = contenders.of(name, case)
+        try:
+            contender.version()
+        except ImportError:
+            continue
+        if contender.supports(case) and not name.startswith("limit"):
+            found[name] = worker.Worker().prepare(name, asdict(case), exact)
+    return found
+
+
+@pytest.mark.parametrize("case", STATISTICS, ids=lambda c: c.name)
+def test_statistics_are_compared_with_float64(case, tmp_path, monkeypatch):
+    """Every result, by bounds that an error in one value exceeds."""
+    found = prepared(case, tmp_path)
+    for name, answer in found.items():
+        assert answer["wrong"] is None, (name, answer)
+        assert set(answer["errors"]) == set(contenders.RESULTS.get(case.op, "y"))
+    expected = {
+        "moments": set(MEASURE),
+        "moments+extrema": set(MEASURE[:3]),
+        "moments+skipna": {*MEASURE[:2], MEASURE[3]},
+    }
+    expected = expected.get(case.op, {"cbn", "stable-baselines3"})
+    if len(case.shape) > 2:
+        expected &= set(MEASURE[:3])
+    assert set(found) == expected & {"cbn", "numpy", "fast-array-utils", "stable-baselines3", *found}
+    monkeypatch.setenv("CBN_BENCH_PLANT", ",".join(f"wrong:{name}" for name in found))
+    assert all(answer["wrong"] for answer in prepared(case, tmp_path).values())
+
+
+def test_lost_digits_are_recorded_and_no_fault(tmp_path):
+    """float32 sums of a million rows around 1000 leave no digit of a variance of 1."""
+    case = Case("moments", (1000000, 2), "last", 1, "called", group="statistics")
+    found = prepared(case, tmp_path)
+    assert not any(answer["wrong"] for answer in found.values())
+    errors = {name: answer["errors"]["var"] for name, answer in found.items()}
+    assert errors["numpy"] > 1
+    assert 1e-6 < errors["fast-array-utils"] < 1e-2
+    assert errors["cbn"] < 1e-14
+
+
+def test_another_formula_is_wrong_where_no_digits_are_lost(tmp_path, monkeypatch):
+    """The unbiased variance, in the place of the biased one."""
+    of_numpy = contenders.of("numpy", STATISTICS[0])
+    monkeypatch.setattr(of_numpy, "moments", lambda self: (self.x.mean(0), self.x.var(0, ddof=1)))
+    assert prepared(STATISTICS[0], tmp_path)["numpy"]["wrong"].startswith("var is off by")
+
+
+def test_nan_in_any_channel_is_wrong():
+    exact = np.ones(3)
+    for i in range(3):
+        value = exact.copy()
+        value[i] = np.nan
+        assert np.isnan(worker.error_of(value, exact))
+
+
+def test_the_limit_of_statistics_is_a_read(tmp_path):
+    done = run("--group", "statistics", "--op", "update", "--turns", 2, "--seconds", 0.002, "--threads", 1,
+               "--out", tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert not found["suite"]["wrong"] + found["suite"]["failed"]
+    rows = {(b["group"], b["extra_info"]["contender"]): b for b in found["benchmarks"]}
+    for case in cases.of_statistics([1]):
+        if case.op == "update":
+            ours, read = (np.array(rows[case.name, name]["stats"]["data"]) for name in ("cbn", "limit: read"))
+            assert rows[case.name, "cbn"]["extra_info"]["share"]["median"] == pytest.approx(np.median(read / ours))
+            assert rows[case.name, "stable-baselines3"]["extra_info"]["ratio"]["median"] > 0
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Moments of what counts: masks, weights, missing values, extremes; exact sums of integers."""
 
+import sys
 from fractions import Fraction
 
 import ml_dtypes
@@ -224,6 +225,15 @@ def test_many_integers(isa, parallel, dtype):
                 total, n = ones * int(largest), some.size
                 assert m.mean[c] == float(Fraction(total, n))
                 assert m.m2[c] == float(Fraction(n * ones * int(largest) ** 2 - total**2, n))
+
+
+def test_more_int32_than_64_bits_hold_the_sum_of(monkeypatch, rng):
+    monkeypatch.setattr(sys.modules["cbn.moments"], "MOST_INT32", 50)
+    x = rng.integers(-9, 9, (300, 2, 3), dtype=np.int32)
+    for mask in (None, rng.random(x.shape) < 0.5):
+        check(
+            cbn.moments(x, mask=mask, extrema=True), x, 1 if mask is None else mask, {"extrema": True}, 1, 1e-14, mask
+        )
 
 
 def test_integers_in_any_memory(rng):

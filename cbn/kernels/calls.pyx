@@ -19,7 +19,6 @@ from libc.string cimport memcpy
 from .arrays cimport (
     MAXDIMS,
     Input,
-    Kind,
     Layout,
     act_of,
     element_of,
@@ -347,8 +346,9 @@ def train_layer(x, tuple arrays_c, Py_ssize_t n_channels, bint is_double, eps, c
         weight_c = new_doubles(C)
     if bias is not None:
         bias_c = new_doubles(C)
-    y = normalized(p, x, weight, bias, eps, out, residual, act_of(act), is_double and p.kind.type_num != cnp.NPY_DOUBLE, mean,
-                   m2, invstd, NULL if weight_c is None else <double *>cnp.PyArray_DATA(weight_c),
+    y = normalized(p, x, weight, bias, eps, out, residual, act_of(act),
+                   is_double and p.kind.type_num != cnp.NPY_DOUBLE, mean, m2, invstd,
+                   NULL if weight_c is None else <double *>cnp.PyArray_DATA(weight_c),
                    NULL if bias_c is None else <double *>cnp.PyArray_DATA(bias_c))
     if y is None:
         return None

@@ -13,8 +13,8 @@ cdef extern from "coefficients.h" nogil:
     void solve_backward "cbn_solve_backward"(double *coef, Py_ssize_t C, Py_ssize_t first, Py_ssize_t end,
                                              const double *mean, const double *invstd, const double *weight,
                                              const double *sum_dh, const double *sum_dh_xmu, double n)
-    void solve_standard "cbn_solve_standard"(double *coef, Py_ssize_t C, const double *mean, const double *var, double eps,
-                                             bint outside, bint zero_is_one)
+    void solve_standard "cbn_solve_standard"(double *coef, Py_ssize_t C, const double *mean, const double *var,
+                                             double eps, bint outside, bint zero_is_one)
     bint takes_float64 "cbn_takes_float64"(const double *coef, Py_ssize_t C, Py_ssize_t c, bint backward)
     bint all_fit "cbn_all_fit"(const double *coef, Py_ssize_t C, Py_ssize_t first, Py_ssize_t end, bint backward,
                                Py_ssize_t itemsize)

@@ -43,8 +43,8 @@ cdef inline void convert_with(Job *job, const cbn_isa *isa, const Extents *e, cb
     job.nontemporal = job.prefetch = False
 
 
-cdef inline void convert_some(cbn_conversion convert, const char *source, Py_ssize_t source_step, char *to, Py_ssize_t to_step,
-                       Py_ssize_t runs, Py_ssize_t length, bint joined) noexcept nogil:
+cdef inline void convert_some(cbn_conversion convert, const char *source, Py_ssize_t source_step, char *to,
+                              Py_ssize_t to_step, Py_ssize_t runs, Py_ssize_t length, bint joined) noexcept nogil:
     """Runs or rows, at once if they are `joined`, one behind the other on both sides."""
     cdef Py_ssize_t k
     if joined:

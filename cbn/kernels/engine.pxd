@@ -14,7 +14,7 @@ cdef void set_epilogue(Job *job, cbn_view z, cbn_act act) noexcept nogil
 cdef void set_count(Job *job, bint skipna, cbn_view weights) noexcept nogil
 cdef void set_coefficients(Job *job, double *coef_c) noexcept nogil
 cdef void set_output(Job *job, const Extents *e, cbn_view y, Py_ssize_t itemsize) noexcept nogil
-cdef void set_conversion(Job *job, const Extents *e, cbn_view y, Element y_element, Py_ssize_t y_itemsize) noexcept nogil
+cdef void set_conversion(Job *job, const Extents *e, cbn_view y, Element element, Py_ssize_t itemsize) noexcept nogil
 cdef double vanishing(Element element) noexcept nogil
 cdef void choose_stores(Job *job) noexcept nogil
 cdef void choose_tiles(Job *job) noexcept nogil

@@ -414,9 +414,9 @@ cdef void apply_items(Job *job, Py_ssize_t begin, Py_ssize_t end, int thread) no
         apply_tile(job, &t, job.apply.rows)
 
 
-cdef void set_conversion(Job *job, const Extents *e, cbn_view y, Element y_element, Py_ssize_t y_itemsize) noexcept nogil:
+cdef void set_conversion(Job *job, const Extents *e, cbn_view y, Element element, Py_ssize_t itemsize) noexcept nogil:
     """Let `apply` write a y of another type than x."""
-    convert_with(job, active, e, y, y_element, y_itemsize)
+    convert_with(job, active, e, y, element, itemsize)
 
 
 cdef void convert_items(Job *job, Py_ssize_t begin, Py_ssize_t end, int thread) noexcept nogil:

@@ -145,7 +145,7 @@ cdef inline void share(Grid *g, Py_ssize_t itemsize, int threads) noexcept nogil
 
 
 cdef inline void coarsen(Grid *g) noexcept nogil:
-    """Larger items of integers, whose exact sums no partition changes: each leaves partial sums to store and to merge."""
+    """Larger items, for integers: no partition changes exact sums, and each item leaves some to store and to merge."""
     cdef Py_ssize_t rows = g.step // g.copies if g.rows else g.step * (2 + g.piece // INTEGER_WIDTH)
     while n_items(g) > INTEGER_ITEMS and g.blocks > 1 and rows < MAX_INTEGER_ROWS:
         rows *= 2

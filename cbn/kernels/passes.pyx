@@ -109,7 +109,8 @@ def moments(Layout layout, cnp.ndarray x, bint skipna=False, cnp.ndarray weights
     """
     cdef Job job = job_of(layout, x, False)
     cdef Py_ssize_t C = layout.extents.C
-    cdef cnp.ndarray room, mean = new_doubles(C), m2 = new_doubles(C), low = new_doubles(C), least = None, largest = None
+    cdef cnp.ndarray mean = new_doubles(C), m2 = new_doubles(C), low = new_doubles(C)
+    cdef cnp.ndarray room, least = None, largest = None
     if not is_integer(&job) and (skipna or extrema or weights is not None):
         count = new_doubles(C) if count is None else count
         set_count(&job, skipna, weights_view(layout, weights))

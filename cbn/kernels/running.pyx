@@ -4,11 +4,11 @@
 As in calls.pyx, a function answers for arguments of the kind that most calls have, and says so if it does not.
 """
 cimport numpy as cnp
-from libc.math cimport INFINITY
+from libc.math cimport INFINITY, NAN
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
 
-from .arrays cimport NPY_HALF, element_of, empty_like, is_usual
+from .arrays cimport NPY_HALF, doubles, element_of, empty_like, is_usual, new_doubles
 from .calls cimport Prepared, copied, is_epsilon, is_per_channel, prepared_for, set_arrays
 from .coefficients cimport FORWARD_ROWS, solve_standard
 from .engine cimport SMALL, apply, apply_here, choose_stores, make_job, measure, set_coefficients, set_count
@@ -21,6 +21,61 @@ from .statistics cimport cbn_merge_moments, cbn_take_largest, cbn_take_smallest
 import numpy as np
 
 cnp.import_array()
+
+
+# ---- statistics of an array ------------------------------------------------------------------------------------
+
+def moments(x, channel_axis, skipna, extrema):
+    """(count, mean, m2, low, min, max) of `passes.moments`, for an array of floats without gaps; or None."""
+    cdef Prepared p = prepared_for(x, channel_axis)
+    cdef Job job
+    cdef cbn_view ones
+    cdef Py_ssize_t c, C
+    cdef double *count_c
+    cdef double *room_c
+    cdef cnp.ndarray count, mean, m2, low, least = None, largest = None
+    if p is None or type(skipna) is not bool or type(extrema) is not bool:
+        return None
+    C = p.layout.extents.C
+    count, mean, m2, low = new_doubles(C), new_doubles(C), new_doubles(C), new_doubles(C)
+    job = p.job
+    job.x.data = cnp.PyArray_BYTES(<cnp.ndarray>x)
+    job.sum_c, job.square_c, job.low_c = doubles(mean, C), doubles(m2, C), doubles(low, C)
+    count_c = doubles(count, C)
+    for c in range(C):
+        count_c[c] = <double>(job.reduction.N * job.reduction.S)
+    if skipna or extrema:
+        ones.data, ones.n, ones.c = NULL, 0, 0
+        set_count(&job, skipna, ones)
+        job.count_c = count_c
+    if extrema:
+        least, largest = new_doubles(C), new_doubles(C)
+        job.min_c, job.max_c = doubles(least, C), doubles(largest, C)
+    room_c = <double *>malloc(measure_doubles(&job) * sizeof(double))
+    if room_c == NULL:
+        return None
+    divide_measure(&job, room_c)
+    if job.n_bytes < SMALL:
+        measure(&job)
+    else:
+        with nogil:
+            measure(&job)
+    free(room_c)
+    return count, mean, m2, low, least, largest
+
+
+def variance(cnp.ndarray count, cnp.ndarray m2, double correction):
+    """m2/(count - correction) of contiguous float64 values, NaN where that is not positive."""
+    cdef Py_ssize_t c, C = cnp.PyArray_SIZE(m2)
+    cdef cnp.ndarray var = new_doubles(C)
+    cdef double n
+    cdef double *count_c = doubles(count, C)
+    cdef double *m2_c = doubles(m2, C)
+    cdef double *var_c = doubles(var, C)
+    for c in range(C):
+        n = count_c[c] - correction
+        var_c[c] = m2_c[c] / n if n > 0 else NAN
+    return var
 
 
 # ---- statistics of a stream ------------------------------------------------------------------------------------

@@ -97,7 +97,9 @@ cdef inline double value_at(const Job *job, Py_ssize_t i) noexcept nogil:
         return (<float *>job.x.data)[i]
     if job.element == F64:
         return (<double *>job.x.data)[i]
-    return cbn_from_f16((<uint16_t *>job.x.data)[i]) if job.element == F16 else cbn_from_bf16((<uint16_t *>job.x.data)[i])
+    if job.element == F16:
+        return cbn_from_f16((<uint16_t *>job.x.data)[i])
+    return cbn_from_bf16((<uint16_t *>job.x.data)[i])
 
 
 cdef inline double shift_of(const Job *job, Py_ssize_t c) noexcept nogil:
@@ -236,7 +238,8 @@ cdef inline void merge_partials(Job *job, Py_ssize_t first, Py_ssize_t end) noex
 
     Takes only the channels of this pass: those marked for float64 if `job.sum_in_float64`, the others if not.
     """
-    cdef Py_ssize_t c, k, half, C = job.reduction.C, blocks = n_partials(&job.reduction), all_rows = job.partial_rows * C
+    cdef Py_ssize_t c, k, half, blocks = n_partials(&job.reduction)
+    cdef Py_ssize_t C = job.reduction.C, all_rows = job.partial_rows * C
     cdef double *sums = job.partial
     while blocks > 1:    # one half to the other: so that each has few additions
         half = (blocks + 1) // 2

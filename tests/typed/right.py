@@ -100,6 +100,11 @@ def functions() -> None:
     y, save_mean, save_invstd = native_batch_norm(x, None, None, None, None, True, 0.1, 1e-5)
     dx, dweight, dbias = native_batch_norm_backward(y, x, None, None, None, save_mean, save_invstd, True, 1e-5)
     assert dx.sum() + dweight.sum() + dbias.sum() < 10
+    counted = cbn.moments(x, mask=x[:, 0] > 0, weights=[1.0, 2.0, 0.5], skipna=True, extrema=True)
+    running = cbn.RunningMoments(3, prior=(0, 1, 1e-4)).update(x).merge(counted)
+    y = running.standardize(x, clip=10, out=cbn.standardize(x, running.mean, running.var(), dtype=np.float64))
+    running.load_state_dict(running.state_dict())
+    cbn.BatchNorm(3, activation=("clip", 0, 6))
     total = cbn.moments(x) + cbn.Moments(3, [0.0, 0.0, 0.0], np.ones(3))
     assert cbn.Moments.merge([total, total]).var(correction=1).mean() > 0
     folded, bias = cbn.fuse_linear_bn([[1.0, 2.0]], None, cbn.BatchNorm1d(1).eval())

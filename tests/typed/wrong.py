@@ -82,6 +82,10 @@ def functions() -> None:
     batch_norm(x, None, None, weight="ones")  # wrong
     native_batch_norm(x, None, None)  # wrong
     cbn.moments("hello")  # wrong
+    cbn.moments(x, mask=1.5)  # wrong
+    cbn.standardize(x, 0, 1, zero_var="zero")  # wrong
+    cbn.RunningMoments(3).update(x, weight=x)  # wrong
+    cbn.BatchNorm(3, activation=("clip", 0))  # wrong
     cbn.moments(x, axis=1)  # wrong
     cbn.Moments("3", x, x)  # wrong
     cbn.Moments.merge([x])  # wrong
