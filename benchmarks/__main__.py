@@ -32,7 +32,9 @@ def parser():
     run = commands.add_parser("run", help="measure, and write results.json, report.html and summary.md")
     run.add_argument("--full", action="store_true", help="every shape, one core and all; hours rather than minutes")
     run.add_argument("--group", action="append", choices=cases.GROUPS[1:], help="only this group; may be repeated")
-    run.add_argument("--op", action="append", choices=cases.OPS, help="only this operation; may be repeated")
+    run.add_argument(
+        "--op", action="append", choices=(*cases.OPS, *cases.STATISTICS), help="only this operation; may be repeated"
+    )
     run.add_argument("--shape", action="append", help="this shape instead of the list's, as 32x64x56x56")
     run.add_argument("--layout", choices=cases.LAYOUTS, help="only this layout")
     run.add_argument("--dtype", action="append", choices=cases.ITEMSIZE, help="of the inputs; may be repeated")
@@ -66,6 +68,7 @@ def chosen(options, n_cores):
         found = [
             case
             for dtype in options.dtype or ["float32"]
+            if dtype != "uint8"
             for fused in options.fused or [""]
             for case in cases.of_shapes(shapes, options.threads or [n_cores], dtype=dtype, fused=fused)
             if not (fused and case.op == "backward")

@@ -1,4 +1,4 @@
-"""What is measured: operations, shapes, layouts, networks, chains; the short list and the full one."""
+"""What is measured: operations, shapes, layouts, networks, chains, statistics; the short list and the full one."""
 
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -6,11 +6,11 @@ from math import prod
 
 from .networks import NETWORKS, batch_norms
 
-ITEMSIZE = {"bfloat16": 2, "float32": 4, "float64": 8}  # of the inputs; parameters of bfloat16 are float32
+ITEMSIZE = {"bfloat16": 2, "float32": 4, "float64": 8, "uint8": 1}  # of the inputs; uint8 is for statistics alone
 OPS = ("eval", "train", "backward")
 FUSED = ("relu", "add+relu")
 LAYOUTS = ("first", "last")
-GROUPS = ("shapes", "functions", "networks", "chain")
+GROUPS = ("shapes", "functions", "networks", "chain", "statistics")
 
 # ResNet-50's stages at N = 32, the largest of each stage's; and at N = 1, as an inference service sees them.
 RESNET = ((32, 64, 112, 112), (32, 256, 56, 56), (32, 512, 28, 28), (32, 1024, 14, 14), (32, 2048, 7, 7))
@@ -42,6 +42,17 @@ BATCHES = (1, 8, 32)  # of the networks
 # What stands around a batch norm. A producer writes x before it; a reader reads its result, on all threads or on one.
 CHAINS = ("read", "read by one", "write and read")
 CHAIN_BATCHES = (1, 2, 4, 8, 16, 24, 32, 64, 128, 256)  # of 256 channels at 28x28: 0.8 to 205 MB an array
+# The shapes of each operation on statistics: tables (genes, sensors), observations of environments, one long channel,
+# and images as bytes.
+IMAGES = (64, 3, 224, 224)
+MEASURED = ((20000, 1000), (1000000, 17), (8, 17), (64, 376), (1, 1, 10**7))
+STATISTICS = {
+    "moments": (*MEASURED, IMAGES),
+    "moments+extrema": (*MEASURED, IMAGES),
+    "moments+skipna": MEASURED,
+    "update": ((8, 17), (64, 376)),
+    "standardize+clip": ((64, 376), (20000, 1000)),
+}
 
 
 @dataclass(frozen=True)
@@ -54,7 +65,8 @@ class Case:
 
     `group` is one of GROUPS. "functions" are called through functions, where "shapes" may go through a layer. Of
     "networks" a case is all batch norms of the `network` in their order, through functions; its shape is (N,). Of
-    "chain" it is a batch norm and the passes of other code that the `chain` names.
+    "chain" it is a batch norm and the passes of other code that the `chain` names. "statistics" has operations of its
+    own, the keys of STATISTICS.
     """
 
     op: str
@@ -117,8 +129,10 @@ class Case:
         if self.fused == "add+relu":
             units, why = replace(self, fused="").units(cache)
             return units + 1, f"{why}; read the residual"
-        if self.op == "eval":
+        if self.op in ("eval", "standardize+clip"):
             return 2, "read x, write y"
+        if self.op in STATISTICS:
+            return 1, "read x"
         arrays = 1 if self.op == "train" else 2
         if self.layout == "first" and arrays * self.channel_bytes <= cache // 2:
             return arrays + 1, f"read {'x' if arrays == 1 else 'x, dy'}, write; a channel stays in cache"
@@ -178,9 +192,21 @@ def of_chains(threads):
     ]
 
 
+def of_statistics(threads):
+    """Cases of statistics. Results are small, or allocated by everybody's usual call."""
+    return [
+        Case(
+            op, shape, layouts_of(shape)[0], t, "called", "uint8" if shape == IMAGES else "float32", group="statistics"
+        )
+        for t in threads
+        for op, shapes in STATISTICS.items()
+        for shape in shapes
+    ]
+
+
 def of_groups(groups, threads):
     """Cases of some groups other than the shapes."""
-    makers = {"functions": of_functions, "networks": of_networks, "chain": of_chains}
+    makers = {"functions": of_functions, "networks": of_networks, "chain": of_chains, "statistics": of_statistics}
     return [case for group in dict.fromkeys(groups) for case in makers[group](threads)]
 
 

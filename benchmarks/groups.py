@@ -1,4 +1,4 @@
-"""The sections of the page on networks, functions and chains."""
+"""The sections of the page on networks, functions, chains and statistics."""
 
 from .html import Html, table
 from .results import (
@@ -7,7 +7,6 @@ from .results import (
     OP_WORDS,
     OURS,
     duration,
-    percent,
     ratio_words,
     shape_words,
     size_words,
@@ -16,6 +15,7 @@ from .results import (
 )
 
 LAYERS, STORES = "cbn layers", ("cbn, plain stores", "cbn, non-temporal stores")
+PEERS = ("numpy", "PyTorch", "oneDNN", BEST, "scikit-learn", "fast-array-utils", "stable-baselines3")
 
 
 def by_case(data, group):
@@ -32,20 +32,28 @@ def ratio_html(row):
     if row is None or row.ratio is None:
         return ""
     ratio = row.ratio["median"]
-    return Html(f'<b class="{verdict(ratio)}">{ratio_words(ratio)}</b><small>{duration(row.time)}</small>')
+    words = f'<b class="{verdict(ratio)}">{ratio_words(ratio)}</b><small>{duration(row.time)}</small>'
+    return Html(words + error_html(row))
+
+
+def error_html(row):
+    """For statistics, how far the variance is from float64, or else the result."""
+    error = row.errors.get("var", row.errors.get("y"))
+    return f"<small>error {error:.0e}</small>" if row.case.group == "statistics" else ""
 
 
 def compared(data, group, head, cells):
-    """A table with a row for each case: its time, that of a layer, and what the peers take."""
+    """A table with a row for each case: its time, that of a layer if there is one, and what the peers take."""
     rows = []
     found = by_case(data, group)
-    peers = [name for name in ("numpy", "PyTorch", "oneDNN", BEST) if any(name in slot for slot in found.values())]
+    taken = {name for slot in found.values() for name in slot}
+    layers, peers = ([name for name in names if name in taken] for names in ((LAYERS,), PEERS))
     for case, slot in found.items():
         ours = slot[OURS]
-        share = percent(ours.share["median"]) if ours.share and not data.fits_cache(ours) else ""
-        times = duration(ours.time), duration(slot[LAYERS].time) if LAYERS in slot else ""
-        rows.append([*cells(case), *times, share, *(ratio_html(slot.get(name)) for name in peers)])
-    head = [*head, ">cbn", ">through layers", ">share of the limit", *(f">{name}" for name in peers)]
+        times = [Html(duration(ours.time) + error_html(ours))]
+        times += [duration(slot[name].time) if name in slot else "" for name in layers]
+        rows.append([*cells(case), *times, data.share_words(ours), *(ratio_html(slot.get(name)) for name in peers)])
+    head = [*head, ">cbn", *(">through layers" for _ in layers), ">share of the limit", *(f">{name}" for name in peers)]
     return table(head, rows, "tall") if rows else ""
 
 
@@ -57,6 +65,11 @@ def networks(data):
 def functions(data):
     return compared(data, "functions", ["shape", "operation", ">threads", "memory"], lambda c: [
         shape_words(c.subject), OP_WORDS[c.op], c.threads, memory_words(c)])  # fmt: skip
+
+
+def statistics(data):
+    return compared(data, "statistics", ["operation", "shape", "type", ">threads"], lambda c: [
+        OP_WORDS[c.op], shape_words(c.subject), c.dtype, c.threads])  # fmt: skip
 
 
 def memory_words(case):

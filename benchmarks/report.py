@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from .cases import LAYOUTS, OPS
-from .groups import chains, functions, networks
+from .groups import chains, functions, networks, statistics
 from .html import Html, table
 from .plots import (
     PAGE,
@@ -69,6 +69,11 @@ PROSE = {
     "chains": """A batch norm between other code: a pass that reads its result, on all threads or on one, and one that
         writes its input. The time of the chain with plain and with non-temporal stores, over that with the stores that
         cbn chooses: below 1 the other choice is better.""",
+    "statistics": """Mean and variance of every channel, of values around 1000 with variance 1 or of uniform bytes; the
+        update of a running mean and variance; and (x − mean)/√(var + ε) between two bounds. The limit is a plain read,
+        and y = a·x + b for standardize. fast-array-utils and stable-baselines3 are their formulas in numpy; gymnasium
+        updates as stable-baselines3 does. An error is that of the variance (of y for standardize), relative to float64:
+        from 1 on no digit is left.""",
     "latency": """Single calls on one thread, each timed by itself: on an idle machine, and beside one busy process
         per core. Further left is better.""",
     "growth": "Arrays of 5 channels, channels first. The flat part on the left is the cost of a call.",
@@ -91,8 +96,8 @@ METHOD = (
     """A share is the least traffic of the operation, in units of one array, at the bandwidth that was measured in the
     same turn on arrays of the same size, over the time taken. That bandwidth is the faster of y = a·x + b with plain
     and with streaming stores, which moves two units. Evaluation moves 2 units; training 2 and backward 3 where a
-    channel stays in cache between the two passes (channels first), else 3 and 5. Reading is cheaper than writing, so
-    a share can exceed 100 %.""",
+    channel stays in cache between the two passes (channels first), else 3 and 5. Moments and updates move 1 unit, in
+    the time of a plain read. Reading is cheaper than writing, so a share can exceed 100 %.""",
     """“In cache” marks operations whose whole traffic is less than the last cache; for them the limit is a bandwidth
     of caches, and the cost of the call counts.""",
 )
@@ -224,7 +229,7 @@ def plots(data):
         parts += [f"<details><summary>The same with {plural(threads, 'thread')}</summary>{pictures}</details>"
                   for threads, pictures in drawn[1:] if pictures]  # fmt: skip
     for name, title, draw in (("networks", "Networks", networks), ("functions", "Functions, small calls", functions),
-                              ("chains", "Chains", chains)):  # fmt: skip
+                              ("chains", "Chains", chains), ("statistics", "Statistics", statistics)):  # fmt: skip
         drawn = draw(data)
         parts.append(f'<h2 id="{name}">{title}</h2>' + (prose(name) + drawn if drawn else prose("none")))
     parts.append('<h2 id="latency">Latency of a call</h2>' + (latency(data) or prose("none")))
@@ -346,10 +351,19 @@ def everything(data):
     rows = []
     for r in data.rows:
         if not r.is_limit:
-            share = percent(r.share["median"]) + (" in cache" if data.fits_cache(r) else "") if r.share else ""
             ratio = f"{r.ratio['median']:.2f}× ({r.ratio['q1']:.2f}–{r.ratio['q3']:.2f})" if r.ratio else ""
             errors = ", ".join(f"{k} {v:.0e}" for k, v in r.errors.items())
-            rows.append([*case_cells(r.case), r.name, duration(r.time), ratio, share, f"{r.units}: {r.model}", errors])
+            rows.append(
+                [
+                    *case_cells(r.case),
+                    r.name,
+                    duration(r.time),
+                    ratio,
+                    data.share_words(r),
+                    f"{r.units}: {r.model}",
+                    errors,
+                ]
+            )
     head = [*CASE_HEAD, "contender", ">time", ">ratio (quartiles)", ">share", "units of traffic", "error, float64"]
     inner = f"<summary>{plural(len(rows), 'row')}</summary>{table(head, rows, 'tall')}"
     return f'<h2 id="all">All rows</h2><details>{inner}</details>'
@@ -442,8 +456,8 @@ svg text { font-family: system-ui, "DejaVu Sans", sans-serif !important; }
 summary { cursor: pointer; color: var(--fast); margin: .6rem 0; } li { max-width: 85ch; margin: .3rem 0; }
 """
 NAV = {"limit": "share of the limit", "ratios": "ratios", "networks": "networks", "functions": "functions",
-       "chains": "chains", "latency": "latency", "growth": "size", "threads": "threads", "losses": "losses",
-       "faults": "wrong, failed, absent", "first": "first call", "all": "all rows",
+       "chains": "chains", "statistics": "statistics", "latency": "latency", "growth": "size", "threads": "threads",
+       "losses": "losses", "faults": "wrong, failed, absent", "first": "first call", "all": "all rows",
        "method": "how it was measured"}  # fmt: skip
 
 

@@ -8,7 +8,9 @@ import numpy as np
 from .cases import GROWTH, LAYOUTS, OPS, SMALL, Case
 
 OURS = "cbn"
-OP_WORDS = {"eval": "evaluation", "train": "training", "backward": "backward"}
+OP_WORDS = {"eval": "evaluation", "train": "training", "backward": "backward", "moments": "moments",
+            "moments+extrema": "moments with extrema", "moments+skipna": "moments without NaN", "update": "update",
+            "standardize+clip": "standardize with clip"}  # fmt: skip
 LAYOUT_WORDS = {"first": "channels first", "last": "channels last"}
 SMALL_CALLS = ("small calls", "")  # stands where (op, layout) stands
 NETWORKS = [(f"networks, {op}", layout) for layout in LAYOUTS for op in OPS]
@@ -90,10 +92,14 @@ class Results:
         """Whether all that the operation must move fits in the last cache."""
         return row.units * row.case.n_bytes < self.cache
 
+    def share_words(self, row):
+        """The share of the limit, and whether that is a limit of the caches; empty without a limit."""
+        return percent(row.share["median"]) + (" in cache" if self.fits_cache(row) else "") if row.share else ""
+
 
 def group_of(case):
-    """(op, layout) under which a case stands on the page; None for the growth plot, other types, fused, chains."""
-    if case.dtype != "float32" or case.fused or case.shape in GROWTH_SHAPES or case.chain:
+    """(op, layout) under which a case stands on the page; None for what has a plot or a section of its own."""
+    if case.dtype != "float32" or case.fused or case.shape in GROWTH_SHAPES or case.group in ("chain", "statistics"):
         return None
     if case.group != "shapes":
         return f"{case.group}, {case.op}", case.layout if case.network else ""

@@ -107,29 +107,44 @@ class Exact:
     def __init__(self, case, folder, prefix=""):
         data = contenders.Data(case)
         # channel by channel: float64 copies of all at once would not fit beside the contenders
-        names = ("y",) if case.op != "backward" else ("dx", "dweight", "dbias")
-        shapes = {"y": case.shape, "dx": case.shape, "dweight": case.shape[1:2], "dbias": case.shape[1:2]}
-        results = {name: np.empty(shapes[name], data.parameters) for name in names}
+        shapes = {"y": case.shape, "dx": case.shape}
+        names = contenders.RESULTS.get(case.op, ("y",))
+        results = {name: np.empty(shapes.get(name, case.shape[1:2]), data.parameters) for name in names}
         step = max(1, case.shape[1] // max(1, case.n_bytes // (64 << 20)))
+        find = self.statistics if case.group == "statistics" else self.normalized
         for c in range(0, case.shape[1], step):
             part = slice(c, c + step)
-            x, weight = data.x[:, part], data.weight[part]
-            mean, var = data.mean[part], data.var[part]
-            if case.op != "eval":
-                n, mean, m2 = reference.moments(x)
-                var = m2 / n
-            if case.op == "backward":
-                found = reference.backward(data.dy[:, part], x, mean, var, weight, contenders.EPS)
-                results["dx"][:, part], results["dweight"][part], results["dbias"][part] = found
-            else:
-                y = reference.normalize(x, mean, var, weight, data.bias[part], contenders.EPS)
-                if case.fused:
-                    y = reference.activate(y, data.dy[:, part] if case.fused == "add+relu" else None, 0)
-                results["y"][:, part] = y
+            for name, value in zip(names, find(case, data, part), strict=True):
+                results[name][(slice(None), part) if name in shapes else part] = value
         self.files = {}
         for name, a in results.items():
             self.files[name] = str(Path(folder) / f"{prefix}{name}.npy")
             np.save(self.files[name], a)
+
+    @staticmethod
+    def normalized(case, data, part):
+        """What batch normalization gives for some of the channels."""
+        x, weight = data.x[:, part], data.weight[part]
+        mean, var = data.mean[part], data.var[part]
+        if case.op != "eval":
+            n, mean, m2 = reference.moments(x)
+            var = m2 / n
+        if case.op == "backward":
+            return reference.backward(data.dy[:, part], x, mean, var, weight, contenders.EPS)
+        y = reference.normalize(x, mean, var, weight, data.bias[part], contenders.EPS)
+        if case.fused:
+            y = reference.activate(y, data.dy[:, part] if case.fused == "add+relu" else None, 0)
+        return (y,)
+
+    @staticmethod
+    def statistics(case, data, part):
+        """What operations on statistics give for some of the channels."""
+        x = data.x[:, part]
+        if case.op == "standardize+clip":
+            y = reference.normalize(x, data.mean[part], data.var[part], eps=contenders.EPS)
+            return (reference.activate(y, low=-contenders.CLIP, high=contenders.CLIP),)
+        count, mean, m2, *extremes = reference.counted_moments(x, skipna=True)
+        return (mean, m2 / count, *(extremes if case.op == "moments+extrema" else ()))
 
 
 def cpu_model():
@@ -304,8 +319,8 @@ class Suite:
 
     def measure(self, case):
         """Time one case: all contenders that can do it, and the limits, turn by turn."""
-        every = [n for n in self.peers if contenders.ALL[n].fuses or not case.fused]
-        names = [n for n in every if all(contenders.ALL[n].supports(part) for part in set(case.parts))]
+        every = [n for n in self.peers if contenders.of(n, case).fuses or not case.fused]
+        names = [n for n in every if all(contenders.of(n, case).supports(part) for part in set(case.parts))]
         with self.prepared(case, names) as ready:
             turns = {name: [] for name in ready}
             for turn in range(self.turns):
@@ -323,9 +338,10 @@ class Suite:
         """Rows of the results, in pytest-benchmark's format; ratios and shares stand in extra_info."""
         cache = self.results["machine_info"]["caches"].get("L2", 1 << 20)
         units, model = case.units(cache)
-        scales = [turns[n] for n in (contenders.LimitScale.name, contenders.LimitStream.name) if n in turns]
-        # Bandwidth of this turn: two units in the time of the faster of the two kinds of store
-        unit = np.min(scales, axis=0) / 2 if scales and not case.chain else None
+        # Bandwidth of this turn: one unit in the time of a read, or two in that of the faster of the two kinds of store
+        probes = (contenders.LimitRead,) if units == 1 else (contenders.LimitScale, contenders.LimitStream)
+        found = [turns[probe.name] for probe in probes if probe.name in turns]
+        unit = np.min(found, axis=0) / len(probes) if found and not case.chain else None
         for name, samples in turns.items():
             samples = np.asarray(samples)
             extra = {

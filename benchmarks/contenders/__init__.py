@@ -8,15 +8,24 @@ Like is compared with like: with memory "out" a contender writes to memory that 
 called as its users call it and allocates.
 """
 
-from .base import EPS, Contender, Data
-from .limits import LIMITS, LimitScale, LimitStream
+from .base import CLIP, EPS, RESULTS, Contender, Data
+from .limits import LIMITS, LimitRead, LimitScale, LimitStream
 from .onednn import OneDnnBlocked8, OneDnnBlocked16, OneDnnLast, OneDnnPlain
 from .ours import OURS, Cbn
 from .plain import Numpy
 from .pytorch import Torch
 from .runtimes import Jax, OnnxRuntime, OpenVino
+from .statistics import CbnStatistics, FastArrayUtils, NumpyStatistics, ScikitLearn, StableBaselines3, TorchStatistics
 
-__all__ = ["ALL", "EPS", "LIMITS", "OURS", "PEERS", "Cbn", "Contender", "Data", "LimitScale", "LimitStream", "Numpy"]
+__all__ = ["ALL", "CLIP", "EPS", "LIMITS", "OURS", "PEERS", "RESULTS", "Cbn", "Contender", "Data", "LimitRead",
+           "LimitScale", "LimitStream", "Numpy", "of"]  # fmt: skip
 
-PEERS = (Numpy, Torch, OneDnnPlain, OneDnnLast, OneDnnBlocked8, OneDnnBlocked16, OnnxRuntime, OpenVino, Jax)
+PEERS = (Numpy, Torch, OneDnnPlain, OneDnnLast, OneDnnBlocked8, OneDnnBlocked16, OnnxRuntime, OpenVino, Jax,
+         ScikitLearn, FastArrayUtils, StableBaselines3)  # fmt: skip
 ALL = {c.name: c for c in (*OURS, *PEERS, *LIMITS)}
+STATISTICS = {c.name: c for c in (CbnStatistics, NumpyStatistics, TorchStatistics)}
+
+
+def of(name, case):
+    """The class that takes part in a case under this name: some have another one for statistics."""
+    return (STATISTICS if case.group == "statistics" else {}).get(name, ALL[name])

@@ -3,6 +3,15 @@
 import numpy as np
 
 EPS = 1e-5
+CLIP = 2.0  # a bound that some values exceed, so that the comparison with float64 sees whether they are clipped
+# Names of an operation's results; the result of all others is y
+RESULTS = {
+    "backward": ("dx", "dweight", "dbias"),
+    "moments": ("mean", "var"),
+    "moments+extrema": ("mean", "var", "min", "max"),
+    "moments+skipna": ("mean", "var"),
+    "update": ("mean", "var"),
+}
 
 
 class Data:
@@ -12,15 +21,21 @@ class Data:
         rng = np.random.default_rng(7)
         self.case = case
         self.dtype = case.dtype
-        self.parameters = np.dtype("float32" if case.dtype == "bfloat16" else case.dtype)
+        statistics = case.group == "statistics"
+        self.parameters = np.dtype("float32" if case.dtype == "bfloat16" else "float64" if statistics else case.dtype)
         if case.dtype == "bfloat16":
             import ml_dtypes
 
             self.dtype = ml_dtypes.bfloat16
         shape, n_channels = case.shape, case.shape[1]
         self.x, self.dy = self.array(rng), self.array(rng)
-        self.x += 1
+        if case.dtype != "uint8":
+            self.x += 1000 if statistics else 1  # far from 0, as sensors and counts are: it shows who loses digits
+        if case.op == "moments+skipna":
+            self.x.flat[::97] = np.nan  # 97 divides no shape, so all channels of large arrays have some
         self.weight, self.bias, self.mean = rng.standard_normal((3, n_channels)).astype(self.parameters)
+        if statistics:
+            self.mean += 1000
         self.var = rng.uniform(0.5, 2, n_channels).astype(self.parameters)
         if case.op != "backward" and case.fused != "add+relu":
             self.dy = None  # drawn all the same, so that the other arrays are those of every operation
@@ -34,7 +49,11 @@ class Data:
             a = np.empty(lying, self.dtype)
         else:
             n = int(np.prod(lying))
-            block = rng.standard_normal(min(n, 1 << 20), dtype=np.float32)
+            size = min(n, 1 << 20)
+            if self.dtype == "uint8":
+                block = rng.integers(256, size=size, dtype=np.uint8)
+            else:
+                block = rng.standard_normal(size, dtype=np.float32)
             # a period that no shape divides, so that channels do not repeat
             a = np.resize(block[: len(block) - 1 if n > len(block) else n], n).astype(self.dtype).reshape(lying)
         return np.moveaxis(a, -1, 1) if self.case.layout == "last" else a
@@ -50,6 +69,7 @@ class Contender:
 
     def __init__(self, case, data):
         self.case, self.data = case, data
+        self.tolerances = {}  # {name of a result: largest error}, where others than the usual ones hold
 
     @classmethod
     def supports(cls, case):

@@ -19,7 +19,7 @@ class Limit(Contender):
 
     @classmethod
     def supports(cls, case):
-        return case.group in ("shapes", "functions") or cls.kind in ("plain", "stream")
+        return case.group in ("shapes", "functions", "statistics") or cls.kind in ("plain", "stream")
 
     def __init__(self, case, data):
         super().__init__(case, data)
