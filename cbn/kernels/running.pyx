@@ -8,7 +8,7 @@ from libc.math cimport INFINITY, NAN
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
 
-from .arrays cimport NPY_HALF, doubles, element_of, empty_like, is_usual, new_doubles
+from .arrays cimport NPY_HALF, doubles, element_of, empty_like, give_memory, is_usual, new_doubles, take_memory
 from .calls cimport Prepared, copied, is_epsilon, is_per_channel, prepared_for, set_arrays
 from .coefficients cimport FORWARD_ROWS, solve_standard
 from .engine cimport SMALL, apply, apply_here, choose_stores, make_job, measure, set_coefficients, set_count
@@ -51,7 +51,8 @@ def moments(x, channel_axis, skipna, extrema):
     if extrema:
         least, largest = new_doubles(C), new_doubles(C)
         job.min_c, job.max_c = doubles(least, C), doubles(largest, C)
-    room_c = <double *>malloc(measure_doubles(&job) * sizeof(double))
+    # Of the pool if it is large: of many channels with few values, new memory costs more than the passes
+    room_c = <double *>take_memory(measure_doubles(&job) * sizeof(double))
     if room_c == NULL:
         return None
     divide_measure(&job, room_c)
@@ -60,7 +61,7 @@ def moments(x, channel_axis, skipna, extrema):
     else:
         with nogil:
             measure(&job)
-    free(room_c)
+    give_memory(<char *>room_c)
     return count, mean, m2, low, least, largest
 
 
