@@ -518,7 +518,7 @@ def test_demo(tmp_path, capsys):
         name = example.__name__.split(".")[-1]
         assert (tmp_path / f"{name}.md").read_text(encoding="utf-8").count("\n|") > 4
         assert png_size(tmp_path / f"{name}.png")[0] > 1000
-    assert "[5/5]" in capsys.readouterr().err
+    assert "[6/6]" in capsys.readouterr().err
 
 
 def test_pictures_leave_matplotlib_alone(tmp_path):
@@ -558,7 +558,9 @@ def test_arguments_that_are_refused(example, arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("script", ["__main__", "digits_mlp", "binary_logits", "four_steps", "sequences", "embed"])
+@pytest.mark.parametrize(
+    "script", ["__main__", "digits_mlp", "binary_logits", "four_steps", "sequences", "embed", "hosts/__main__"]
+)
 def test_help(script, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [script, "--help"])
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -568,7 +570,10 @@ def test_help(script, monkeypatch, capsys):
     assert "--out DIR" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments", [("examples", "--help"), ("examples.embed", "--seconds", "20", "--repeats", "1")])
+@pytest.mark.parametrize(
+    "arguments",
+    [("examples", "--help"), ("examples.embed", "--seconds", "20", "--repeats", "1"), ("examples.hosts", "--quick")],
+)
 def test_examples_end_at_a_closed_pipe(tmp_path, arguments):
     done = closed_pipe(*arguments, "--out", str(tmp_path))
     assert done.returncode == 141
@@ -576,7 +581,9 @@ def test_examples_end_at_a_closed_pipe(tmp_path, arguments):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("script", ["__main__", "digits_mlp", "binary_logits", "four_steps", "sequences", "embed"])
+@pytest.mark.parametrize(
+    "script", ["__main__", "digits_mlp", "binary_logits", "four_steps", "sequences", "embed", "hosts/__main__"]
+)
 def test_examples_name_the_extra_of_a_missing_package(script, tmp_path):
     code = f"""
 import runpy, sys
