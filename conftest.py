@@ -1,8 +1,13 @@
 """Every test and doctest starts, and leaves the process, with nothing asked about threads or instruction sets."""
 
+import importlib.util
+
 import pytest
 
 from cbn.kernels import engine
+
+# Its doctests need scikit-learn
+collect_ignore = [] if importlib.util.find_spec("sklearn") else ["cbn/sklearn.py"]
 
 
 @pytest.fixture(autouse=True)

@@ -15,6 +15,7 @@ coefficients, apply them element by element.
 `cbn.moments`             count, mean and sum of squared distances; exact merge
 `cbn.running`             the statistics of a stream
 `cbn.scaling`             standardize, with given statistics
+`cbn.sklearn`             scikit-learn's StandardScaler, imported only when asked for
 `cbn.inputs`              arguments in the form that the passes read
 `cbn.checks`              checks of arguments that layers and functions share, with their messages
 `cbn.entries`             entries of state dicts and files

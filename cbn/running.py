@@ -242,7 +242,7 @@ class RunningMoments:
         array([[3.],
                [0.]])
         """
-        if dtype is None and len(self._shape) == 1:
+        if len(self._shape) == 1 and (dtype is None or (isinstance(x, np.ndarray) and x.dtype == dtype)):
             axis = -1 if self._channel_axis is None else self._channel_axis
             y = compiled.standardize_running(self._state, x, axis, out, eps, zero_var, clip, center)
             if y is not None:

@@ -101,7 +101,7 @@ def standardize(
     array([[-1.,  0.],
            [ 1.,  0.]], dtype=float32)
     """
-    if dtype is None:
+    if dtype is None or (isinstance(x, np.ndarray) and x.dtype == dtype):
         y = running.standardize(x, mean, var, channel_axis, out, eps, eps_outside, zero_var, clip, center)
         if y is not None:
             return y
