@@ -233,7 +233,7 @@ INLINE void LOOP(fold_extremes)(const cbn_tile *r, real *restrict column, double
 
 INLINE void LOOP(count_rows)(const cbn_tile *r, const int what)
 {
-    const ptrdiff_t columns = r->copies * r->n_channels * r->length, all_rows = ELEM_IS_DOUBLE ? 2 * ROWS : 4 * ROWS;
+    const ptrdiff_t columns = r->copies * r->n_channels * r->length, all_rows = FLUSH_ROWS;
     /* Whether each row has one weight, one behind the other */
     const int of_rows = what & WEIGHING && r->copies == 1 && r->length == 1 && r->w.c == 0 && r->w.n == 1;
     const ptrdiff_t rows = what & WEIGHING && !of_rows ? 1 : all_rows;

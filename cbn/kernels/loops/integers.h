@@ -18,6 +18,7 @@
 #define MOST_COLUMNS (CBN_ROW_BYTES / sizeof(float)) /* of a row */
 #define IS_I32 (sizeof(INT) == 4)
 #define LOW_BITS 0xffffffffu
+#define HALF_BITS (4 * (int)sizeof(SQUARE))
 
 typedef struct {
     MANY sum[MOST_COLUMNS];
@@ -42,13 +43,15 @@ INLINE void LOOP(add_rows)(LOOP(integer_columns) *restrict k, const INT *restric
 {
     for (ptrdiff_t j = 0; j < columns; j++) {
         SUM sum = 0;
-        SQUARES square = 0;
+        SQUARE lower = 0, upper = 0; /* halves of squares, so that a few fit the type of one */
         uint64_t high = 0;
         INT min = k->min[j], max = k->max[j];
         UNROLLED for (int row = 0; row < rows; row++) {
             const INT a = x[row * step + j];
             sum = (SUM)(sum + a);
-            square += IS_I32 ? (SQUARE)((int64_t)a * a) : (SQUARE)((SQUARE)a * (SQUARE)a);
+            const SQUARE square = IS_I32 ? (SQUARE)((int64_t)a * a) : (SQUARE)((SQUARE)a * (SQUARE)a);
+            lower = (SQUARE)(lower + (square & ((1u << HALF_BITS) - 1)));
+            upper = (SQUARE)(upper + (square >> HALF_BITS));
             if (IS_I32)
                 high += (uint64_t)((int64_t)a * a) >> 32;
             if (extremes) {
@@ -57,7 +60,7 @@ INLINE void LOOP(add_rows)(LOOP(integer_columns) *restrict k, const INT *restric
             }
         }
         k->sum[j] += sum;
-        k->square[j] += square;
+        k->square[j] += (SQUARES)lower + ((SQUARES)upper << HALF_BITS);
         if (IS_I32)
             k->high[j] += high;
         if (extremes) {
@@ -187,6 +190,7 @@ const cbn_loops LOOP(loops) = {
 #undef MOST_COLUMNS
 #undef IS_I32
 #undef LOW_BITS
+#undef HALF_BITS
 #undef TYPE
 #undef INT
 #undef SUM
