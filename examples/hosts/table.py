@@ -41,7 +41,8 @@ def measure(quick, rounds):
             try:
                 case = make(*(short if quick else sizes))
             except LeftOut as reason:
-                left_out.append(f"left out: {make.__name__}, as {reason}")
+                line = f"left out: {make.__name__.replace('_', ' ')}, as {reason}"
+                left_out += [] if line in left_out else [line]
             else:
                 calls, results = zip(*map(case.use, (case.theirs, case.ours)), strict=True)
                 errors = [case.error(result) for result in results]
