@@ -21,7 +21,8 @@
 /* The factors of a channel; forward has the first three. */
 enum { HIGH, SCALE, TERM, SLOPE, GHIGH, ALL_FACTORS };
 #define FACTORS(backward) ((backward) ? ALL_FACTORS : SLOPE)
-/* What follows the normalization: nothing; act(a + z); the same, and a value may have overflowed on its way. */
+/* What follows the normalization: nothing; act(a + z); the same with bounds, or where a value may have overflowed on its
+ * way. */
 enum { PLAIN, ACTIVATED, CHECKED };
 #endif
 
@@ -69,16 +70,18 @@ typedef struct {
     real slope;
     real vanishing; /* the largest number that y's type takes for zero */
     double slope_d; /* slope, for float64 */
-    int clips;      /* whether there are bounds, and a slope of 1 */
+    /* Of CHECKED alone, so that other activations do not look: whether it recomputes, and whether there are bounds, and a
+     * slope of 1 */
+    int checks, clips;
     real low, high;
 } LOOP(activation);
 
 INLINE LOOP(activation) LOOP(activation_of)(const cbn_tile *t)
 {
-    const int kind = !t->activated ? PLAIN : t->checked ? CHECKED : ACTIVATED;
     const int clips = t->act.low > -INFINITY || t->act.high < INFINITY;
-    return (LOOP(activation)){kind,  (real)t->act.slope,    (real)t->vanishing,    t->act.slope,
-                              clips, (real)t->act.low, (real)t->act.high};
+    const int kind = !t->activated ? PLAIN : t->checked || clips ? CHECKED : ACTIVATED;
+    return (LOOP(activation)){kind, (real)t->act.slope, (real)t->vanishing, t->act.slope,
+                              t->checked, clips, (real)t->act.low, (real)t->act.high};
 }
 
 /* Lanes begin to end of y or dx from the i-th element on, before the activation; z may be NULL. If `kind` is CHECKED,
@@ -105,7 +108,7 @@ INLINE vec LOOP(unchecked)(const elem *x, const elem *g, const elem_out *z, ptrd
     const vec a = LOOP(before)(x, g, z, i, begin, end, f, kind, backward, seen);
     if (kind == PLAIN || backward)
         return a;
-    if (act.clips) {
+    if (kind == CHECKED && act.clips) {
         const vec low = splat(act.low), high = splat(act.high), below = select(a < low, low, a);
         return select(below > high, high, below);
     }
@@ -144,7 +147,7 @@ TARGET static __attribute__((noinline, cold)) vec LOOP(checked)(const elem *x, c
 INLINE vec LOOP(check)(vec v, vec seen, const elem *x, const elem *g, const elem_out *z, ptrdiff_t i, ptrdiff_t begin,
                        ptrdiff_t end, const vec *f, LOOP(activation) act, const int kind, const int backward)
 {
-    if (kind != CHECKED || (backward && !ELEM_IS_DOUBLE) || __builtin_expect(!any_nan(seen), 1))
+    if (kind != CHECKED || !act.checks || (backward && !ELEM_IS_DOUBLE) || __builtin_expect(!any_nan(seen), 1))
         return v;
     vec factors[ALL_FACTORS] = {{0}};
     const LOOP(activation) copy = act;
@@ -199,7 +202,7 @@ typedef struct {
  * forward pass, by the very code of the forward apply: y was positive exactly where this is larger than `vanishing`. */
 INLINE vec LOOP(input)(const elem *x, const elem_out *z, ptrdiff_t i, ptrdiff_t end, const vec *f, const int kind)
 {
-    const LOOP(activation) none = {.kind = CHECKED, .slope = 1, .slope_d = 1};
+    const LOOP(activation) none = {.kind = CHECKED, .slope = 1, .slope_d = 1, .checks = 1};
     vec seen = {0};
     const vec a = LOOP(before)(x, NULL, z, i, 0, end, f, kind, 0, &seen);
     return LOOP(check)(a, seen, x, NULL, z, i, 0, end, f, none, kind, 0);
