@@ -116,8 +116,8 @@ class BuildPasses(build_ext):
         flags += ["-fvisibility=hidden", "-g0", "-Wall", "-Wextra"]
         link_flags = ["-pthread"]
         if "__clang__" not in macros and SETS:
-            # A call copies structs of half a kilobyte some times, and `rep movs`, which gcc takes for them, is slow to begin:
-            # 7 % of an evaluation of (2, 3, 64)
+            # A call copies structs of half a kilobyte some times, and gcc takes `rep movs` for that, which is slow to
+            # begin: 7 % of an evaluation of (2, 3, 64)
             flags += ["-mmemcpy-strategy=unrolled_loop:512:noalign,libcall:-1:noalign"]
         if "__clang__" not in macros:
             # What a loop tests once for some vectors (kind of store, copy) is not worth a body for each case
