@@ -206,7 +206,6 @@ def test_refusals(rng):
         (lambda: running.update(x.astype(np.int64)), TypeError, "dtype int64; expected"),
         (lambda: running.update(np.ma.array(x)), TypeError, "masked array"),
         (lambda: running.update(None), TypeError, "input must be an array, not None"),
-        (lambda: running.update(x, mask=[True]), ValueError, None),
         (lambda: running.update(x, mask=np.ones(3, bool)[:, None, None, None]), ValueError, "mask has shape"),
         (lambda: running.update(x, weights=[1, 2]), ValueError, r"weights has shape \(2,\); expected \(4,\)"),
         (lambda: running.merge(1), TypeError, "expected RunningMoments or Moments, not int"),
@@ -220,11 +219,8 @@ def test_refusals(rng):
         (lambda: RunningMoments(2, prior=(0, 1)), TypeError, r"prior must be \(mean, var, count\)"),
         (lambda: RunningMoments(2, prior=(0, -1, 1)), ValueError, "prior's var must be finite and not negative"),
         (lambda: RunningMoments(2, prior=([0, 1, 2], 1, 1)), ValueError, r"prior's mean has shape \(3,\)"),
-        (lambda: RunningMoments(2, channel_axis=1).update(x), None, None),
         (lambda: RunningMoments(2, channel_axis=0).update(x), ValueError, "expected 2 features along axis 0"),
     ):
-        if error is None or words is None:
-            continue
         with pytest.raises(error, match=words):
             call()
         assert np.array_equal(running._rows(), before)
