@@ -278,6 +278,7 @@ def test_refusals():
         ({"mask": None, "weights": np.ones(3)}, ValueError, r"weights has shape \(3,\); expected \(6,\)"),
         ({"weights": [1, 1, 1, 1, 1, np.nan]}, ValueError, "weights must be finite and not negative, but got nan"),
         ({"weights": [1, 1, 1, 1, 1, -2]}, ValueError, "not negative, but got -2"),
+        ({"weights": [1, 1, 1, 1, 1, np.inf]}, ValueError, "weights must be finite and not negative, but got inf"),
         ({"weights": [1j] * 6}, TypeError, "weights has dtype complex128; expected numbers"),
         ({"skipna": 1}, TypeError, "skipna must be a bool, not 1"),
         ({"extrema": None}, TypeError, "extrema must be a bool, not None"),

@@ -539,3 +539,12 @@ def test_clip_of_torch():
         bn = cbn.from_torch(model.train())
         agree(bn(x.detach().numpy() * 5 + 2), y.detach().numpy(), 1e-12)
         agree(bn.backward(dy.numpy()) * 5, x.grad.numpy(), 1e-11)
+
+
+def test_clip_with_a_gradient_of_another_type(rng):
+    """What the forward pass decided in its own arithmetic, for a gradient that goes through float64."""
+    x, dy = rng.standard_normal((40, 3)).astype(np.float32), rng.standard_normal((40, 3))
+    bn = layer(rng, np.float32, 3, activation=("clip", -0.75, 0.5))
+    exact = expected(bn, x, dy, None, (1.0, -0.75, 0.5), 1)
+    bn(x)
+    agree(bn.backward(dy), exact[1], GRADIENT_LIMIT[x.dtype])
