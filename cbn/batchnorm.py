@@ -230,10 +230,10 @@ class BatchNorm(State):
         tracked = self.track_running_stats
         affine_c = self.weight, self.bias
         running = (self.running_mean, self.running_var, self.num_batches_tracked) if tracked else None
-        act = checks.activation(self._activation)
+        act = self._act
         arrays_c = affine_c + (running or (None, None, None))
-        numbers = self._num_features, self._dtype.itemsize == 8, self._eps, self._channel_axis
-        done = calls.train_layer(x, arrays_c, *numbers, self._ranks, out, residual, act)
+        n, wide = self._num_features, self._dtype.itemsize == 8
+        done = calls.train_layer(x, arrays_c, n, wide, self._eps, self._channel_axis, self._ranks, out, residual, act)
         if done is None:
             return None
         y, inp, weight, bias, mean, m2, invstd = done
@@ -270,7 +270,7 @@ class BatchNorm(State):
     def _read(self, inp: Input, residual: Array | None, quantization: Quantization | None) -> Snapshot:
         """What a forward of this input reads of the layer, checked."""
         version = self._version  # before anything that a plan would stand for is read
-        epilogue = Epilogue(residual, checks.activation(self._activation))
+        epilogue = Epilogue(residual, self._act)
         training, frozen = self.training, self._frozen
         sources = running_mean, running_var, _, _ = self.running_mean, self.running_var, self.weight, self.bias
         batch_statistics = not frozen and (training or (running_mean is None and running_var is None))
@@ -371,7 +371,7 @@ class BatchNorm(State):
         inp = as_input(example, self._channel_axis, ranks=self._ranks, y_dtype=y_dtype)
         inp.promote_for(self._dtype)
         self._check_channels(inp, self.running_mean, False)
-        name, act = f"{type(self).__name__}({self._num_features})", checks.activation(self._activation)
+        name, act = f"{type(self).__name__}({self._num_features})", self._act
         return EvalPlan(name, self._coefficients(), act, inp, self._channel_axis, self._ranks, quantization)
 
     def _check_channels(self, inp: Input, mean: Array | None, untracked: bool) -> None:
@@ -446,8 +446,8 @@ class BatchNorm(State):
     def _differentiate(dy: Array, context: Context, want_sums: bool, out: Array | None) -> steps.Gradients:
         """`steps.backward`; a compiled call for arguments as most calls have them."""
         if context.batch_statistics and context.epilogue is steps.NO_EPILOGUE:
-            statistics = context.affine.weight, context.mean, context.invstd
-            done = calls.layer_gradients(dy, context.inp, *statistics, out)
+            weight, mean, invstd = context.affine.weight, context.mean, context.invstd
+            done = calls.layer_gradients(dy, context.inp, weight, mean, invstd, out)
             if done is not None:
                 dx, dweight, dbias = done
                 return steps.Gradients(dx, None, dweight, dbias)

@@ -131,10 +131,11 @@ class State(plans.Planned):
 
     @activation.setter
     def activation(self, value: Activation) -> None:
-        act = checks.activation(value)
+        self._act = checks.activation(value)
         self._activation: Activation = value
         if isinstance(value, (tuple, list)):
-            self._activation = ("clip", act.low, act.high) if value[0] == "clip" else ("leaky_relu", act.slope)
+            slope, low, high = self._act
+            self._activation = ("clip", low, high) if value[0] == "clip" else ("leaky_relu", slope)
 
     # ---- modes -----------------------------------------------------------------------------------------------------
 

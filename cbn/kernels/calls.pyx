@@ -35,14 +35,12 @@ from .channels cimport move_running
 from .coefficients cimport FORWARD_ROWS, inverse_std, solve_forward
 from .engine cimport (
     SMALL,
-    apply,
-    apply_here,
+    choose_and_apply,
     generation,
     make_job,
     set_coefficients,
     set_epilogue,
     set_output,
-    choose_stores,
 )
 from .job cimport Job, is_identity
 from .kernels cimport cbn_act, cbn_view
@@ -246,12 +244,7 @@ def evaluate(x, weight, bias, running_mean, running_var, momentum, eps, channel_
     job.in_float64 |= is_wider(p, running_mean) or is_wider(p, running_var) or is_wider(p, weight) or is_wider(p, bias)
     job.y.data = cnp.PyArray_BYTES(y)
     set_coefficients(&job, room_c)
-    choose_stores(&job)
-    if job.n_bytes < SMALL:
-        apply_here(&job)
-    else:
-        with nogil:
-            apply(&job)
+    choose_and_apply(&job)
     free(room_c)
     return y
 

@@ -25,3 +25,13 @@ cdef void apply(Job *job) noexcept nogil
 cdef void apply_here(Job *job) noexcept nogil
 cdef void measure_and_apply(Job *job) noexcept nogil
 cdef void set_memory_release(size_t (*release)() noexcept nogil) noexcept
+
+
+cdef inline void choose_and_apply(Job *job) noexcept:
+    """One pass with the stores that pay; a small array keeps the GIL and its thread."""
+    choose_stores(job)
+    if job.n_bytes < SMALL:
+        apply_here(job)
+    else:
+        with nogil:
+            apply(job)

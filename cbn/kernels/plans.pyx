@@ -20,15 +20,12 @@ from .arrays cimport (
 )
 from .coefficients cimport FORWARD_ROWS
 from .engine cimport (
-    SMALL,
     active,
-    apply,
-    apply_here,
+    choose_and_apply,
     make_job,
     set_coefficients,
     set_epilogue,
     set_output,
-    choose_stores,
 )
 from .job cimport Job
 from .kernels cimport cbn_isa
@@ -195,12 +192,7 @@ cdef class Plan:
         job.y.data = cnp.PyArray_BYTES(y)
         if residual is not None:
             set_epilogue(&job, self.layout.view(residual), job.act)
-        choose_stores(&job)
-        if job.n_bytes < SMALL:
-            apply_here(&job)
-        else:
-            with nogil:
-                apply(&job)
+        choose_and_apply(&job)
         return y
 
 

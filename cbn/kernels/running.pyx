@@ -11,7 +11,7 @@ from libc.string cimport memcpy
 from .arrays cimport NPY_HALF, doubles, element_of, empty_like, give_memory, is_usual, new_doubles, take_memory
 from .calls cimport Prepared, copied, is_epsilon, is_per_channel, prepared_for, set_arrays
 from .coefficients cimport FORWARD_ROWS, solve_standard
-from .engine cimport SMALL, apply, apply_here, choose_stores, make_job, measure, set_coefficients, set_count
+from .engine cimport SMALL, choose_and_apply, make_job, measure, set_coefficients, set_count
 from .job cimport Job, is_integer
 from .kernels cimport cbn_act, cbn_view
 from .partition cimport Extents
@@ -190,12 +190,7 @@ cdef cnp.ndarray standardized(Prepared p, cnp.ndarray x, object out, const Stand
     solve_standard(room_c, C, mean_c if how.centered else NULL, mean_c + C, how.eps, how.outside, how.zero_is_one)
     job.y.data = cnp.PyArray_BYTES(y)
     set_coefficients(&job, room_c)
-    choose_stores(&job)
-    if job.n_bytes < SMALL:
-        apply_here(&job)
-    else:
-        with nogil:
-            apply(&job)
+    choose_and_apply(&job)
     return y
 
 

@@ -271,6 +271,8 @@ INLINE void LOOP(reduce_line)(LOOP(source) p, LOOP(steps) step, ptrdiff_t height
         LOOP(inputs_of_line)(p, step, height, j, k, CHECKED, input);
     else if (backward && activated)
         LOOP(inputs_of_line)(p, step, height, j, k, ACTIVATED, input);
+    if (backward && activated && UNLIKELY(act.clips))
+        LOOP(between)(input[0], height * LINE_ELEMS, act);
     for (int v = 0; v < LINE_ELEMS / DLANES; v++) {
         shift[v] = load_double(k->shift + j + v * DLANES);
         LOOP(load_sums)(k, j + v * DLANES, turn, &sum[v], &square[v]);
@@ -314,6 +316,8 @@ INLINE void LOOP(reduce_part)(const cbn_tile *r, ptrdiff_t n, ptrdiff_t height, 
             const LOOP(source) p = LOOP(row_source)(r, row, act, backward);
             if (backward && act.kind != PLAIN)
                 LOOP(inputs_of_columns)(p, j, lanes, k, f, CHECKED, input);
+            if (act.clips)
+                LOOP(between)(input, LANES, act);
             if (lanes == DLANES)
                 LOOP(reduce_some)(p, j, DLANES, shift, input, act, &sum, &square, act.kind != PLAIN, backward, 0);
             else

@@ -206,6 +206,8 @@ INLINE void LOOP(reduce_piece)(LOOP(source) p, ptrdiff_t begin, ptrdiff_t end, d
     real input[PIECE + LANES];
     if (backward && activated)
         LOOP(inputs)(p, begin, end, shift, f, input);
+    if (backward && activated && UNLIKELY(act.clips))
+        LOOP(between)(input, end - begin, act);
     ptrdiff_t i = begin;
 #if HALF
     if (!backward && !sum_in_float64) {
