@@ -64,7 +64,7 @@ test-sdist: $(VENV)/.created ## the tests, in an unpacked source distribution th
 neon: $(VENV)/.with-test ## the loops for 64-bit Arm, cross-compiled and emulated, where the tools are there
 	$(BIN)/python -m tests.neon
 
-peers: $(VENV)/.with-test $(VENV)/.with-examples $(VENV)/.with-peers ## the tests against PyTorch, ONNX, Keras, Flax, Equinox, Haiku and MLX
+peers: $(VENV)/.with-test $(VENV)/.with-examples $(VENV)/.with-peers ## the tests against PyTorch, ONNX, Keras, Flax, Equinox, Haiku, MLX and scikit-learn
 	$(BIN)/python -m pytest tests/peers
 
 accuracy: $(VENV)/.with-peers ## largest errors against float64, beside PyTorch's
@@ -82,7 +82,7 @@ bench: $(VENV)/.with-bench ## measure a short list against the peers that are in
 bench-full: $(VENV)/.with-bench ## measure everything: every shape, one core and all
 	$(BIN)/python -m benchmarks run --full
 
-bench-peers: $(VENV)/.with-bench $(VENV)/.with-bench-peers ## install the peers: PyTorch, ONNX Runtime, OpenVINO, JAX, oneDNN
+bench-peers: $(VENV)/.with-bench $(VENV)/.with-bench-peers ## install the peers: PyTorch, ONNX Runtime, OpenVINO, JAX, oneDNN, scikit-learn
 	@echo 'int main(void) { return 0; }' > $(VENV)/onednn.c
 	@if $(CC) $(VENV)/onednn.c -o $(VENV)/onednn -ldnnl 2>/dev/null; then echo "oneDNN is there"; 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then apt-get update -qq && apt-get install -y -qq libdnnl-dev; 	else echo "oneDNN is absent; to measure it: sudo apt-get install libdnnl-dev"; fi
 

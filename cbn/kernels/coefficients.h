@@ -76,11 +76,16 @@ static inline void cbn_solve_standard(double *coef, ptrdiff_t C, const double *m
         memcpy(coef + CBN_MEAN * C, mean, (size_t)C * sizeof *coef);
     else
         memset(coef + CBN_MEAN * C, 0, (size_t)C * sizeof *coef);
-    for (ptrdiff_t c = 0; c < C; c++) {
-        const double divisor = outside ? sqrt(var[c]) + eps : sqrt(var[c] + eps);
-        scale[c] = 1 / (zero_is_one && var[c] == 0 ? 1 : divisor);
+    for (ptrdiff_t c = 0; c < C; c++)
         offset[c] = mean ? 0 : -0.0;
-    }
+    if (outside)
+        CBN_APART for (ptrdiff_t c = 0; c < C; c++)
+            scale[c] = 1 / (sqrt(var[c]) + eps);
+    else
+        CBN_APART for (ptrdiff_t c = 0; c < C; c++)
+            scale[c] = 1 / sqrt(var[c] + eps);
+    for (ptrdiff_t c = 0; zero_is_one && c < C; c++)
+        scale[c] = var[c] == 0 ? 1 : scale[c];
 }
 
 /* A bound of what the lower one of the two floats that are a mean contributes (loops/formulas.h). */

@@ -114,10 +114,8 @@ INLINE vec LOOP(unchecked)(const elem *x, const elem *g, const elem_out *z, ptrd
     const vec a = LOOP(before)(x, g, z, i, begin, end, f, kind, backward, seen);
     if (kind == PLAIN || backward)
         return a;
-    if (kind == CHECKED && act.clips) {
-        const vec low = splat(act.low), high = splat(act.high), below = select(a < low, low, a);
-        return select(below > high, high, below);
-    }
+    if (kind == CHECKED && act.clips)
+        return clamped(a, splat(act.low), splat(act.high));
     return select(a <= 0, act.slope != 0 ? a * act.slope : (vec){0}, a);
 }
 

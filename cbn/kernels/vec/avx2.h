@@ -50,6 +50,17 @@ INLINE vec unpack_out(packed_out e)
 }
 #endif
 
+/* Of two operands of which one is NaN, the processor takes the second. */
+#define HAVE_CLAMPED 1
+INLINE vec clamped(vec v, vec low, vec high)
+{
+#if REAL_KIND == F64
+    return (vec)_mm256_min_pd((__m256d)high, _mm256_max_pd((__m256d)low, (__m256d)v));
+#else
+    return (vec)_mm256_min_ps((__m256)high, _mm256_max_ps((__m256)low, (__m256)v));
+#endif
+}
+
 #define HAVE_PACK (Y_KIND != REAL_KIND && !(WIDENS && HALF))
 #if HAVE_PACK
 INLINE packed_out pack(vec v)

@@ -50,6 +50,17 @@ INLINE vec_bits rounded(vec v)
 }
 #endif
 
+/* Of two operands of which one is NaN, the processor takes the second. */
+#define HAVE_CLAMPED 1
+INLINE vec clamped(vec v, vec low, vec high)
+{
+#if REAL_KIND == F64
+    return (vec)_mm512_min_pd((__m512d)high, _mm512_max_pd((__m512d)low, (__m512d)v));
+#else
+    return (vec)_mm512_min_ps((__m512)high, _mm512_max_ps((__m512)low, (__m512)v));
+#endif
+}
+
 #define HAVE_PACK (Y_KIND != REAL_KIND && !(WIDENS && HALF))
 #if HAVE_PACK
 INLINE packed_out pack(vec v)

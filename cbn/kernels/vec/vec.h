@@ -8,7 +8,7 @@
  * one), parts of a vector, and non-temporal stores.
  *
  * For the loops: elem, elem_out, real, vec, LANES, load, load_part, load_out, load_out_part, store, store_part,
- * store_nontemporal, store_two, STORE_FENCE, blend, select, load_real, splat, quiet, any_nan; with SUMS those of
+ * store_nontemporal, store_two, STORE_FENCE, blend, select, clamped, load_real, splat, quiet, any_nan; with SUMS those of
  * sums.h.
  */
 #define elem LOOP(elem)
@@ -33,6 +33,7 @@
 #define store_nontemporal LOOP(store_nontemporal)
 #define store_two LOOP(store_two)
 #define select LOOP(select)
+#define clamped LOOP(clamped)
 #define some_lanes LOOP(some_lanes)
 #define blend LOOP(blend)
 #define load_real LOOP(load_real)
@@ -125,6 +126,15 @@ INLINE vec_bits rounded(vec v);
 #endif
 
 /* ---- elements and lanes ---- */
+
+/* No less than low, no more than high; NaN stays. */
+#if !HAVE_CLAMPED
+INLINE vec clamped(vec v, vec low, vec high)
+{
+    const vec raised = select(v < low, low, v);
+    return select(raised > high, high, raised);
+}
+#endif
 
 #define ONE_BY_ONE (HALF && (WIDENS || HALF == F16)) /* no instruction, or it is rare; not inlined, for it is long */
 
