@@ -46,6 +46,8 @@ class ChannelArray:
             return None
         if not isinstance(value, np.ndarray):
             raise TypeError(f"{self.name} must be a numpy array or None, not {type(value).__name__}")
+        if layer.num_features is None:
+            raise ValueError(f"num_features is not known before the first call, so {self.name} has no shape yet")
         if value.shape != (layer.num_features,):
             raise ValueError(f"{self.name} has shape {value.shape}; expected ({layer.num_features},)")
         value = checks.per_channel(value, self.name, layer.num_features)
@@ -81,6 +83,47 @@ class Flag:
 
     def __set__(self, layer: Any, value: bool) -> None:
         layer.__dict__[self.key] = checks.boolean(value, self.name)
+
+
+class Switch:
+    """Attribute that accepts None, for what the mode says, and bools."""
+
+    name: str
+    key: str
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name, self.key = name, "_" + name
+
+    def __get__(self, layer: Any, owner: type | None = None) -> bool | None:
+        return self if layer is None else layer.__dict__[self.key]  # type: ignore[return-value]
+
+    def __set__(self, layer: Any, value: bool | None) -> None:
+        layer.__dict__[self.key] = None if value is None else checks.boolean(value, f"{self.name}, if not None,")
+        layer._find_usual()
+
+
+class Choice:
+    """Attribute that accepts some words."""
+
+    name: str
+    key: str
+
+    def __init__(self, *words: str) -> None:
+        self.words = words
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name, self.key = name, "_" + name
+
+    def __get__(self, layer: Any, owner: type | None = None) -> str:
+        return self if layer is None else layer.__dict__[self.key]  # type: ignore[return-value]
+
+    def __set__(self, layer: Any, value: str) -> None:
+        if not isinstance(value, str) or value not in self.words:
+            raise ValueError(
+                f"{self.name} must be {', '.join(map(repr, self.words[:-1]))} or {self.words[-1]!r}, not {value!r}"
+            )
+        layer.__dict__[self.key] = value
+        layer._find_usual()
 
 
 def accepted_dtype(dtype: Any, native: Callable[[np.dtype[Any]], np.dtype[Any] | None], expected: str) -> np.dtype[Any]:

@@ -6,17 +6,21 @@ layer's arguments, arrays and modes; `cbn.steps` normalizes.
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Sequence
-from typing import Any, NamedTuple, SupportsIndex
+from typing import Any, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
 
-from . import checks, quantized, steps, storage
+from . import checks, course, quantized, steps, storage
 from .attributes import accepted_dtype
 from .checks import Array, ArrayLike, Doubles, Number
+from .course import Options, Snapshot
 from .inputs import Input, as_gradient, as_input, as_outputs
 from .kernels import arrays, calls, channels, passes, plans
+from .moments import Moments
 from .plan import EvalPlan
 from .quantized import Quantization
 from .state import State
@@ -38,6 +42,8 @@ OVERWRITTEN = (
 
 
 _checks_inputs = False
+_LEARNING = threading.Lock()  # of `BatchNorm._first`
+os.register_at_fork(after_in_child=_LEARNING._at_fork_reinit)  # type: ignore[attr-defined]
 
 
 def set_check_inputs(check: bool) -> bool:
@@ -86,21 +92,6 @@ def digest(a: Array | None) -> bytes | None:
     return hashlib.blake2b(np.ascontiguousarray(a).reshape(-1).view(np.uint8).data, digest_size=16).digest()
 
 
-class Snapshot(NamedTuple):
-    """Mode, attributes and copies of the arrays of a layer, as one call reads them at one moment."""
-
-    version: int  # of the layer's attributes
-    training: bool
-    batch_statistics: bool  # normalize with the batch's statistics, else with the running ones
-    tracked: bool  # move the running statistics
-    eps: float
-    affine: Affine
-    epilogue: Epilogue
-    sources: tuple[Array | None, ...]  # running mean, running variance, weight and bias themselves
-    values: tuple[Doubles | Any, ...]  # float64 copies of them
-    counter: Array | None
-
-
 class BatchNorm(State):
     """Batch normalization over any input of two or more dimensions.
 
@@ -110,8 +101,8 @@ class BatchNorm(State):
 
     Parameters
     ----------
-    num_features : int
-        C, the number of channels.
+    num_features : int or None
+        C, the number of channels. None: the first call, or the first state, tells.
     eps : float
         Number added to the variance.
     momentum : float in [0, 1] or None
@@ -131,9 +122,28 @@ class BatchNorm(State):
         Variance that the layer tracks: with 1/(n - 1), as PyTorch, or with 1/n, as Keras and ONNX.
     activation : None, "relu", ("leaky_relu", slope) or ("clip", low, high)
         Activation of the output, applied in the same pass, after the residual of the call.
+    nonfinite : {"propagate", "skip", "raise"}
+        What a NaN or an infinity in a batch does to the running statistics. "propagate": they become NaN, as in
+        PyTorch. "skip": those of its channel stay, and `num_batches_skipped` counts it; the output is as always.
+        "raise": an error that names the channels, and nothing has changed.
+    on_single : {"error", "running", "zero"}
+        What a training call with one value per channel does. "error": it is refused, as in PyTorch. "running": the
+        running statistics normalize. "zero": the normalized value is 0, so y is the bias, and dx is 0. In both nothing
+        moves.
+    renorm : (r_max, d_max), function or None
+        Batch renormalization in training [1]_: ``y = ((x - mean)/s_batch*r + d)*weight + bias``, with ``r =
+        s_batch/s`` between 1/r_max and r_max and ``d = (mean - running_mean)/s`` between -d_max and d_max, where
+        ``s_batch = sqrt(var + eps)`` and ``s = sqrt(running_var + eps)``, before they move. r and d are constants in
+        backward. A function gets num_batches_tracked and returns the pair, to widen the bounds step by step.
 
     Attributes
     ----------
+    use_batch_stats, update_running_stats, train_parameters : bool or None
+        Switches; None lets the mode decide. Whether a call normalizes with the batch's statistics; whether it moves the
+        running ones; and whether `backward` adds to `weight_grad` and `bias_grad` (True also lets a forward in
+        evaluation mode remember its input for `backward`).
+    num_batches_skipped : (C,) int64 ndarray or None
+        Batches that left a channel's running statistics alone, with ``nonfinite="skip"``.
     weight, bias, weight_grad, bias_grad, running_mean, running_var : (C,) ndarray or None
         None if switched off. Any (C,) array may be assigned; the layer keeps one of its own dtype by reference.
     num_batches_tracked : 0-d int64 ndarray or None
@@ -150,6 +160,11 @@ class BatchNorm(State):
     -----
     Many threads may use one layer: evaluation is exact, and the updates of a training call are atomic. `backward`
     belongs to the layer's last training forward, so threads that train need one layer each.
+
+    References
+    ----------
+    .. [1] S. Ioffe, "Batch Renormalization: Towards Reducing Minibatch Dependence in Batch-Normalized Models", NIPS
+       2017. There running deviations are averaged, here variances.
 
     Examples
     --------
@@ -173,6 +188,9 @@ class BatchNorm(State):
         *,
         out: Array | None = None,
         residual: ArrayLike | None = None,
+        update_stats: bool | None = None,
+        moments: Moments | None = None,
+        mix: Number | None = None,
         x_scale: Number | None = None,
         x_zero_point: SupportsIndex | None = None,
         out_dtype: npt.DTypeLike | None = None,
@@ -188,6 +206,15 @@ class BatchNorm(State):
             Receives y; has x's shape and y's dtype. ``out=x`` works in place.
         residual : array_like, optional
             Added to the normalized x; has x's shape and y's dtype. In training mode the layer remembers it like x.
+        update_stats : bool, optional
+            Whether this call moves the running statistics; None lets `update_running_stats` decide. False is for a
+            second forward of the same batch, as under checkpointing.
+        moments : Moments, optional
+            Statistics that normalize in the place of the batch's, and that the running ones move by, where the call
+            uses the batch's: x is read once. `backward` goes through them if they stand for this batch alone.
+        mix : float in [0, 1], optional
+            In evaluation, the weight of the batch's statistics in a mixture with the running ones, for test-time
+            adaptation. Nothing is written.
         x_scale, x_zero_point, out_dtype
             Quantization of uint8 or int8 input in evaluation mode, as in `cbn.functional.batch_norm`.
 
@@ -202,28 +229,42 @@ class BatchNorm(State):
             As `cbn.functional.batch_norm`, and for another number of dimensions or channels. Neither the layer nor
             `out` has changed then.
         """
-        if self.training and x_scale is None and x_zero_point is None and out_dtype is None and not self._frozen:
+        of_bytes = x_scale is not None or x_zero_point is not None or out_dtype is not None
+        special = of_bytes or update_stats is not None or moments is not None or mix is not None
+        if self.training and self._usual and not special:
             y = self._train(x, out, residual)
             if y is not None:
                 return y
+        if self._num_features is None:
+            return self._first(x, out=out, residual=residual, update_stats=update_stats, moments=moments, mix=mix)
+        options = course.checked(update_stats, moments, mix)
         inp, quantization = self._input(x, x_scale, x_zero_point, out_dtype)
         given, (out, residual) = out, as_outputs(inp, out, residual)
-        now = self._read(inp, residual, quantization)
-        if now.batch_statistics:
-            y, context = steps.forward_batch(inp, now.affine, now.eps, now.epilogue, out)
-        else:
-            y, context = self._forward_fixed(inp, now, out, quantization)
-        if now.training:
-            mean, var, *_ = now.sources
-            running = (mean, var, now.counter) if now.batch_statistics and now.tracked else None
-            self._finish_training(context, out, running)
+        now = self._read(inp, residual, quantization, options)
+        y, context, moved = course.normalize(inp, now, self._unbiased, out, quantization)
+        if now.course.remembers or moved is not None:
+            running = None if moved is None else (now.sources[0], now.sources[1], now.counter)
+            self._finish(context, out, running, moved, now.course.remembers)
         else:
             self._remember(AFTER_EVAL)
-            if not now.batch_statistics and quantization is None and not self._has_plan(x):
+            if not now.course.batch_statistics and quantization is None and not mix and not self._has_plan(x):
                 coef = steps.coefficients(context.mean, context.invstd, now.affine)
                 plan = plans.Plan.of(inp, x, now.sources, now.values, coef, now.epilogue.act)
                 self._keep(plan, now.version)
         return y if given is None else given
+
+    def _first(self, x: ArrayLike, **options: Any) -> Array:
+        """A forward of a layer that does not know its number of channels: it learns that if the forward succeeds."""
+        with _LEARNING:
+            if self._num_features is None:
+                a = as_input(x, self._channel_axis, ranks=self._ranks)
+                other = self.__copy__()
+                other._learn(a.n_channels, *other._wanted)
+                other._find_usual()
+                y = other.forward(x, **options)
+                self.__dict__.update(other.__dict__)
+                return y
+        return self.forward(x, **options)
 
     def _train(self, x: ArrayLike, out: Array | None, residual: ArrayLike | None) -> Array | None:
         """A forward with the statistics of the batch, compiled, for arguments as most calls have them; else None."""
@@ -232,14 +273,14 @@ class BatchNorm(State):
         running = (self.running_mean, self.running_var, self.num_batches_tracked) if tracked else None
         act = self._act
         arrays_c = affine_c + (running or (None, None, None))
-        n, wide = self._num_features, self._dtype.itemsize == 8
+        n, wide = self.num_features, self._dtype.itemsize == 8
         done = calls.train_layer(x, arrays_c, n, wide, self._eps, self._channel_axis, self._ranks, out, residual, act)
         if done is None:
             return None
         y, inp, weight, bias, mean, m2, invstd = done
         epilogue = steps.NO_EPILOGUE if residual is None and act == checks.NO_ACT else Epilogue(residual, act)
         context = Context(inp, Affine(weight, bias), epilogue, True, mean, invstd, m2, inp.count)
-        self._finish_training(context, out, running)
+        self._finish(context, out, running, (mean, m2, inp.count, self._unbiased))
         return y
 
     def _input(
@@ -255,60 +296,59 @@ class BatchNorm(State):
         inp.promote_for(self._dtype)
         return inp, quantization
 
-    @staticmethod
-    def _forward_fixed(
-        inp: Input, now: Snapshot, out: Array | None, quantization: Quantization | None
-    ) -> tuple[Array, Context]:
-        """y, normalized with the running statistics."""
-        mean, var, *_ = now.values
-        context = Context(inp, now.affine, now.epilogue, False, mean, passes.inverse_std(var, now.eps))
-        coef = steps.coefficients(mean, context.invstd, now.affine)
-        if quantization is None:
-            return steps.forward_fixed(inp, coef, now.epilogue, out), context
-        return quantized.forward_quantized(inp, coef, now.epilogue, out, quantization), context
-
-    def _read(self, inp: Input, residual: Array | None, quantization: Quantization | None) -> Snapshot:
+    def _read(
+        self, inp: Input, residual: Array | None, quantization: Quantization | None, options: Options
+    ) -> Snapshot:
         """What a forward of this input reads of the layer, checked."""
         version = self._version  # before anything that a plan would stand for is read
         epilogue = Epilogue(residual, self._act)
-        training, frozen = self.training, self._frozen
+        now = course.decide(self, inp, options, quantization is not None)
         sources = running_mean, running_var, _, _ = self.running_mean, self.running_var, self.weight, self.bias
-        batch_statistics = not frozen and (training or (running_mean is None and running_var is None))
-        if quantization is not None:
-            batch_statistics = False
-        tracked = training and self.track_running_stats and not frozen
-        if not batch_statistics:
+        if not now.batch_statistics:
             checks.buffers_for_eval(running_mean, running_var)
-        elif tracked:
+        elif now.tracked:
             checks.buffers_for_batch(running_mean, running_var)
-        self._check_channels(inp, running_mean, batch_statistics and not tracked)
-        eps = checks.epsilon_for(self._eps, batch_statistics)
+        self._check_channels(inp, running_mean, now.batch_statistics and not now.tracked)
+        eps = checks.epsilon_for(self._eps, now.batch_statistics)
         values = self._doubles(sources)
         counter = self.num_batches_tracked
-        if batch_statistics:
+        if now.single and self.on_single == "error":
             checks.more_than_one_value(inp.x, inp.n_channels)
-            if tracked:
-                names = "running_mean", "running_var", "num_batches_tracked"
-                channels.check_writable((running_mean, running_var, counter), names)
+        if now.tracked:
+            names = "running_mean", "running_var", "num_batches_tracked"
+            channels.check_writable((running_mean, running_var, counter), names)
+        renorm = None if self._renorm is None else course.renorm_of(self, now)
         affine = Affine(values[2], values[3])
-        return Snapshot(version, training, batch_statistics, tracked, eps, affine, epilogue, sources, values, counter)
+        return Snapshot(version, now, options, eps, affine, epilogue, sources, values, counter, self.nonfinite, renorm)
 
-    def _finish_training(self, context: Context, out: Array | None, running: tuple[Any, Any, Any] | None) -> None:
+    def _finish(
+        self,
+        context: Context,
+        out: Array | None,
+        running: tuple[Any, Any, Any] | None,
+        moved: course.Move | None,
+        remembers: bool = True,
+    ) -> None:
         """Keep the context for backward and move the running statistics, at one moment.
 
-        running: mean, variance and counter as far as there are, or None if they stay.
+        running: mean, variance and counter as far as there are; `moved`: what they move by. None if they stay.
         """
-        saved: str | Context = context
-        if _checks_inputs:
+        saved: str | Context = context if remembers else AFTER_EVAL
+        if _checks_inputs and remembers:
             context.digests = digest(context.inp.x), digest(context.epilogue.residual)
-        if out is not None and context.is_overwritten_by(out):
+        if isinstance(context.count, np.ndarray) and (context.count != context.inp.count).any():  # of given moments
+            saved = course.OF_OTHERS if remembers else saved
+        elif remembers and out is not None and context.is_overwritten_by(out):
             saved = OVERWRITTEN
-        if running is None or context.inp.layout is None:
+        if running is None or moved is None:
             self._remember(saved)
             return
         momentum = 0.0 if self._momentum is None and running[2] is None else self._momentum
-        statistics = context.mean, context.m2, context.inp.count
-        channels.move_running(*running, *statistics, momentum, self._unbiased, None, self.__dict__, saved)
+        mean, m2, count, unbiased = moved
+        skipped = self.num_batches_skipped if self.nonfinite == "skip" else None
+        channels.move_running(
+            *running, mean, m2, count, momentum, unbiased, None, self.__dict__, saved, skipped=skipped
+        )
 
     def _remember(self, saved: str | Context) -> None:
         """Keep the context for backward, without an assignment, which would drop the plan."""
@@ -367,6 +407,8 @@ class BatchNorm(State):
             scale, zero_point, y_dtype = checks.quantization(one, x_scale, x_zero_point, out_dtype)
             quantization = scale, zero_point
         refuse_overrides(self, "a plan")
+        if self.use_batch_stats:
+            raise ValueError("a plan normalizes with the running statistics, but use_batch_stats is True")
         example = arrays.with_room(np.empty, sizes, wanted)
         inp = as_input(example, self._channel_axis, ranks=self._ranks, y_dtype=y_dtype)
         inp.promote_for(self._dtype)
@@ -376,7 +418,7 @@ class BatchNorm(State):
 
     def _check_channels(self, inp: Input, mean: Array | None, untracked: bool) -> None:
         """Refuse an input with another number of channels. PyTorch's message names the array that it compares first."""
-        n = self._num_features
+        n = self.num_features
         if inp.n_channels == n:
             return
         if mean is not None and not untracked:
@@ -427,8 +469,10 @@ class BatchNorm(State):
                     raise RuntimeError(MODIFIED.format(name))
         dy = as_gradient(inp, dy)
         given, out = out, checks.output(out, inp.x.shape, inp.x.dtype)
-        weight_grad = None if context.affine.weight is None else self.weight_grad
-        bias_grad = None if context.affine.bias is None else self.bias_grad
+        weight, bias = context.affine if context.renorm is None else context.renorm.affine
+        trains = self.train_parameters is not False
+        weight_grad = self.weight_grad if trains and weight is not None else None
+        bias_grad = self.bias_grad if trains and bias is not None else None
         want_sums = weight_grad is not None or bias_grad is not None
         channels.check_writable((weight_grad, bias_grad), ("weight_grad", "bias_grad"))
         if out is not None and context.is_overwritten_by(out):
@@ -445,7 +489,7 @@ class BatchNorm(State):
     @staticmethod
     def _differentiate(dy: Array, context: Context, want_sums: bool, out: Array | None) -> steps.Gradients:
         """`steps.backward`; a compiled call for arguments as most calls have them."""
-        if context.batch_statistics and context.epilogue is steps.NO_EPILOGUE:
+        if context.batch_statistics and context.epilogue is steps.NO_EPILOGUE and context.renorm is None:
             weight, mean, invstd = context.affine.weight, context.mean, context.invstd
             done = calls.layer_gradients(dy, context.inp, weight, mean, invstd, out)
             if done is not None:
@@ -464,7 +508,16 @@ plans.plans_stand_for(BatchNorm, "_ranks")
 
 # What an evaluation depends on.
 _EVALUATION = (
-    *("forward", "__call__", "__getattribute__", "__getattr__", "_coefficients", "eps", "activation"),
+    *(
+        "forward",
+        "__call__",
+        "__getattribute__",
+        "__getattr__",
+        "_coefficients",
+        "eps",
+        "activation",
+        "use_batch_stats",
+    ),
     *("weight", "bias", "running_mean", "running_var", "num_features", "channel_axis"),
 )
 

@@ -454,6 +454,26 @@ def activation(value: Any) -> Act:
     raise error(f"activation must be {expected}, not {value!r}")
 
 
+def renorm(value: Any) -> tuple[float, float] | None:
+    """The bounds (r_max, d_max) of batch renormalization."""
+    if value is None:
+        return None
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise TypeError(f"renorm must be None, a pair (r_max, d_max) or a function that returns one, not {value!r}")
+    r_max, d_max = number(value[0], "r_max of renorm", "a number"), number(value[1], "d_max of renorm", "a number")
+    if not (r_max >= 1 and d_max >= 0):
+        raise ValueError(f"renorm must have r_max >= 1 and d_max >= 0, but got {r_max} and {d_max}")
+    return r_max, d_max
+
+
+def mix(value: Any) -> float:
+    """The weight of the batch in a mixture of statistics."""
+    a = number(value, "mix", "a number")
+    if not 0 <= a <= 1:
+        raise ValueError(f"mix must be between 0 and 1, but got {a}")
+    return a
+
+
 def bounds(low: Any, high: Any, name: str) -> tuple[float, float]:
     """The bounds of a clip as floats; they may be infinite."""
     low, high = (

@@ -229,8 +229,10 @@ def _coefficients(bn: BatchNorm, n_channels: int, name: str) -> Doubles:
     refuse_overrides(bn, "a folded weight")
     if bn.num_features != n_channels:
         raise ValueError(f"bn has {bn.num_features} channels, and there are {n_channels} {name}")
-    if bn.training and not bn.frozen:
+    if bn.training and bn.use_batch_stats is None:
         raise ValueError("bn is in training mode, where its statistics are the batch's: call eval() or freeze() first")
+    if bn.use_batch_stats:
+        raise ValueError("bn normalizes with the batch's statistics, as use_batch_stats is True")
     if bn.activation is not None:
         raise ValueError(
             f"the layer has an activation, {bn.activation!r}, which no weight can hold: "

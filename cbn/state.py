@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO, Literal, SupportsIndex, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from . import checks, entries, storage
-from .attributes import ChannelArray, Counter, Flag, accepted_dtype
+from .attributes import ChannelArray, Choice, Counter, Flag, Switch, accepted_dtype
 from .checks import Activation, Array, Doubles, Number
 from .kernels import channels, plans
 from .memory import retried
@@ -19,6 +19,8 @@ from .steps import Context
 
 Layer = TypeVar("Layer", bound="State")
 
+SWITCHES = ("use_batch_stats", "update_running_stats", "train_parameters")
+CONTROLS = {"nonfinite": "propagate", "on_single": "error", "renorm": None}  # arguments with their defaults
 NO_FORWARD = "there is nothing to go back through: call the layer in training mode first"
 
 
@@ -29,6 +31,9 @@ def shortest(value: float) -> str:
     with np.errstate(over="ignore"):
         narrow = np.float32(value)
     return f"np.float32({narrow!s})" if float(f"{value:.9g}") != value == float(narrow) else repr(value)
+
+
+Renorm = tuple[float, float] | Callable[[int], tuple[float, float]] | None
 
 
 class State(plans.Planned):
@@ -46,11 +51,16 @@ class State(plans.Planned):
     training: Flag = Flag()
     affine: Flag = Flag()
     track_running_stats: Flag = Flag()
+    use_batch_stats: Switch = Switch()
+    update_running_stats: Switch = Switch()
+    train_parameters: Switch = Switch()
+    nonfinite: Choice = Choice("propagate", "skip", "raise")
+    on_single: Choice = Choice("error", "running", "zero")
 
     @retried
     def __init__(
         self,
-        num_features: SupportsIndex,
+        num_features: SupportsIndex | None,
         eps: Number = 1e-5,
         momentum: Number | None = 0.1,
         affine: bool = True,
@@ -61,14 +71,15 @@ class State(plans.Planned):
         channel_axis: SupportsIndex = 1,
         running_var: Literal["unbiased", "biased"] = "unbiased",
         activation: Activation = None,
+        nonfinite: Literal["propagate", "skip", "raise"] = "propagate",
+        on_single: Literal["error", "running", "zero"] = "error",
+        renorm: Renorm = None,
     ) -> None:
         self.activation = activation
         if not isinstance(running_var, str) or running_var not in ("unbiased", "biased"):
             raise ValueError(f"running_var must be 'unbiased' or 'biased', not {running_var!r}")
         self._dtype = accepted_dtype(dtype, checks.native_float, "float32 or float64")
-        self._num_features = checks.integer(num_features, "num_features", "a number of channels")
-        if self._num_features < 1:
-            raise ValueError(f"num_features must be 1 or more, but got {num_features}")
+        self._num_features: int | None = None
         self._channel_axis = checks.integer(channel_axis, "channel_axis", "an integer")
         if self._ranks is not None:
             widest = max(self._ranks)
@@ -80,21 +91,61 @@ class State(plans.Planned):
         self.track_running_stats = track_running_stats
         self._unbiased = running_var == "unbiased"
         self.training = True
-        self._frozen = False
         self._saved: str | Context = NO_FORWARD
-        shape = (self._num_features,)
-        self.weight = np.ones(shape, self._dtype) if affine else None
-        self.bias = np.zeros(shape, self._dtype) if affine and bias else None
-        self.weight_grad = np.zeros(shape, self._dtype) if affine else None
-        self.bias_grad = np.zeros(shape, self._dtype) if affine and bias else None
-        self.running_mean = np.zeros(shape, self._dtype) if track_running_stats else None
-        self.running_var = np.ones(shape, self._dtype) if track_running_stats else None
-        self.num_batches_tracked = np.zeros((), np.int64) if track_running_stats else None
+        self.use_batch_stats = self.update_running_stats = self.train_parameters = None
+        self.nonfinite, self.on_single, self.renorm = nonfinite, on_single, renorm
+        for name in self._array_names:
+            setattr(self, name, None)
+        self._skipped: npt.NDArray[np.int64] | None = None  # `num_batches_skipped`, once there are any
+        wanted = affine, affine and bias, track_running_stats
+        if num_features is None:
+            self._wanted = wanted
+        else:
+            self._learn(checks.integer(num_features, "num_features", "a number of channels"), *wanted)
+        self._find_usual()
+
+    def _learn(self, num_features: int, weight: bool, bias: bool, running: bool) -> None:
+        """Make the arrays of so many channels."""
+        if num_features < 1:
+            raise ValueError(f"num_features must be 1 or more, but got {num_features}")
+        self._num_features = num_features
+        shape, dtype = (num_features,), self._dtype
+        self.weight = np.ones(shape, dtype) if weight else None
+        self.bias = np.zeros(shape, dtype) if bias else None
+        self.weight_grad = np.zeros(shape, dtype) if weight else None
+        self.bias_grad = np.zeros(shape, dtype) if bias else None
+        self.running_mean = np.zeros(shape, dtype) if running else None
+        self.running_var = np.ones(shape, dtype) if running else None
+        self.num_batches_tracked = np.zeros((), np.int64) if running else None
+
+    def _find_usual(self) -> None:
+        """Note whether a training call is that of most layers, which `BatchNorm._train` compiles."""
+        usual = CONTROLS | dict.fromkeys(SWITCHES)
+        now = self.__dict__
+        controls = all(now.get("_" + name) == value for name, value in usual.items())
+        self._usual = controls and now.get("_num_features") is not None
 
     @property
-    def num_features(self) -> int:
-        """Number of channels."""
+    def num_features(self) -> int | Any:
+        """Number of channels; None until the first call, if the layer was made so."""
         return self._num_features
+
+    @property
+    def num_batches_skipped(self) -> npt.NDArray[np.int64] | Any:
+        """(C,): training batches that left a channel's running statistics alone, with ``nonfinite="skip"``."""
+        if self._skipped is None and self.nonfinite == "skip" and self._num_features is not None:
+            self.__dict__["_skipped"] = np.zeros(self._num_features, np.int64)
+        return self._skipped
+
+    @property
+    def renorm(self) -> Renorm:
+        """Batch renormalization: None, (r_max, d_max), or a function of num_batches_tracked that returns these."""
+        return self._renorm
+
+    @renorm.setter
+    def renorm(self, value: Renorm) -> None:
+        self._renorm: Renorm = value if callable(value) else checks.renorm(value)
+        self._find_usual()
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -153,20 +204,21 @@ class State(plans.Planned):
     @property
     def frozen(self) -> bool:
         """Whether the layer normalizes with its running statistics and keeps them, in both modes."""
-        return self._frozen
+        return self.use_batch_stats is False and self.update_running_stats is False
 
     def freeze(self: Layer) -> Layer:
         """Normalize with the running statistics and keep them, in training mode too; returns the layer.
 
         `train()` does not undo it. In training mode a frozen layer remembers its input, so gradients flow through it.
+        It sets `use_batch_stats` and `update_running_stats` to False.
         """
         checks.buffers_for_eval(self.running_mean, self.running_var)
-        self._frozen = True
+        self.use_batch_stats = self.update_running_stats = False
         return self
 
     def unfreeze(self: Layer) -> Layer:
-        """Undo `freeze`; returns the layer."""
-        self._frozen = False
+        """Undo `freeze`: let both switches follow the mode again; returns the layer."""
+        self.use_batch_stats = self.update_running_stats = None
         return self
 
     # ---- parameters ------------------------------------------------------------------------------------------------
@@ -250,6 +302,8 @@ class State(plans.Planned):
             raise TypeError(f"state must be a mapping of names to arrays, not {type(state).__name__}{advice}")
         if not isinstance(prefix, str):
             raise TypeError(f"prefix must be a string, not {type(prefix).__name__}")
+        if self._num_features is None:
+            return self._first_state(state, strict, prefix)
         own = {name: a for name in self._state_names if (a := getattr(self, name)) is not None}
         required = [name for name in own if name != "num_batches_tracked"]
         missing = [prefix + name for name in required if prefix + name not in state]
@@ -275,6 +329,22 @@ class State(plans.Planned):
             )
         channels.replace([own[name] for name in new], list(new.values()), list(new))
         return missing, unexpected
+
+    def _first_state(self: State, state: Mapping[str, Any], strict: bool, prefix: str) -> tuple[list[str], list[str]]:
+        """`load_state_dict` of a layer that does not know its number of channels: the state does."""
+        other = self.__copy__()
+        sizes = [np.shape(state[key]) for name in self._state_names if (key := prefix + name) in state]
+        channels = [shape[0] for shape in sizes if len(shape) == 1]
+        if not channels:
+            raise checks.ArgumentError(
+                f"cannot load the state into {type(self).__name__}(None): num_features is not known, and the state "
+                f"has no array of channels under {prefix + 'weight'!r} or {prefix + 'running_mean'!r}"
+            )
+        other._learn(int(channels[0]), *other._wanted)
+        other._find_usual()
+        found = other.load_state_dict(state, strict, prefix=prefix)
+        self.__dict__.update(other.__dict__)
+        return found
 
     def save(
         self,
@@ -309,12 +379,14 @@ class State(plans.Planned):
         ImportError
             If the safetensors package is missing and the format needs it.
         """
+        if self._num_features is None:
+            raise ValueError("num_features is not known before the first call, so there is nothing to save")
         storage.save(self, file, allow_nonfinite=allow_nonfinite, allow_negative_var=allow_negative_var)
 
     def _doubles(self, arrays: tuple[Array | None, ...]) -> tuple[Doubles | Any, ...]:
         """Float64 copies of (C,) arrays of the layer, all taken at one moment."""
         try:
-            return channels.as_doubles(self._num_features, *arrays)
+            return channels.as_doubles(self.num_features, *arrays)
         except ValueError as error:
             raise self._unfit() or error from None
 
@@ -359,7 +431,7 @@ class State(plans.Planned):
         """PyTorch's repr, other arguments that are not at their default, and the calls that set the mode: Python can
         evaluate it. Then the arrays that are missing or additional.
         """
-        has_bias = self.affine and self.bias is not None
+        has_bias = self.affine and (self._wanted[1] if self._num_features is None else self.bias is not None)
         arguments: dict[str, Any] = {
             "eps": shortest(self._eps),
             "momentum": None if self._momentum is None else shortest(self._momentum),
@@ -376,10 +448,19 @@ class State(plans.Planned):
         if isinstance(self._activation, str):
             arguments["activation"] = repr(self._activation)
         elif self._activation is not None:
-            name, *numbers = self._activation
-            arguments["activation"] = f"({name!r}, {', '.join(shortest(float(number)) for number in numbers)})"
+            word, *numbers = self._activation
+            arguments["activation"] = f"({word!r}, {', '.join(shortest(float(number)) for number in numbers)})"
+        for name in ("nonfinite", "on_single"):
+            if (chosen := getattr(self, name)) != CONTROLS[name]:
+                arguments[name] = repr(chosen)
+        if self._renorm is not None:
+            arguments["renorm"] = repr(self._renorm)
         given = ", ".join([str(self._num_features), *(f"{name}={value}" for name, value in arguments.items())])
-        mode = ".freeze()" * self._frozen + ".eval()" * (not self.training)
+        mode = ".freeze()" * self.frozen + ".eval()" * (not self.training)
+        switches = {name: getattr(self, name) for name in SWITCHES}
+        set_to = ", ".join(f"{name}={on}" for name, on in switches.items() if on is not None)
+        if self.frozen and self.train_parameters is None:
+            set_to = ""
         expected = {"weight": self.affine, "bias": has_bias}
         expected |= {name + "_grad": getattr(self, name) is not None for name in expected}
         expected |= dict.fromkeys(("running_mean", "running_var", "num_batches_tracked"), self.track_running_stats)
@@ -388,6 +469,7 @@ class State(plans.Planned):
         added = ", ".join(name for name in expected if there[name] and not expected[name] and "_grad" not in name)
         return (
             f"{type(self).__name__}({given}){mode}"
+            + (f" with {set_to}" if set_to else "")
             + (f" without {without}" if without else "")
             + (f" with {added}" if added else "")
         )

@@ -44,16 +44,37 @@ class Gradients(NamedTuple):
 
 NO_EPILOGUE = Epilogue()
 
+NO_RENORM = (0.0, 0.0)
+
+
+class Blend(NamedTuple):
+    """Statistics from the batch's and the running ones: a mixture, or (r_max, d_max) of batch renormalization."""
+
+    mean: Doubles
+    var: Doubles
+    mix: float = 0.0
+    renorm: tuple[float, float] = NO_RENORM
+
+
 Merge = Callable[[Moments], Moments]
 GradMerge = Callable[[GradMoments], GradMoments]
+
+
+class Renorm(NamedTuple):
+    """What batch renormalization did: y = ((x - mean)*invstd*r + d)*weight + bias with this weight and bias."""
+
+    r: Doubles
+    d: Doubles
+    affine: Affine
 
 
 @dataclass(slots=True)
 class Context:
     """The context of one forward for backward: input and residual by reference, per-channel arrays as copies.
 
-    With `batch_statistics` mean, m2 and invstd are the statistics that normalized, over `count` values of each channel
-    (with a `merge` the statistics of all parts). Otherwise mean and invstd are those of the running statistics.
+    With `batch_statistics` mean, m2 and invstd are the statistics that normalized, over `count` values of each channel:
+    those of the batch, with a `merge` of all parts, or given ones. Otherwise mean and invstd are those of the running
+    statistics.
     """
 
     inp: Input
@@ -65,6 +86,7 @@ class Context:
     m2: Doubles | Any = None
     count: float | Doubles = 0
     digests: tuple[bytes | None, bytes | None] | None = None  # of input and residual, if they are checked
+    renorm: Renorm | None = None  # then `affine` has r and d in it
 
     @property
     def moments(self) -> Moments:
@@ -99,9 +121,15 @@ def copied_into(y: Array, out: Array | None) -> Array:
 
 
 def forward_batch(
-    inp: Input, affine: Affine, eps: float, epilogue: Epilogue, out: Array | None, merge: Merge | None = None
+    inp: Input,
+    affine: Affine,
+    eps: float,
+    epilogue: Epilogue,
+    out: Array | None,
+    merge: Merge | None = None,
+    blend: Blend | None = None,
 ) -> tuple[Array, Context]:
-    """y, normalized with the statistics of the batch, merged if there is a `merge`."""
+    """y, normalized with the statistics of the batch: merged if there is a `merge`, blended if there is a `blend`."""
     if merge is not None:
         return _forward_merged(inp, affine, eps, epilogue, out, merge)
     if inp.layout is None:
@@ -110,10 +138,29 @@ def forward_batch(
         return y, Context(inp, affine, epilogue, True, mean, invstd, m2)
     residual, act = epilogue
     y = inp.output(out, inp.x) if residual is None else inp.output(out, inp.x, residual)
+    used, running = affine, None
+    if blend is not None:  # the pass writes over what it gets
+        weight, bias = affine
+        used = Affine(
+            np.ones(inp.n_channels) if weight is None else weight.copy(),
+            np.zeros(inp.n_channels) if bias is None else bias.copy(),
+        )
+        running = blend.mean.copy(), blend.var.copy(), blend.mix, *blend.renorm
     mean, m2, invstd = passes.normalize(
-        inp.layout, inp.x, y, affine.weight, affine.bias, eps, inp.in_float64, residual, act
+        inp.layout, inp.x, y, used.weight, used.bias, eps, inp.in_float64, residual, act, running
     )
-    return copied_into(y, out), Context(inp, affine, epilogue, True, mean, invstd, m2, inp.count)
+    context = Context(inp, used, epilogue, True, mean, invstd, m2, inp.count)
+    if running is not None and running[3:] != NO_RENORM:
+        context.renorm = Renorm(running[1], running[0], affine)
+    return copied_into(y, out), context
+
+
+def forward_given(
+    inp: Input, affine: Affine, invstd: Doubles, moments: Moments, epilogue: Epilogue, out: Array | None
+) -> tuple[Array, Context]:
+    """y, normalized with statistics that were made before, as with those of the batch."""
+    y = forward_fixed(inp, coefficients(moments.mean, invstd, affine), epilogue, out)
+    return y, Context(inp, affine, epilogue, True, moments.mean, invstd, moments.m2, moments.count)
 
 
 def _forward_merged(
@@ -160,6 +207,16 @@ def backward(
 
     If dy's dtype differs from x's, both become float64; for 16-bit elements and a leaky slope, float32.
     """
+    found = _backward_any(dy, context, want_dx, want_sums, out, merge)
+    if context.renorm is None or found.dweight is None:
+        return found
+    with np.errstate(all="ignore"):  # r and d are constants
+        return found._replace(dweight=context.renorm.r * found.dweight + context.renorm.d * found.dbias)
+
+
+def _backward_any(
+    dy: Array, context: Context, want_dx: bool, want_sums: bool, out: Array | None, merge: GradMerge | None
+) -> Gradients:
     inp = context.inp
     if inp.layout is None:
         zeros = np.zeros((2, inp.n_channels))

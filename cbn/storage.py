@@ -33,6 +33,8 @@ ARGUMENTS = (
     *("num_features", "eps", "momentum", "affine", "track_running_stats"),
     *("bias", "dtype", "channel_axis", "running_var", "activation"),
 )
+OPTIONAL = {"nonfinite": "propagate", "on_single": "error", "renorm": None}  # arguments, with their defaults
+SWITCHES = ("use_batch_stats", "update_running_stats", "train_parameters")
 LIMIT = 1 << 17  # bytes of one read, so of a header: cbn's has less than 4 KB, and zipfile reads 64 KB at the end
 
 Path = str | os.PathLike[str]
@@ -103,6 +105,14 @@ def save(
         "frozen": layer.frozen,
         "arrays": sorted(arrays),
     }
+    if callable(layer.renorm):
+        raise ValueError(
+            "renorm is a function, which no file holds: assign None or a pair before, and it after loading"
+        )
+    # What is at its default is left out, so that older versions read the file
+    header["arguments"] |= {name: value for name, own in OPTIONAL.items() if (value := getattr(layer, name)) != own}
+    switches = ("train_parameters",) if layer.frozen else SWITCHES
+    header |= {name: value for name in switches if (value := getattr(layer, name)) is not None}
     _save(file, header, arrays, allow_nonfinite, allow_negative_var)
 
 
@@ -515,6 +525,8 @@ def _build(
     if problems:
         raise ValueError("; ".join(problems))
     layer.train(header["training"])
+    for name in SWITCHES:
+        setattr(layer, name, header.get(name))
     if header["frozen"]:
         layer.freeze()
     return layer
@@ -523,16 +535,14 @@ def _build(
 def _without_arrays(header: Any) -> Any:
     """The layer that a header describes, before it has arrays."""
     _expect_format(header)
-    expect_keys("header", header, ("format", "class", "arguments", "training", "frozen", "arrays"))
+    expect_keys("header", header, ("format", "class", "arguments", "training", "frozen", "arrays"), SWITCHES)
     if not isinstance(header["class"], str) or header["class"] not in CLASSES:
         raise ValueError(f"unknown class {header['class']!r}")
     unknown = [key for key in header["arrays"] if key not in ARRAYS]
     if unknown:
         raise ValueError(f"unknown entries {_some(unknown)}")
     arguments = header["arguments"]
-    if isinstance(arguments, dict) and arguments.get("nonfinite") == "propagate":  # files of version 0.1 name it
-        arguments = {key: value for key, value in arguments.items() if key != "nonfinite"}
-    expect_keys("arguments", arguments, ARGUMENTS)
+    expect_keys("arguments", arguments, ARGUMENTS, tuple(OPTIONAL))
     flags = {key: checks.boolean(arguments[key], key) for key in ("affine", "track_running_stats", "bias")}
     for key in ("training", "frozen"):
         checks.boolean(header[key], key)
@@ -551,10 +561,13 @@ def _expect_format(header: Any) -> None:
         raise ValueError(f"format {header.get('format')!r}, and this version reads {FORMAT}")
 
 
-def expect_keys(what: str, mapping: Any, expected: tuple[str, ...]) -> None:
-    """Refuse a mapping that has not these keys, or has others too."""
+def expect_keys(what: str, mapping: Any, expected: tuple[str, ...], optional: tuple[str, ...] = ()) -> None:
+    """Refuse a mapping that has not these keys, or has others too, but for those that are optional."""
     if not isinstance(mapping, dict):
         raise ValueError(f"its {what} should be a mapping, not {type(mapping).__name__}")
-    missing, unknown = [k for k in expected if k not in mapping], [k for k in mapping if k not in expected]
+    missing, unknown = (
+        [k for k in expected if k not in mapping],
+        [k for k in mapping if k not in (*expected, *optional)],
+    )
     if missing or unknown:
         raise ValueError(f"its {what} should have {list(expected)}; missing {missing}, unknown {_some(unknown)}")

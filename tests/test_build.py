@@ -109,8 +109,10 @@ def test_imports_run_one_way():
         "entries": {"checks"},
         "storage": {"checks", "entries", "memory"},
         "state": {"attributes", "checks", "entries", "kernels", "memory", "steps", "storage"},
+        "course": {"checks", "inputs", "kernels", "moments", "quantized", "steps"},
         "batchnorm": {
-            *("attributes", "checks", "inputs", "kernels", "plan", "quantized", "state", "steps", "storage"),
+            *("attributes", "checks", "course", "inputs", "kernels", "moments", "plan", "quantized", "state", "steps"),
+            "storage",
         },
         "fuse": {"batchnorm", "checks", "kernels"},
         "config": {"checks", "functional", "kernels", "memory", "reference", "threads"},

@@ -282,7 +282,7 @@ ARGUMENTS = [
     ("activation", "gelu", "activation must be"),
     ("activation", ["leaky_relu", "x"], "the slope of leaky_relu must be a number"),
     ("activation", {"relu": 1}, "activation must be"),
-    ("nonfinite", "skip", "unknown .'nonfinite'"),
+    ("nonfinite", "sometimes", "nonfinite must be 'propagate', 'skip' or 'raise', not 'sometimes'"),
     ("extra", None, "its arguments should have .* unknown .'extra'"),
 ]
 

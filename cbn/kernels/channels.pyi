@@ -27,4 +27,5 @@ def move_running(
     old: tuple[_Doubles, _Doubles] | None = None,
     attributes: dict[str, Any] | None = None,
     saved: object = None,
+    skipped: npt.NDArray[np.int64] | None = None,
 ) -> object: ...

@@ -10,6 +10,7 @@ Arrays are checked by the caller: (C,), float32 or float64, of any strides, alig
 otherwise.
 """
 cimport numpy as cnp
+from libc.math cimport isfinite
 from libc.stdint cimport INT64_MAX, int64_t
 from libc.string cimport memcpy
 
@@ -267,12 +268,13 @@ cdef void move_floats(float *mean, float *var, const double *batch_mean, const d
 
 cpdef object move_running(cnp.ndarray mean, cnp.ndarray var, cnp.ndarray counter, cnp.ndarray batch_mean,
                           cnp.ndarray batch_m2, double count, momentum, bint unbiased=True, tuple old=None,
-                          dict attributes=None, saved=None):
+                          dict attributes=None, saved=None, cnp.ndarray skipped=None):
     """Count a batch and move the running statistics by it: (1 - momentum)*running + momentum*batch, in float64.
 
     mean, var, counter: those that there are; both statistics, or neither. batch_mean, batch_m2: contiguous float64.
     momentum: None for 1/(batches counted so far, this one too). old: mean and variance before, as float64, where an
     output has been written over them. attributes: of the layer, whose "_saved" becomes `saved` at the same moment.
+    skipped: contiguous int64, one more for a channel whose batch statistics are not finite: its running ones stay.
     """
     cdef Vector to_mean, to_var, to_counter
     cdef Py_ssize_t c, n = cnp.PyArray_SIZE(batch_mean)
@@ -302,10 +304,13 @@ cpdef object move_running(cnp.ndarray mean, cnp.ndarray var, cnp.ndarray counter
         copy_element(to_counter.data, <char *>&batches, sizeof(int64_t), to_counter.swapped)
         if momentum is None:
             m = 1 / <double>batches
-    if old is None and is_plain_float32(&to_mean) and is_plain_float32(&to_var):
+    if old is None and skipped is None and is_plain_float32(&to_mean) and is_plain_float32(&to_var):
         move_floats(<float *>to_mean.data, <float *>to_var.data, of_mean, of_m2, m, divisor, n)
         return before
     for c in range(to_mean.n):
+        if skipped is not None and not (isfinite(of_mean[c]) and isfinite(of_m2[c])):
+            (<int64_t *>cnp.PyArray_DATA(skipped))[c] += 1
+            continue
         old_mean = from_mean[c] if from_mean != NULL else load(&to_mean, c)
         old_var = from_var[c] if from_var != NULL else load(&to_var, c)
         store(&to_mean, c, (1 - m) * old_mean + m * of_mean[c])

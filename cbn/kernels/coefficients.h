@@ -88,6 +88,37 @@ static inline void cbn_solve_standard(double *coef, ptrdiff_t C, const double *m
         scale[c] = var[c] == 0 ? 1 : scale[c];
 }
 
+/* A mixture of the running statistics and the batch's, in the place of the running ones: as if a of the values came from
+ * the batch. var = (1 - a)*running_var + a*m2/n + a*(1 - a)*(running_mean - mean)^2. */
+static inline void cbn_mix(double *running_mean, double *running_var, const double *mean, const double *m2, double n,
+                           double a, ptrdiff_t first, ptrdiff_t end)
+{
+    for (ptrdiff_t c = first; c < end; c++) {
+        const double between = running_mean[c] - mean[c];
+        running_var[c] = (1 - a) * running_var[c] + a * (m2[c] / n) + a * (1 - a) * between * between;
+        running_mean[c] = (1 - a) * running_mean[c] + a * mean[c];
+    }
+}
+
+/* Batch renormalization (Ioffe 2017): y = ((x - mean)*invstd*r + d)*weight + bias, with s = sqrt(running_var + eps), r =
+ * 1/(invstd*s) between 1/r_max and r_max, d = (mean - running_mean)/s between -d_max and d_max. r and d come in the place
+ * of the running variance and mean; weight and bias become those of (x - mean)*invstd. */
+static inline void cbn_renorm(double *weight, double *bias, double *running_var, double *running_mean,
+                              const double *mean, const double *invstd, double eps, double r_max, double d_max,
+                              ptrdiff_t first, ptrdiff_t end)
+{
+    for (ptrdiff_t c = first; c < end; c++) {
+        const double s = sqrt(running_var[c] + eps);
+        double r = 1 / (invstd[c] * s), d = (mean[c] - running_mean[c]) / s;
+        r = r < 1 / r_max ? 1 / r_max : r > r_max ? r_max : r; /* NaN stays */
+        d = d < -d_max ? -d_max : d > d_max ? d_max : d;
+        bias[c] += weight[c] * d;
+        weight[c] *= r;
+        running_var[c] = r;
+        running_mean[c] = d;
+    }
+}
+
 /* A bound of what the lower one of the two floats that are a mean contributes (loops/formulas.h). */
 static inline double cbn_lower_part(double mean, double scale)
 {

@@ -286,6 +286,7 @@ cdef Job make_job(const Extents *e, cbn_view x, Element element, Py_ssize_t item
     job.square_c = job.invstd_c = job.coef_c = job.forward_c = job.sums_in_float64_c = NULL
     job.counts = job.skipna = False
     job.weights.data = NULL
+    job.blend = NULL
     job.count_c = job.low_c = job.min_c = job.max_c = NULL
     job.partial_rows = 2
     job.widen = job.narrow = NULL

@@ -8,6 +8,12 @@ from .partition cimport Grid
 cdef enum Element:    # what an array holds
     F32, F64, F16, BF16, U8, I8, U16, I16, I32
 
+cdef struct Blend:              # what solve makes of the statistics of the batch and the running ones, see coefficients.h
+    double mix                  # the weight of the batch's; or batch renormalization, if r_max is not 0
+    double r_max, d_max
+    double *mean_c              # C, the running mean; then the mean that normalized, or d
+    double *var_c               # C, the running variance; then r
+
 cdef struct Job:
     const cbn_loops *loops               # arithmetic in the type of the elements; 16-bit ones in float32
     const cbn_loops *loops_in_float64    # for coefficients that float32 cannot hold
@@ -51,6 +57,7 @@ cdef struct Job:
     double *coef_c              # (FORWARD_ROWS or BACKWARD_ROWS, C)
     bint fits                   # whether all coefficients are known to fit, see `all_fit`
     double *forward_c           # backward, activated: (4, C), see kernels.h
+    Blend *blend                # forward; NULL: the statistics of the batch normalize
     # A forward reduction in which not every value counts alike
     bint counts
     bint skipna                 # NaN does not count

@@ -55,6 +55,7 @@ def normalize(
     in_float64: bool = False,
     residual: _Array | None = None,
     act: tuple[float, float, float] | None = None,
+    blend: tuple[_Doubles, _Doubles, float, float, float] | None = None,
 ) -> tuple[_Doubles, _Doubles, _Doubles]: ...
 def grad_moments(
     layout: Layout,

@@ -42,7 +42,7 @@ from .engine cimport (
     set_count,
     vanishing,
 )
-from .job cimport BF16, F16, F32, Element, Job, is_integer
+from .job cimport BF16, F16, F32, Blend, Element, Job, is_integer
 from .kernels cimport CBN_IN_FLOAT64, cbn_view
 from .partition cimport Extents
 from .statistics cimport cbn_merge_moments
@@ -218,16 +218,32 @@ def standard_coefficients(cnp.ndarray mean, cnp.ndarray var, double eps, bint ou
     return coef
 
 
+cdef Blend blend_of(tuple given, Py_ssize_t C) except *:
+    cdef Blend b
+    b.mean_c, b.var_c = doubles(given[0], C), doubles(given[1], C)
+    b.mix, b.r_max, b.d_max = given[2], given[3], given[4]
+    return b
+
+
 def normalize(Layout layout, cnp.ndarray x, cnp.ndarray y, cnp.ndarray weight, cnp.ndarray bias, double eps,
-              bint in_float64=False, cnp.ndarray residual=None, act=None):
-    """(mean, m2, invstd) of the batch, and y = act((x - mean)*invstd*weight + bias + residual)."""
+              bint in_float64=False, cnp.ndarray residual=None, act=None, tuple blend=None):
+    """(mean, m2, invstd) of the batch, and y = act((x - mean)*invstd*weight + bias + residual).
+
+    With a `blend`, (running mean, running variance, mix, r_max, d_max), not of the batch alone, as coefficients.h has
+    it. The two arrays are written over: with `mix`, where r_max is 0, by the mean and the variance that normalize, and
+    invstd belongs to these; else by d and r, and weight and bias by those of y.
+    """
     cdef Job job = job_of(layout, x, in_float64)
+    cdef Blend of_blend
     cdef Py_ssize_t C = layout.extents.C
     mean, m2, invstd = new_doubles(C), new_doubles(C), new_doubles(C)
     room = new_room(&job)
     divide_scratch(&job, doubles(room, room.size))
     job.sum_c, job.square_c, job.invstd_c = doubles(mean, C), doubles(m2, C), doubles(invstd, C)
     job.weight_c, job.bias_c, job.eps = doubles(weight, C), doubles(bias, C), eps
+    if blend is not None:
+        of_blend = blend_of(blend, C)
+        job.blend = &of_blend
     follow_with(&job, layout, residual, act)
     write_to(&job, layout, y)
     with nogil:

@@ -5,8 +5,8 @@ from libc.math cimport NAN, isfinite, isnan
 from libc.stdint cimport uint16_t
 from libc.string cimport memcpy
 
-from .coefficients cimport finite, inverse_std, solve_backward, solve_forward
-from .job cimport BF16, F16, F32, F64, Job, count, is_integer
+from .coefficients cimport finite, inverse_std, mix_running, renorm, solve_backward, solve_forward
+from .job cimport BF16, F16, F32, F64, Blend, Job, count, is_integer
 from .kernels cimport CBN_COUNT, CBN_MAX, CBN_MIN
 from .partition cimport n_partials
 
@@ -305,7 +305,24 @@ cdef inline void solve(Job *job, Py_ssize_t first, Py_ssize_t end) noexcept nogi
                        count(job))
     else:
         inverse_std(job.invstd_c, job.square_c, count(job), job.eps, first, end)
-        solve_forward(job.coef_c, C, first, end, job.sum_c, job.invstd_c, job.weight_c, job.bias_c)
+        if job.blend != NULL:
+            solve_blend(job, first, end)
+        else:
+            solve_forward(job.coef_c, C, first, end, job.sum_c, job.invstd_c, job.weight_c, job.bias_c)
+
+
+cdef inline void solve_blend(Job *job, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
+    """The same from the statistics of the batch and the running ones."""
+    cdef Blend *b = job.blend
+    cdef double *mean_c = job.sum_c
+    if b.r_max != 0:
+        renorm(job.weight_c, job.bias_c, b.var_c, b.mean_c, job.sum_c, job.invstd_c, job.eps, b.r_max, b.d_max, first,
+               end)
+    else:
+        mix_running(b.mean_c, b.var_c, job.sum_c, job.square_c, count(job), b.mix, first, end)
+        inverse_std(job.invstd_c, b.var_c, 1, job.eps, first, end)
+        mean_c = b.mean_c
+    solve_forward(job.coef_c, job.reduction.C, first, end, mean_c, job.invstd_c, job.weight_c, job.bias_c)
 
 
 cdef inline int channels_to_redo(Job *job, Py_ssize_t first, Py_ssize_t end) noexcept nogil:

@@ -74,14 +74,15 @@ cdef inline cbn_tile tile_to_apply(const Job *job, const Rectangle *r) noexcept 
 cdef inline bint may_overflow(const Job *job, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
     """Whether a normalized value of some channels may be too large for the arithmetic of the forward pass.
 
-    By the batch's own statistics it is not larger than sqrt(n)*weight + bias; by others anything, unless x is float16.
+    By the batch's own statistics it is not larger than sqrt(n)*weight + bias, where weight and bias are those of batch
+    renormalization too; by others anything, unless x is float16.
     """
     cdef Py_ssize_t c, C = job.reduction.C
     cdef double *scale = job.coef_c + CBN_SCALE * C
     cdef double limit = CBN_SMALL_DOUBLE if job.itemsize == 8 else CBN_SMALL_FLOAT
     cdef double root = sqrt(<double>(job.reduction.N * job.reduction.S))
     cdef bint may = False
-    if job.invstd_c != NULL:
+    if job.invstd_c != NULL and (job.blend == NULL or job.blend.r_max != 0):
         for c in range(first, end):
             may |= not fabs(scale[c]) * root < limit * job.invstd_c[c]
     elif job.element == F16:

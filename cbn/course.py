@@ -1,0 +1,207 @@
+"""The course of a layer's call: which statistics normalize, whether the running ones move, what is kept for backward.
+
+Mode, switches and the options of the call decide it, once, before anything is computed.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from . import checks, quantized, steps
+from .checks import Array, Doubles
+from .inputs import Input
+from .kernels import passes
+from .moments import Moments, measure
+from .quantized import Quantization
+from .steps import Affine, Blend, Context, Epilogue
+
+OF_OTHERS = (
+    "the moments of the last forward stand for more than its batch, whose gradient needs the sums of all parts: "
+    "cbn.functional.batch_norm_backward_reduce and batch_norm_backward_elemt make it"
+)
+
+
+class NonFiniteError(ValueError, FloatingPointError):
+    """A ValueError that code which expects numpy's FloatingPointError catches too."""
+
+
+class Options(NamedTuple):
+    """What a call asks for beside the mode."""
+
+    update_stats: bool | None = None
+    moments: Moments | None = None
+    mix: float | None = None
+
+
+class Course(NamedTuple):
+    """What a call does."""
+
+    remembers: bool  # keep what backward reads
+    batch_statistics: bool  # normalize with the batch's statistics, or given ones; else with the running ones
+    tracked: bool  # move the running statistics
+    single: bool  # there is one value per channel, and `on_single` allows it
+
+
+class Snapshot(NamedTuple):
+    """Attributes and copies of the arrays of a layer, as one call reads them at one moment, and what it does."""
+
+    version: int  # of the layer's attributes
+    course: Course
+    options: Options
+    eps: float
+    affine: Affine
+    epilogue: Epilogue
+    sources: tuple[Array | None, ...]  # running mean, running variance, weight and bias themselves
+    values: tuple[Doubles | Any, ...]  # float64 copies of them
+    counter: Array | None
+    nonfinite: str
+    renorm: tuple[float, float] | None  # (r_max, d_max)
+
+
+# Mean, m2 and count that the running statistics move by, and whether the variance divides by count - 1
+Move = tuple[Doubles, Doubles, float, bool]
+
+
+def checked(update_stats: Any, moments: Any, mix: Any) -> Options:
+    """The options of a call."""
+    if update_stats is not None:
+        update_stats = checks.boolean(update_stats, "update_stats, if not None,")
+    if moments is not None and not isinstance(moments, Moments):
+        raise TypeError(f"moments must be cbn.Moments, not {type(moments).__name__}")
+    if mix is not None:
+        mix = checks.mix(mix)
+        if moments is not None:
+            raise ValueError("mix takes the batch's statistics, and moments takes their place: pass one of them")
+    return Options(update_stats, moments, mix)
+
+
+def decide(layer: Any, inp: Input, options: Options, of_bytes: bool) -> Course:
+    """What a call does now."""
+    without = layer.running_mean is None and layer.running_var is None
+    batch, moves = layer.use_batch_stats, options.update_stats
+    if of_bytes and batch:
+        raise ValueError("8-bit input is normalized with the running statistics, but use_batch_stats is True")
+    if batch is None:
+        batch = not of_bytes and (layer.training or without)
+    if moves is None:
+        moves = layer.update_running_stats
+    if moves and without:
+        name = "update_running_stats" if options.update_stats is None else "update_stats"
+        raise ValueError(f"{name} is True, but the layer has no running statistics")
+    if moves is None:
+        moves = layer.training and layer.track_running_stats
+    if options.mix is not None:
+        if batch or moves:
+            raise ValueError("mix is for evaluation: this call normalizes with the batch's statistics, or moves others")
+        if of_bytes:
+            raise ValueError("mix needs floating input, not 8-bit")
+    if options.moments is not None and not batch:
+        raise ValueError("moments take the place of the batch's statistics, but this call uses the running ones")
+    single = (batch or moves) and options.moments is None and inp.x.size == inp.n_channels > 0
+    if single and layer.on_single != "error":
+        batch = batch and layer.on_single == "zero"
+        moves = False
+    return Course(layer.training or layer.train_parameters is True, batch, moves, single)
+
+
+def renorm_of(layer: Any, course: Course) -> tuple[float, float] | None:
+    """The bounds of batch renormalization for a call; None where there is none."""
+    if layer.renorm is None or not (layer.training and course.batch_statistics) or course.single:
+        return None
+    if layer.running_mean is None or layer.running_var is None:
+        raise ValueError("renorm needs running statistics, and the layer has none")
+    if not callable(layer.renorm):
+        return layer.renorm  # type: ignore[no-any-return]
+    if layer.num_batches_tracked is None:
+        raise ValueError("renorm is a function of num_batches_tracked, which the layer has not")
+    return checks.renorm(layer.renorm(int(layer.num_batches_tracked)))
+
+
+def normalize(
+    inp: Input, now: Snapshot, unbiased: bool, out: Array | None, quantization: Quantization | None
+) -> tuple[Array, Context, Move | None]:
+    """y, the context of backward, and what the running statistics move by; None if by nothing."""
+    course, (_, given, mix) = now.course, now.options
+    if course.batch_statistics:
+        y, context = _batch(inp, now, given, out)
+        moved = context.moments if given is None else given
+        return y, context, _move(moved, unbiased) if course.tracked and _counts(inp, given) else None
+    measured = measure(inp) if course.tracked else None  # before the pass, which may overwrite x
+    if measured is not None:
+        _refuse_nonfinite(measured, now.nonfinite)
+    if mix:
+        y, context = _mixed(inp, now, mix, out)
+    else:
+        y, context = _fixed(inp, now, out, quantization)
+    return y, context, None if measured is None or not inp.count else _move(measured, unbiased)
+
+
+def _counts(inp: Input, given: Moments | None) -> bool:
+    return given is not None or inp.layout is not None
+
+
+def _fixed(inp: Input, now: Snapshot, out: Array | None, quantization: Quantization | None) -> tuple[Array, Context]:
+    """y, normalized with the running statistics."""
+    mean, var, *_ = now.values
+    context = Context(inp, now.affine, now.epilogue, False, mean, passes.inverse_std(var, now.eps))
+    coef = steps.coefficients(mean, context.invstd, now.affine)
+    if quantization is None:
+        return steps.forward_fixed(inp, coef, now.epilogue, out), context
+    return quantized.forward_quantized(inp, coef, now.epilogue, out, quantization), context
+
+
+def _mixed(inp: Input, now: Snapshot, mix: float, out: Array | None) -> tuple[Array, Context]:
+    """y, normalized with a mixture of the running statistics and the batch's."""
+    mean, var, *_ = now.values
+    return steps.forward_batch(inp, now.affine, now.eps, now.epilogue, out, blend=Blend(mean, var, mix))
+
+
+def _batch(inp: Input, now: Snapshot, given: Moments | None, out: Array | None) -> tuple[Array, Context]:
+    """y, normalized with the batch's statistics, or given ones."""
+    if given is not None:
+        _check_moments(given, inp.n_channels)
+    elif now.nonfinite == "raise" or now.course.single:
+        given = measure(inp)
+    if given is not None:
+        _refuse_nonfinite(given, now.nonfinite)
+    if now.renorm is not None:
+        if now.options.moments is not None:
+            raise ValueError("renorm corrects the batch's statistics, and moments takes their place: pass one of them")
+        mean, var, *_ = now.values
+        blend = Blend(mean, var, renorm=now.renorm)
+        return steps.forward_batch(inp, now.affine, now.eps, now.epilogue, out, blend=blend)
+    if given is None:
+        return steps.forward_batch(inp, now.affine, now.eps, now.epilogue, out)
+    # One value is its own mean: y is the bias, and 0 as invstd gives no gradient
+    invstd = np.zeros(inp.n_channels) if now.course.single else passes.inverse_std(given.var(), now.eps)
+    return steps.forward_given(inp, now.affine, invstd, given, now.epilogue, out)
+
+
+def _check_moments(given: Moments, n_channels: int) -> None:
+    if given.mean.size != n_channels:
+        raise ValueError(f"moments are of {given.mean.size} channels; expected {n_channels}, as the input has")
+    if n_channels and not given.count.min() > 1:
+        c = int(given.count.argmin())
+        raise checks.ArgumentError(
+            f"Expected more than 1 value per channel when training, got moments with count {given.count[c]:g} "
+            f"in channel {c}"
+        )
+
+
+def _refuse_nonfinite(found: Moments, nonfinite: str) -> None:
+    if nonfinite != "raise":
+        return
+    bad = np.flatnonzero(~(np.isfinite(found.mean) & np.isfinite(found.m2)))
+    if bad.size:
+        words = ", ".join(map(str, bad[:10])) + (f" and {bad.size - 10} more" if bad.size > 10 else "")
+        plural = "s" if bad.size > 1 else ""
+        raise NonFiniteError(f'the batch is not finite in channel{plural} {words}, and nonfinite is "raise"')
+
+
+def _move(m: Moments, unbiased: bool) -> Move:
+    count = float(m.count[0]) if m.count.size else 0.0
+    if (m.count == count).all():
+        return m.mean, m.m2, count, unbiased
+    return m.mean, m.var(int(unbiased)), 1.0, False  # each channel's own
