@@ -179,6 +179,7 @@ EXTENSIONS = {
     "arrays": ["arrays.pyx", "pool.c"],
     "calls": ["calls.pyx"],
     "running": ["running.pyx"],
+    "slices": ["slices.pyx"],
     "plans": ["plans.pyx"],
     "channels": ["channels.pyx"],
 }

@@ -14,7 +14,7 @@ from typing import Any, SupportsIndex
 import numpy as np
 import numpy.typing as npt
 
-from . import checks, course, quantized, steps, storage
+from . import checks, course, ghost, quantized, steps, storage
 from .attributes import accepted_dtype
 from .checks import Array, ArrayLike, Doubles, Number
 from .course import Options, Snapshot
@@ -130,6 +130,10 @@ class BatchNorm(State):
         What a training call with one value per channel does. "error": it is refused, as in PyTorch. "running": the
         running statistics normalize. "zero": the normalized value is 0, so y is the bias, and dx is 0. In both nothing
         moves.
+    ghost_batch_size : int or None
+        Samples of a ghost batch: in training each slice of so many samples is normalized by itself [2]_. The last may
+        be shorter; if it had one value per channel, it joins the one before. The running statistics move once, by the
+        whole batch's.
     renorm : (r_max, d_max), function or None
         Batch renormalization in training [1]_: ``y = ((x - mean)/s_batch*r + d)*weight + bias``, with ``r =
         s_batch/s`` between 1/r_max and r_max and ``d = (mean - running_mean)/s`` between -d_max and d_max, where
@@ -165,6 +169,8 @@ class BatchNorm(State):
     ----------
     .. [1] S. Ioffe, "Batch Renormalization: Towards Reducing Minibatch Dependence in Batch-Normalized Models", NIPS
        2017. There running deviations are averaged, here variances.
+    .. [2] E. Hoffer, I. Hubara and D. Soudry, "Train longer, generalize better: closing the generalization gap in large
+       batch training of neural networks", NIPS 2017, algorithm 1.
 
     Examples
     --------
@@ -318,8 +324,11 @@ class BatchNorm(State):
             names = "running_mean", "running_var", "num_batches_tracked"
             channels.check_writable((running_mean, running_var, counter), names)
         renorm = None if self._renorm is None else course.renorm_of(self, now)
+        size = self._ghost_batch_size if self.training and self._ghost_batch_size is not None else 0
         affine = Affine(values[2], values[3])
-        return Snapshot(version, now, options, eps, affine, epilogue, sources, values, counter, self.nonfinite, renorm)
+        return Snapshot(
+            version, now, options, eps, affine, epilogue, sources, values, counter, self.nonfinite, renorm, size
+        )
 
     def _finish(
         self,
@@ -489,6 +498,8 @@ class BatchNorm(State):
     @staticmethod
     def _differentiate(dy: Array, context: Context, want_sums: bool, out: Array | None) -> steps.Gradients:
         """`steps.backward`; a compiled call for arguments as most calls have them."""
+        if context.ghost:
+            return ghost.backward(dy, context, out)
         if context.batch_statistics and context.epilogue is steps.NO_EPILOGUE and context.renorm is None:
             weight, mean, invstd = context.affine.weight, context.mean, context.invstd
             done = calls.layer_gradients(dy, context.inp, weight, mean, invstd, out)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import checks, quantized, steps
+from . import checks, ghost, quantized, steps
 from .checks import Array, Doubles
 from .inputs import Input
 from .kernels import passes
@@ -58,6 +58,7 @@ class Snapshot(NamedTuple):
     counter: Array | None
     nonfinite: str
     renorm: tuple[float, float] | None  # (r_max, d_max)
+    ghost: int  # samples of a ghost batch; 0: none
 
 
 # Mean, m2 and count that the running statistics move by, and whether the variance divides by count - 1
@@ -108,6 +109,8 @@ def decide(layer: Any, inp: Input, options: Options, of_bytes: bool) -> Course:
 
 def renorm_of(layer: Any, course: Course) -> tuple[float, float] | None:
     """The bounds of batch renormalization for a call; None where there is none."""
+    if layer.renorm is not None and layer.ghost_batch_size is not None:
+        raise ValueError("renorm corrects the statistics of the whole batch, and ghost_batch_size cuts it: one of them")
     if layer.renorm is None or not (layer.training and course.batch_statistics) or course.single:
         return None
     if layer.running_mean is None or layer.running_var is None:
@@ -124,6 +127,11 @@ def normalize(
 ) -> tuple[Array, Context, Move | None]:
     """y, the context of backward, and what the running statistics move by; None if by nothing."""
     course, (_, given, mix) = now.course, now.options
+    if course.batch_statistics and now.ghost and given is None and not course.single and inp.layout is not None:
+        if now.nonfinite == "raise":
+            _refuse_nonfinite(measure(inp), now.nonfinite)
+        y, context, moved = ghost.forward(inp, now.affine, now.eps, now.epilogue, out, now.ghost)
+        return y, context, _move(moved, unbiased) if course.tracked else None
     if course.batch_statistics:
         y, context = _batch(inp, now, given, out)
         moved = context.moments if given is None else given

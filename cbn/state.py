@@ -20,7 +20,12 @@ from .steps import Context
 Layer = TypeVar("Layer", bound="State")
 
 SWITCHES = ("use_batch_stats", "update_running_stats", "train_parameters")
-CONTROLS = {"nonfinite": "propagate", "on_single": "error", "renorm": None}  # arguments with their defaults
+CONTROLS = {
+    "nonfinite": "propagate",
+    "on_single": "error",
+    "ghost_batch_size": None,
+    "renorm": None,
+}  # arguments with their defaults
 NO_FORWARD = "there is nothing to go back through: call the layer in training mode first"
 
 
@@ -73,6 +78,7 @@ class State(plans.Planned):
         activation: Activation = None,
         nonfinite: Literal["propagate", "skip", "raise"] = "propagate",
         on_single: Literal["error", "running", "zero"] = "error",
+        ghost_batch_size: SupportsIndex | None = None,
         renorm: Renorm = None,
     ) -> None:
         self.activation = activation
@@ -94,6 +100,7 @@ class State(plans.Planned):
         self._saved: str | Context = NO_FORWARD
         self.use_batch_stats = self.update_running_stats = self.train_parameters = None
         self.nonfinite, self.on_single, self.renorm = nonfinite, on_single, renorm
+        self.ghost_batch_size = ghost_batch_size
         for name in self._array_names:
             setattr(self, name, None)
         self._skipped: npt.NDArray[np.int64] | None = None  # `num_batches_skipped`, once there are any
@@ -136,6 +143,19 @@ class State(plans.Planned):
         if self._skipped is None and self.nonfinite == "skip" and self._num_features is not None:
             self.__dict__["_skipped"] = np.zeros(self._num_features, np.int64)
         return self._skipped
+
+    @property
+    def ghost_batch_size(self) -> int | None:
+        """Samples of a slice that training normalizes by itself; None: the whole batch."""
+        return self._ghost_batch_size
+
+    @ghost_batch_size.setter
+    def ghost_batch_size(self, value: SupportsIndex | None) -> None:
+        size = None if value is None else checks.integer(value, "ghost_batch_size", "None or a number of samples")
+        if size is not None and size < 1:
+            raise ValueError(f"ghost_batch_size must be 1 or more, but got {size}")
+        self._ghost_batch_size = size
+        self._find_usual()
 
     @property
     def renorm(self) -> Renorm:
@@ -453,8 +473,9 @@ class State(plans.Planned):
         for name in ("nonfinite", "on_single"):
             if (chosen := getattr(self, name)) != CONTROLS[name]:
                 arguments[name] = repr(chosen)
-        if self._renorm is not None:
-            arguments["renorm"] = repr(self._renorm)
+        for name in ("ghost_batch_size", "renorm"):
+            if (value := getattr(self, name)) is not None:
+                arguments[name] = repr(value)
         given = ", ".join([str(self._num_features), *(f"{name}={value}" for name, value in arguments.items())])
         mode = ".freeze()" * self.frozen + ".eval()" * (not self.training)
         switches = {name: getattr(self, name) for name in SWITCHES}

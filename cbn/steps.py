@@ -87,6 +87,7 @@ class Context:
     count: float | Doubles = 0
     digests: tuple[bytes | None, bytes | None] | None = None  # of input and residual, if they are checked
     renorm: Renorm | None = None  # then `affine` has r and d in it
+    ghost: int = 0  # samples of a slice that was normalized by itself: mean, m2 and invstd have a row for each
 
     @property
     def moments(self) -> Moments:
@@ -292,21 +293,8 @@ def _backward(
     y_dtype: np.dtype[Any] | None,
 ) -> Gradients:
     """`backward` for dy and x with one dtype. `y_dtype` is the forward pass's if they are copies in a larger type."""
-    inp, (residual, act) = context.inp, context.epilogue
-    dy = inp.matched(dy)
-    residual = None if residual is None else inp.matched(residual)
-    dx = inp.output(out, dy, *context.read) if want_dx else None
-    # The reduction stores dh in dresidual, or in dx unless that overlaps x, which apply reads again
-    dh = dresidual = None
-    if act != NO_ACT:
-        if residual is not None:
-            dh = dresidual = arrays.empty_like(inp.x)
-        elif dx is not None and inp.can_walk(dx) and not arrays.overlaps(dx, inp.x):
-            dh = dx
-        else:
-            dh = arrays.empty_like(inp.x)
-    elif residual is not None:
-        dresidual = arrays.with_room(dy.copy, order="K")
+    inp, act = context.inp, context.epilogue.act
+    dy, residual, dx, dh, dresidual = gradient_arrays(dy, context, out, want_dx)
     forward = context.mean, context.invstd, *context.affine, inp.in_float64, residual, act, dh
     sums: Doubles | Any = None
     products: Doubles | Any = None
@@ -324,6 +312,28 @@ def _backward(
             _solve_and_apply(dy if dh is None else dh, context, total, dx)
         dx = copied_into(dx, out)
     return Gradients(dx, dresidual, dweight, sums)
+
+
+def gradient_arrays(
+    dy: Array, context: Context, out: Array | None, want_dx: bool = True
+) -> tuple[Array, Array | Any, Array | Any, Array | Any, Array | Any]:
+    """(dy, residual, dx, dh, dresidual) as the passes can walk them; dh is None without an activation."""
+    inp, (residual, act) = context.inp, context.epilogue
+    dy = inp.matched(dy)
+    residual = None if residual is None else inp.matched(residual)
+    dx = inp.output(out, dy, *context.read) if want_dx else None
+    # The reduction stores dh in dresidual, or in dx unless that overlaps x, which apply reads again
+    dh = dresidual = None
+    if act != NO_ACT:
+        if residual is not None:
+            dh = dresidual = arrays.empty_like(inp.x)
+        elif dx is not None and inp.can_walk(dx) and not arrays.overlaps(dx, inp.x):
+            dh = dx
+        else:
+            dh = arrays.empty_like(inp.x)
+    elif residual is not None:
+        dresidual = arrays.with_room(dy.copy, order="K")
+    return dy, residual, dx, dh, dresidual
 
 
 def _scale(dh: Array, context: Context, dx: Array) -> None:

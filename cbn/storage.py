@@ -33,7 +33,12 @@ ARGUMENTS = (
     *("num_features", "eps", "momentum", "affine", "track_running_stats"),
     *("bias", "dtype", "channel_axis", "running_var", "activation"),
 )
-OPTIONAL = {"nonfinite": "propagate", "on_single": "error", "renorm": None}  # arguments, with their defaults
+OPTIONAL = {
+    "nonfinite": "propagate",
+    "on_single": "error",
+    "ghost_batch_size": None,
+    "renorm": None,
+}  # arguments, with their defaults
 SWITCHES = ("use_batch_stats", "update_running_stats", "train_parameters")
 LIMIT = 1 << 17  # bytes of one read, so of a header: cbn's has less than 4 KB, and zipfile reads 64 KB at the end
 

@@ -13,6 +13,7 @@ Where each line is, from a numpy array down to an instruction:
 
     passes.pyx        the entries: one function for each verb and for all of them fused; `Passes` for C and Cython
     calls.pyx         whole calls of the functions, for arguments of the kind that most calls have; scratch.pxd
+    slices.pyx        a batch in slices, each normalized by itself: one job a slice
     running.pyx       whole calls of statistics: a stream's state moved in place, arrays standardized
     plans.pyx         calls that repeat: everything prepared that does not depend on values
     arrays.pyx        numpy's side: how an array lies in memory (`Layout`, `Input`), memory of outputs; pool.c
@@ -52,7 +53,7 @@ So that a pass gives the same bits with one instruction set, what decides a sum 
 alone. What may change with the machine (threads, caches, kind of store, prefetch) decides no bit.
 """
 
-__all__ = ["arrays", "calls", "channels", "engine", "passes", "plans", "running"]
+__all__ = ["arrays", "calls", "channels", "engine", "passes", "plans", "running", "slices"]
 
 
 def _is_compiled() -> bool:
@@ -96,6 +97,6 @@ def _explain(error: ImportError) -> str:
 
 
 try:
-    from . import arrays, calls, channels, engine, passes, plans, running
+    from . import arrays, calls, channels, engine, passes, plans, running, slices
 except ImportError as error:
     raise ImportError(_explain(error), name="cbn.kernels.engine") from (error if _is_compiled() else None)

@@ -148,6 +148,11 @@ cdef int thread_limit() noexcept nogil:
     return max(n, 1)
 
 
+cdef int threads_of(const Job *job, Py_ssize_t n_bytes, const Grid *g) noexcept nogil:
+    """Threads for a pass of a job."""
+    return 1 if job.alone else threads_for(n_bytes, most_items(g, job.itemsize))
+
+
 cdef int threads_for(Py_ssize_t n_bytes, Py_ssize_t items) noexcept nogil:
     """Threads for a pass over n_bytes that falls into so many items. No result depends on it."""
     cdef Py_ssize_t n = min(n_bytes // bytes_per_thread, items)
@@ -179,9 +184,6 @@ def ask_threads(here=None, process=None):
 def set_cgroup_threads(int n):
     global cgroup_threads
     cgroup_threads = n
-
-
-ctypedef void (*Work)(Job *job, Py_ssize_t begin, Py_ssize_t end, int thread) noexcept nogil
 
 
 cdef void nothing(Job *job, Py_ssize_t begin, Py_ssize_t end, int thread) noexcept nogil:
@@ -276,7 +278,7 @@ cdef Job make_job(const Extents *e, cbn_view x, Element element, Py_ssize_t item
     job.element, job.itemsize, job.y_itemsize = element, itemsize, itemsize
     job.n_bytes = e.C * e.N * e.S * itemsize
     job.in_float64 = in_float64 or element == F64
-    job.backward = job.nontemporal = job.prefetch = job.fused = False
+    job.backward = job.nontemporal = job.prefetch = job.alone = job.fused = False
     job.copy = NULL
     job.x = job.y = job.g = x
     job.activated = job.keeps_dh = job.sum_in_float64 = job.fits = False
@@ -441,7 +443,7 @@ cdef void choose_tiles(Job *job) noexcept nogil:
     """
     cdef Grid *g = &job.reduction
     cdef Py_ssize_t arrays = 2 if job.backward else 1, n_bytes = arrays * job.n_bytes, channel_bytes = n_bytes // g.C
-    cdef int threads = threads_for((5 if job.backward else 3) * job.n_bytes, most_items(g, job.itemsize))
+    cdef int threads = threads_of(job, (5 if job.backward else 3) * job.n_bytes, g)
     cdef Py_ssize_t cache = max(l2_bytes // 2, l3_bytes // 4 // threads)
     job.threads = threads
     job.copying = not g.rows and leaves_the_caches(job)
@@ -554,7 +556,7 @@ cdef void pipeline(Job *job, Py_ssize_t begin, Py_ssize_t end, int thread) noexc
 
 cdef void measure(Job *job) noexcept nogil:
     """Moments of all channels, or backward sums; once more with better shifts or float64 sums where that is needed."""
-    cdef int threads = threads_for(job.n_bytes * (2 if job.backward else 1), most_items(&job.reduction, job.itemsize))
+    cdef int threads = threads_of(job, job.n_bytes * (2 if job.backward else 1), &job.reduction)
     cdef int todo = IN_OWN_TYPE
     cdef Py_ssize_t c
     share(&job.reduction, job.itemsize, threads)
@@ -575,7 +577,7 @@ cdef void measure(Job *job) noexcept nogil:
 
 cdef void apply(Job *job) noexcept nogil:
     cdef Py_ssize_t arrays = 3 if job.backward else 2
-    cdef int threads = threads_for(arrays * job.n_bytes, most_items(&job.apply, job.itemsize))
+    cdef int threads = threads_of(job, arrays * job.n_bytes, &job.apply)
     share(&job.apply, job.itemsize, threads)
     run(apply_items if job.widen == NULL else convert_items, job, n_items(&job.apply), threads)
 

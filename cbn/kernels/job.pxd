@@ -21,6 +21,7 @@ cdef struct Job:
     bint backward               # reductions of dy and x, not of x alone
     bint nontemporal            # apply stores past the caches
     bint prefetch               # loops fetch what comes next
+    bint alone                  # on the calling thread, which is one of a parallel region
     bint fused                  # reduction and apply go tile by tile, as a pipeline (before `choose_tiles`: may do so)
     Element element             # of x
     Py_ssize_t itemsize

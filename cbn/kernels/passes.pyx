@@ -28,7 +28,6 @@ from .coefficients cimport (
     solve_backward,
     solve_forward,
     solve_standard,
-    takes_float64,
 )
 from .engine cimport (
     apply as run_apply,
@@ -43,10 +42,11 @@ from .engine cimport (
     vanishing,
 )
 from .job cimport BF16, F16, F32, Blend, Element, Job, is_integer
-from .kernels cimport CBN_IN_FLOAT64, cbn_view
+from .kernels cimport cbn_view
 from .partition cimport Extents
 from .statistics cimport cbn_merge_moments
 from .scratch cimport (
+    go_back_through,
     divide_measure,
     divide_scratch,
     measure_and_apply_with_memory,
@@ -252,15 +252,6 @@ def normalize(Layout layout, cnp.ndarray x, cnp.ndarray y, cnp.ndarray weight, c
 
 
 # ---- backward --------------------------------------------------------------------------------------------------
-
-cdef void go_back_through(Job *job, double *forward_c) noexcept nogil:
-    """Let the reduction multiply dy by the slope of the activation: it computes again what the activation was given."""
-    cdef Py_ssize_t c, C = job.reduction.C
-    job.forward_c = forward_c
-    solve_forward(forward_c, C, 0, C, job.shift_c, job.invstd_c, job.weight_c, job.bias_c)
-    for c in range(C):
-        forward_c[CBN_IN_FLOAT64 * C + c] = job.in_float64 or takes_float64(forward_c, C, c, False)
-
 
 cdef tuple backward(Layout layout, cnp.ndarray dy, cnp.ndarray x, cnp.ndarray dx, cnp.ndarray mean, cnp.ndarray invstd,
                     cnp.ndarray weight, cnp.ndarray bias, bint in_float64, cnp.ndarray residual, act,
