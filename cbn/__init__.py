@@ -7,6 +7,8 @@ coefficients, apply them element by element.
 `cbn.batchnorm`           the layers: forward and backward, in training and in evaluation
 `cbn.state`               the state of a layer: arguments, arrays, modes, state dict, copies
 `cbn.attributes`          checked attributes of layers
+`cbn.population`          running statistics as Moments, and compared with a batch
+`cbn.diagnostics`         what is wrong with a layer; its pictures are in `cbn.pictures`
 `cbn.plan`                a layer's evaluation, prepared for one shape and dtype
 `cbn.functional`          functions without state, under PyTorch's names
 `cbn.verbs`               measure, merge, solve and apply, one by one

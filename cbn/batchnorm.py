@@ -18,8 +18,8 @@ from .checks import Array, ArrayLike, Doubles, Number
 from .inputs import Input, as_gradient, as_input, as_outputs
 from .kernels import arrays, calls, channels, passes, plans
 from .plan import EvalPlan
+from .population import Population
 from .quantized import Quantization
-from .state import State
 from .steps import Affine, Context, Epilogue
 
 __all__ = ["BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
@@ -101,7 +101,7 @@ class Snapshot(NamedTuple):
     counter: Array | None
 
 
-class BatchNorm(State):
+class BatchNorm(Population):
     """Batch normalization over any input of two or more dimensions.
 
     A layer computes ``y = (x - mean) / sqrt(var + eps) * weight + bias`` per channel. In training mode mean and var are

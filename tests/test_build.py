@@ -109,8 +109,11 @@ def test_imports_run_one_way():
         "entries": {"checks"},
         "storage": {"checks", "entries", "memory"},
         "state": {"attributes", "checks", "entries", "kernels", "memory", "steps", "storage"},
+        "pictures": {"checks"},
+        "diagnostics": {"checks", "inputs", "moments", "pictures"},
+        "population": {"checks", "diagnostics", "inputs", "kernels", "memory", "moments", "state"},
         "batchnorm": {
-            *("attributes", "checks", "inputs", "kernels", "plan", "quantized", "state", "steps", "storage"),
+            *("attributes", "checks", "inputs", "kernels", "plan", "population", "quantized", "steps", "storage"),
         },
         "fuse": {"batchnorm", "checks", "kernels"},
         "config": {"checks", "functional", "kernels", "memory", "reference", "threads"},

@@ -89,6 +89,9 @@ def functions() -> None:
     cbn.moments(x, axis=1)  # wrong
     cbn.Moments("3", x, x)  # wrong
     cbn.Moments.merge([x])  # wrong
+    cbn.BatchNorm(3).running_moments("many")  # wrong
+    cbn.BatchNorm(3).set_running_moments(x)  # wrong
+    cbn.BatchNorm(3).check("hello")  # wrong
     cbn.set_num_threads("4")  # wrong
     cbn.num_threads("4")  # wrong
     cbn.fuse_linear_bn("hello", None, cbn.BatchNorm1d(3))  # wrong
