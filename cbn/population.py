@@ -6,6 +6,8 @@ statistics stand, and `set_running_moments` takes the result of a merge.
 
 from __future__ import annotations
 
+from typing import Any, TypeVar
+
 import numpy as np
 
 from . import checks, diagnostics
@@ -15,6 +17,13 @@ from .kernels import channels
 from .memory import retried
 from .moments import Moments
 from .state import State
+
+Layer = TypeVar("Layer", bound="Population")
+
+# Methods through which `BatchNorm.forward` reads the layer and changes it. `cbn.recalibrate` hides them, while it
+# records, by attributes of the instance. Every way to call the layer is recorded then (the layer, its forward, a bound
+# method that was taken before), calls otherwise cost nothing, and an attribute also keeps a plan from answering.
+HOOKS = frozenset(("_train", "_read", "_finish_training"))
 
 
 class Population(State):
@@ -103,6 +112,7 @@ class Population(State):
         See Also
         --------
         running_moments : the running statistics as Moments, with an example.
+        recalibrate : the statistics of all inputs of a data set.
         """
         self._expect_statistics()
         new = self._statistics_of(m)
@@ -147,6 +157,16 @@ class Population(State):
         return diagnostics.examine(
             name, self._num_features, self._eps, self._unbiased, self._snapshot(tuple(names)), inp
         )
+
+    def __copy__(self: Layer) -> Layer:
+        """A copy of the layer that records nothing."""
+        other = super().__copy__()
+        for name in HOOKS:
+            vars(other).pop(name, None)
+        return other
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in super().__getstate__().items() if name not in HOOKS}
 
     # ---- what they share -------------------------------------------------------------------------------------------
 

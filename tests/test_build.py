@@ -115,6 +115,7 @@ def test_imports_run_one_way():
         "batchnorm": {
             *("attributes", "checks", "inputs", "kernels", "plan", "population", "quantized", "steps", "storage"),
         },
+        "recalibrate": {"batchnorm", "checks", "inputs", "kernels", "moments", "population"},
         "fuse": {"batchnorm", "checks", "kernels"},
         "config": {"checks", "functional", "kernels", "memory", "reference", "threads"},
     }
