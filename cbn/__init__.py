@@ -7,6 +7,9 @@ coefficients, apply them element by element.
 `cbn.batchnorm`           the layers: forward and backward, in training and in evaluation
 `cbn.state`               the state of a layer: arguments, arrays, modes, state dict, copies
 `cbn.attributes`          checked attributes of layers
+`cbn.population`          running statistics as Moments, and compared with a batch
+`cbn.diagnostics`         what is wrong with a layer; its pictures are in `cbn.pictures`
+`cbn.recalibrate`         running statistics from all inputs of a data set
 `cbn.plan`                a layer's evaluation, prepared for one shape and dtype
 `cbn.functional`          functions without state, under PyTorch's names
 `cbn.verbs`               measure, merge, solve and apply, one by one
@@ -49,6 +52,7 @@ from .convert import (
 from .fuse import fuse_bn_linear, fuse_conv_bn, fuse_linear_bn
 from .memory import empty_cache
 from .moments import Moments, moments
+from .recalibrate import Recalibration, recalibrate
 from .running import RunningMoments
 from .scaling import standardize
 from .storage import load
@@ -60,6 +64,7 @@ __all__ = [
     "BatchNorm2d",
     "BatchNorm3d",
     "Moments",
+    "Recalibration",
     "RunningMoments",
     "__version__",
     "empty_cache",
@@ -78,6 +83,7 @@ __all__ = [
     "load",
     "moments",
     "num_threads",
+    "recalibrate",
     "reference",
     "set_check_inputs",
     "set_num_threads",

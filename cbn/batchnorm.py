@@ -22,8 +22,8 @@ from .inputs import Input, as_gradient, as_input, as_outputs
 from .kernels import arrays, calls, channels, passes, plans
 from .moments import Moments
 from .plan import EvalPlan
+from .population import Population
 from .quantized import Quantization
-from .state import State
 from .steps import Affine, Context, Epilogue
 
 __all__ = ["BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
@@ -92,7 +92,7 @@ def digest(a: Array | None) -> bytes | None:
     return hashlib.blake2b(np.ascontiguousarray(a).reshape(-1).view(np.uint8).data, digest_size=16).digest()
 
 
-class BatchNorm(State):
+class BatchNorm(Population):
     """Batch normalization over any input of two or more dimensions.
 
     A layer computes ``y = (x - mean) / sqrt(var + eps) * weight + bias`` per channel. In training mode mean and var are

@@ -501,3 +501,14 @@ def more_than_one_value(x: Array, n_channels: int) -> None:
     """Refuse a batch with one value per channel: its variance is 0, and its output is the bias."""
     if x.size == n_channels and n_channels:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
+
+
+def channel_list(indices: Array, most: int = 10) -> str:
+    """Channels by index, as in "channels 3, 5 and 9"; of more than `most` the first ones and how many follow."""
+    numbers = [str(i) for i in indices[:most]]
+    rest = len(indices) - most
+    if rest > 0:
+        return f"channels {', '.join(numbers)} and {rest} more"
+    if len(numbers) == 1:
+        return f"channel {numbers[0]}"
+    return f"channels {', '.join(numbers[:-1])} and {numbers[-1]}"

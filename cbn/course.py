@@ -203,9 +203,7 @@ def _refuse_nonfinite(found: Moments, nonfinite: str) -> None:
         return
     bad = np.flatnonzero(~(np.isfinite(found.mean) & np.isfinite(found.m2)))
     if bad.size:
-        words = ", ".join(map(str, bad[:10])) + (f" and {bad.size - 10} more" if bad.size > 10 else "")
-        plural = "s" if bad.size > 1 else ""
-        raise NonFiniteError(f'the batch is not finite in channel{plural} {words}, and nonfinite is "raise"')
+        raise NonFiniteError(f'the batch is not finite in {checks.channel_list(bad)}, and nonfinite is "raise"')
 
 
 def _move(m: Moments, unbiased: bool) -> Move:

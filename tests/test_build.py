@@ -111,10 +111,14 @@ def test_imports_run_one_way():
         "state": {"attributes", "checks", "entries", "kernels", "memory", "steps", "storage"},
         "course": {"checks", "ghost", "inputs", "kernels", "moments", "quantized", "steps"},
         "ghost": {"checks", "inputs", "kernels", "moments", "steps"},
+        "pictures": {"checks"},
+        "diagnostics": {"checks", "inputs", "moments", "pictures"},
+        "population": {"checks", "diagnostics", "inputs", "kernels", "memory", "moments", "state"},
         "batchnorm": {
-            *("attributes", "checks", "course", "ghost", "inputs", "kernels", "moments", "plan", "quantized"),
-            *("state", "steps", "storage"),
+            *("attributes", "checks", "course", "ghost", "inputs", "kernels", "moments", "plan", "population"),
+            *("quantized", "steps", "storage"),
         },
+        "recalibrate": {"batchnorm", "checks", "course", "inputs", "kernels", "moments", "population"},
         "fuse": {"batchnorm", "checks", "kernels"},
         "config": {"checks", "functional", "kernels", "memory", "reference", "threads"},
     }

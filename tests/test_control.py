@@ -232,12 +232,12 @@ def test_raise_changes_nothing(rng):
     x[1, 2], x[3, 0] = np.nan, np.inf
     before, out = state(bn), np.zeros_like(x)
     for error in (ValueError, FloatingPointError):
-        with pytest.raises(error, match='the batch is not finite in channels 0, 2, and nonfinite is "raise"'):
+        with pytest.raises(error, match='the batch is not finite in channels 0 and 2, and nonfinite is "raise"'):
             bn(x, out=out)
     assert state(bn) == before
     assert not out.any()
     bn.use_batch_stats = False
-    with pytest.raises(ValueError, match="not finite in channels 0, 2"):
+    with pytest.raises(ValueError, match="not finite in channels 0 and 2"):
         bn(x)
     bn.eval()
     assert np.isnan(bn(x)[1, 2])  # nothing is measured

@@ -107,6 +107,15 @@ def functions() -> None:
     cbn.BatchNorm(3, activation=("clip", 0, 6))
     total = cbn.moments(x) + cbn.Moments(3, [0.0, 0.0, 0.0], np.ones(3))
     assert cbn.Moments.merge([total, total]).var(correction=1).mean() > 0
+    merged = cbn.Moments.merge([layer.running_moments(9) for layer in (cbn.BatchNorm(3), cbn.BatchNorm1d(3))])
+    layer = cbn.BatchNorm1d(3)
+    layer.set_running_moments(merged)
+    assert (layer.running_moments([2.0, 3.0, 4.0]).mean == 0).all()
+    assert cbn.recalibrate(layer, [x, [[1.0, 2.0, 3.0]]], progress=False).mean_error.max() >= 0
+    several = cbn.recalibrate([layer, cbn.BatchNorm1d(3)][:1], (x for _ in range(2)), forward=layer)
+    assert [one.batches for one in several] == [2]
+    report = layer.check(x)
+    assert not report.ok or report.far.size + report.nan_count.sum() == 0
     folded, bias = cbn.fuse_linear_bn([[1.0, 2.0]], None, cbn.BatchNorm1d(1).eval())
     assert folded.shape == (1, 2)
     assert bias.shape == (1,)

@@ -41,7 +41,7 @@ def layers() -> None:
     cbn.BatchNorm2d(3, activation="gelu")  # wrong
     cbn.BatchNorm2d(3, activation=("leaky_relu", "0.1"))  # wrong
     cbn.BatchNorm2d(3, affin=False)  # wrong
-    cbn.recalibrate  # wrong # noqa: B018
+    cbn.recalibrated  # wrong # noqa: B018
     cbn.BatchNorm4d  # wrong # noqa: B018
 
 
@@ -89,6 +89,11 @@ def functions() -> None:
     cbn.moments(x, axis=1)  # wrong
     cbn.Moments("3", x, x)  # wrong
     cbn.Moments.merge([x])  # wrong
+    cbn.recalibrate([1], [x])  # wrong
+    cbn.recalibrate(cbn.BatchNorm(3), 3)  # wrong
+    cbn.BatchNorm(3).running_moments("many")  # wrong
+    cbn.BatchNorm(3).set_running_moments(x)  # wrong
+    cbn.BatchNorm(3).check("hello")  # wrong
     cbn.set_num_threads("4")  # wrong
     cbn.num_threads("4")  # wrong
     cbn.fuse_linear_bn("hello", None, cbn.BatchNorm1d(3))  # wrong
