@@ -213,7 +213,7 @@ class BatchNorm(Population):
         residual : array_like, optional
             Added to the normalized x; has x's shape and y's dtype. In training mode the layer remembers it like x.
         update_stats : bool, optional
-            Whether this call moves the running statistics; None lets `update_running_stats` decide. False is for a
+            Whether this call moves the running statistics; None lets the switch of the layer decide. False is for a
             second forward of the same batch, as under checkpointing.
         moments : Moments, optional
             Statistics that normalize in the place of the batch's, and that the running ones move by, where the call

@@ -58,7 +58,7 @@ class StandardScaler(sklearn.preprocessing.StandardScaler):  # type: ignore[misc
 
     Notes
     -----
-    y = (x - mean_)*(1/scale_). The statistics are float64 for both types, and the kernels subtract the float64 mean
+    ``y = (x - mean_)*(1/scale_)``. The statistics are float64 for both types, and the kernels subtract the float64 mean
     before they round. scikit-learn 1.8 and later round the mean to x's type first, which costs float32 data digits
     where the mean is large beside the standard deviation.
 

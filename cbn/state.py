@@ -230,7 +230,7 @@ class State(plans.Planned):
         """Normalize with the running statistics and keep them, in training mode too; returns the layer.
 
         `train()` does not undo it. In training mode a frozen layer remembers its input, so gradients flow through it.
-        It sets `use_batch_stats` and `update_running_stats` to False.
+        It sets the switches ``use_batch_stats`` and ``update_running_stats`` to False.
         """
         checks.buffers_for_eval(self.running_mean, self.running_var)
         self.use_batch_stats = self.update_running_stats = False

@@ -16,8 +16,12 @@ extensions = ["sphinx.ext.autodoc", "sphinx.ext.autosummary", "numpydoc", "myst_
 highlight_language = "text"
 default_role = "autolink"  # a name in single backticks is a link if there is such an object
 nitpicky = True
-# Attributes without an entry of their own, and a parameter with the name of a module
-nitpick_ignore = [("py:obj", name) for name in ("bias_grad", "state", "weight_grad")]
+# Attributes without an entry of their own, a parameter with the name of a module, parameters of a class, scikit-learn's
+NAMES = (
+    *("bias_grad", "state", "weight_grad", "channel_axis", "count", "extrema", "shape"),
+    "sklearn.preprocessing.StandardScaler",
+)
+nitpick_ignore = [("py:obj", name) for name in NAMES]
 autosummary_generate = False
 autodoc_typehints = "none"  # docstrings have the types
 autodoc_preserve_defaults = True

@@ -527,7 +527,7 @@ def test_copies_of_a_layer_that_records_record_nothing(rng):
 
 
 def test_controls_do_not_matter_meanwhile(rng):
-    """Switches, ghost batches and renormalization: while recorded, a layer normalizes with the batch, as in training."""
+    """Switches, ghost batches, renormalization: while recorded, a layer normalizes with the batch, as in training."""
     batches = [rng.normal(3, 2, (n, 4)) for n in (8, 5, 9)]
     expected = cbn.BatchNorm1d(4, dtype=np.float64)
     second = cbn.BatchNorm1d(4, dtype=np.float64)
