@@ -245,8 +245,8 @@ def moments(
 
     A value of weight 0 is not read into any result. Without `skipna` a NaN makes mean, m2, min and max NaN, as numpy
     has it. Where nothing counts, mean and m2 are 0, min is infinity and max is -infinity, which merges right.
-    Sums of integers are exact: without weights, mean and m2 are the exact quotients, rounded once. What the sums of floats
-    are, and a bound of their error, is in the page Numerics.
+    Sums of integers are exact: without weights, mean and m2 are the exact quotients, rounded once. What the sums of
+    floats are, and a bound of their error, is in the page Numerics.
 
     Examples
     --------
