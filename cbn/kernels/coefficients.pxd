@@ -15,8 +15,8 @@ cdef extern from "coefficients.h" nogil:
                                              const double *sum_dh, const double *sum_dh_xmu, double n)
     void solve_standard "cbn_solve_standard"(double *coef, Py_ssize_t C, const double *mean, const double *var,
                                              double eps, bint outside, bint zero_is_one)
-    void mix_running "cbn_mix"(double *running_mean, double *running_var, const double *mean, const double *m2, double n,
-                               double a, Py_ssize_t first, Py_ssize_t end)
+    void mix_running "cbn_mix"(double *running_mean, double *running_var, const double *mean, const double *m2,
+                               double n, double a, Py_ssize_t first, Py_ssize_t end)
     void renorm "cbn_renorm"(double *weight, double *bias, double *running_var, double *running_mean,
                              const double *mean, const double *invstd, double eps, double r_max, double d_max,
                              Py_ssize_t first, Py_ssize_t end)

@@ -8,7 +8,7 @@ from .partition cimport Grid
 cdef enum Element:    # what an array holds
     F32, F64, F16, BF16, U8, I8, U16, I16, I32
 
-cdef struct Blend:              # what solve makes of the statistics of the batch and the running ones, see coefficients.h
+cdef struct Blend:              # statistics of the batch and running ones for solve, see coefficients.h
     double mix                  # the weight of the batch's; or batch renormalization, if r_max is not 0
     double r_max, d_max
     double *mean_c              # C, the running mean; then the mean that normalized, or d
