@@ -37,7 +37,7 @@ cbn.
 """
 
 from . import functional, reference
-from .batchnorm import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d, set_check_inputs
+from .batchnorm import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from .config import __version__, show_config
 from .convert import (
     from_equinox,
@@ -49,6 +49,7 @@ from .convert import (
     from_torch,
     to_torch_state,
 )
+from .digests import set_check_inputs
 from .fuse import fuse_bn_linear, fuse_conv_bn, fuse_linear_bn
 from .memory import empty_cache
 from .moments import Moments, moments

@@ -20,6 +20,8 @@ class HasChannels(Protocol):
     def num_features(self) -> int: ...
     @property
     def dtype(self) -> np.dtype[Any]: ...
+    @property
+    def num_domains(self) -> int | None: ...
 
 
 class ChannelArray:
@@ -54,17 +56,34 @@ class ChannelArray:
         return value if value.dtype == layer.dtype else value.astype(layer.dtype)
 
 
+class StatisticsArray(ChannelArray):
+    """The same, with a row for each domain where a layer has domains."""
+
+    def checked(self, layer: HasChannels, value: Array | None) -> Array | None:
+        n, d = layer.num_features, layer.num_domains
+        if d is None or value is None or n is None:
+            return super().checked(layer, value)
+        if not isinstance(value, np.ndarray):
+            raise TypeError(f"{self.name} must be a numpy array or None, not {type(value).__name__}")
+        if value.shape != (d, n):
+            raise ValueError(f"{self.name} has shape {value.shape}; expected {(d, n)}, a row for each domain")
+        value = checks.per_channel(value.reshape(-1), self.name, d * n).reshape(d, n)
+        return np.ascontiguousarray(value, layer.dtype)
+
+
 class Counter(ChannelArray):
-    """Attribute num_batches_tracked: an int64 array without dimensions, or None."""
+    """Attribute num_batches_tracked: an int64 array without dimensions, or one number for each domain, or None."""
 
     def checked(self, layer: HasChannels, value: Array | None) -> Array | None:
         if value is None:
             return None
         if isinstance(value, np.ndarray) and type(value) is not np.ndarray:
             value = np.ndarray.view(value, np.ndarray)  # a subclass may misstate its shape or dtype
-        if not isinstance(value, np.ndarray) or value.shape != () or value.dtype.kind not in "iu":
-            raise TypeError(f"{self.name} must be an integer array without dimensions, or None, not {value!r}")
-        if not 0 <= int(value) < 1 << 63:
+        shape = () if layer.num_domains is None else (layer.num_domains,)
+        if not isinstance(value, np.ndarray) or value.shape != shape or value.dtype.kind not in "iu":
+            kind = f"of shape {shape}" if shape else "without dimensions"
+            raise TypeError(f"{self.name} must be an integer array {kind}, or None, not {value!r}")
+        if value.size and not 0 <= int(value.min()) <= int(value.max()) < 1 << 63:
             raise ValueError(f"{self.name} must be an integer from 0 to 2^63 - 1, but got {value}")
         return value if value.dtype == np.int64 else value.astype(np.int64)
 

@@ -14,7 +14,7 @@ from typing import Any, SupportsIndex
 import numpy as np
 import numpy.typing as npt
 
-from . import checks, course, ghost, quantized, steps, storage
+from . import checks, course, digests, domains, ghost, quantized, steps, storage
 from .attributes import accepted_dtype
 from .checks import Array, ArrayLike, Doubles, Number
 from .course import Options, Snapshot
@@ -32,64 +32,13 @@ AFTER_EVAL = (
     "the last forward was in evaluation mode, which keeps nothing for backward. To train through fixed statistics, "
     "call freeze() and stay in training mode; or use cbn.functional.native_batch_norm_backward(..., train=False)"
 )
-MODIFIED = (
-    "one of the variables needed for gradient computation has been modified by an inplace operation: the {} of the "
-    "last forward. Pass a copy to the layer, or change it after backward()"
-)
 OVERWRITTEN = (
     "the input or the residual of the last forward has been overwritten (out=), and without it there is no gradient"
 )
 
 
-_checks_inputs = False
 _LEARNING = threading.Lock()  # of `BatchNorm._first`
 os.register_at_fork(after_in_child=_LEARNING._at_fork_reinit)  # type: ignore[attr-defined]
-
-
-def set_check_inputs(check: bool) -> bool:
-    """Let layers check that their input does not change between forward and backward; return the setting before.
-
-    A training forward remembers its input and its residual by reference. If they are written to before `backward`, the
-    gradient is wrong. With the check a forward keeps a digest of their bytes, and `backward` raises a RuntimeError if
-    the digest differs. The check is off by default, because it reads both arrays once more, at about 1 GB/s.
-
-    Parameters
-    ----------
-    check : bool
-        The setting for all layers of the process, from their next forward on.
-
-    Returns
-    -------
-    bool
-        The setting before.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> import cbn
-    >>> before = cbn.set_check_inputs(True)
-    >>> bn, x = cbn.BatchNorm1d(2), np.eye(2, dtype=np.float32)
-    >>> y = bn(x)
-    >>> x += 1
-    >>> bn.backward(y)
-    Traceback (most recent call last):
-    ...
-    RuntimeError: one of the variables needed for gradient computation has been modified by an inplace operation: the input of the last forward. Pass a copy to the layer, or change it after backward()
-    >>> cbn.set_check_inputs(before)
-    True
-    """  # noqa: E501
-    global _checks_inputs
-    before, _checks_inputs = _checks_inputs, checks.boolean(check, "check")
-    return before
-
-
-def digest(a: Array | None) -> bytes | None:
-    """A digest of an array's values."""
-    if a is None:
-        return None
-    import hashlib  # its import takes 3 ms, which `import cbn` saves
-
-    return hashlib.blake2b(np.ascontiguousarray(a).reshape(-1).view(np.uint8).data, digest_size=16).digest()
 
 
 class BatchNorm(Population):
@@ -139,6 +88,10 @@ class BatchNorm(Population):
         s_batch/s`` between 1/r_max and r_max and ``d = (mean - running_mean)/s`` between -d_max and d_max, where
         ``s_batch = sqrt(var + eps)`` and ``s = sqrt(running_var + eps)``, before they move. r and d are constants in
         backward. A function gets num_batches_tracked and returns the pair, to widen the bounds step by step.
+
+    num_domains : int or None
+        D, for D sets of running statistics: `running_mean` and `running_var` are (D, C), num_batches_tracked is (D,),
+        and every call says by ``domain=`` which of them is meant. Weight and bias are shared.
 
     Attributes
     ----------
@@ -197,6 +150,7 @@ class BatchNorm(Population):
         update_stats: bool | None = None,
         moments: Moments | None = None,
         mix: Number | None = None,
+        domain: SupportsIndex | ArrayLike | None = None,
         x_scale: Number | None = None,
         x_zero_point: SupportsIndex | None = None,
         out_dtype: npt.DTypeLike | None = None,
@@ -221,6 +175,9 @@ class BatchNorm(Population):
         mix : float in [0, 1], optional
             In evaluation, the weight of the batch's statistics in a mixture with the running ones, for test-time
             adaptation. Nothing is written.
+        domain : int or (N,) array_like of int
+            Which of the `num_domains` sets of running statistics is meant, for all samples or for each. The samples of
+            a domain are normalized by themselves.
         x_scale, x_zero_point, out_dtype
             Quantization of uint8 or int8 input in evaluation mode, as in `cbn.functional.batch_norm`.
 
@@ -236,21 +193,25 @@ class BatchNorm(Population):
             `out` has changed then.
         """
         of_bytes = x_scale is not None or x_zero_point is not None or out_dtype is not None
-        special = of_bytes or update_stats is not None or moments is not None or mix is not None
+        special = of_bytes or not (update_stats is moments is mix is domain is None)
         if self.training and self._usual and not special:
             y = self._train(x, out, residual)
             if y is not None:
                 return y
         if self._num_features is None:
-            return self._first(x, out=out, residual=residual, update_stats=update_stats, moments=moments, mix=mix)
+            return self._first(
+                x, out=out, residual=residual, update_stats=update_stats, moments=moments, mix=mix, domain=domain
+            )
         options = course.checked(update_stats, moments, mix)
         inp, quantization = self._input(x, x_scale, x_zero_point, out_dtype)
         given, (out, residual) = out, as_outputs(inp, out, residual)
+        if domain is not None or self._num_domains is not None:
+            y = domains.forward(self, inp, out, residual, options, quantization, domain)
+            return y if given is None else given
         now = self._read(inp, residual, quantization, options)
         y, context, moved = course.normalize(inp, now, self._unbiased, out, quantization)
         if now.course.remembers or moved is not None:
-            running = None if moved is None else (now.sources[0], now.sources[1], now.counter)
-            self._finish(context, out, running, moved, now.course.remembers)
+            self._finish(context, out, now.running, moved, now.course.remembers)
         else:
             self._remember(AFTER_EVAL)
             if not now.course.batch_statistics and quantization is None and not mix and not self._has_plan(x):
@@ -343,8 +304,8 @@ class BatchNorm(Population):
         running: mean, variance and counter as far as there are; `moved`: what they move by. None if they stay.
         """
         saved: str | Context = context if remembers else AFTER_EVAL
-        if _checks_inputs and remembers:
-            context.digests = digest(context.inp.x), digest(context.epilogue.residual)
+        if remembers:
+            digests.note(context)
         if isinstance(context.count, np.ndarray) and (context.count != context.inp.count).any():  # of given moments
             saved = course.OF_OTHERS if remembers else saved
         elif remembers and out is not None and context.is_overwritten_by(out):
@@ -471,11 +432,7 @@ class BatchNorm(Population):
             raise RuntimeError(self._saved)
         context = self._saved
         inp = context.inp
-        if context.digests is not None:
-            read = (inp.x, context.epilogue.residual)
-            for name, a, before in zip(("input", "residual"), read, context.digests, strict=True):
-                if digest(a) != before:
-                    raise RuntimeError(MODIFIED.format(name))
+        digests.compare(context)
         dy = as_gradient(inp, dy)
         given, out = out, checks.output(out, inp.x.shape, inp.x.dtype)
         weight, bias = context.affine if context.renorm is None else context.renorm.affine
@@ -498,6 +455,8 @@ class BatchNorm(Population):
     @staticmethod
     def _differentiate(dy: Array, context: Context, want_sums: bool, out: Array | None) -> steps.Gradients:
         """`steps.backward`; a compiled call for arguments as most calls have them."""
+        if context.parts:
+            return domains.backward(BatchNorm._differentiate, dy, context, want_sums, out)
         if context.ghost:
             return ghost.backward(dy, context, out)
         if context.batch_statistics and context.epilogue is steps.NO_EPILOGUE and context.renorm is None:
@@ -510,6 +469,7 @@ class BatchNorm(Population):
 
     def _coefficients(self) -> Doubles:
         """(3, C): the current mean, scale and offset of evaluation."""
+        self._expect_one_domain("a plan, or a folded weight,")
         checks.buffers_for_eval(self.running_mean, self.running_var)
         mean, var, weight, bias = self._doubles((self.running_mean, self.running_var, self.weight, self.bias))
         return passes.coefficients(mean, passes.inverse_std(var, self._eps), weight, bias)

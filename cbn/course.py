@@ -60,6 +60,11 @@ class Snapshot(NamedTuple):
     renorm: tuple[float, float] | None  # (r_max, d_max)
     ghost: int  # samples of a ghost batch; 0: none
 
+    @property
+    def running(self) -> tuple[Array | None, Array | None, Array | None]:
+        """What moves."""
+        return self.sources[0], self.sources[1], self.counter
+
 
 # Mean, m2 and count that the running statistics move by, and whether the variance divides by count - 1
 Move = tuple[Doubles, Doubles, float, bool]

@@ -50,23 +50,28 @@ def entry(
     if a.shape != shape:
         raise ValueError(f"{key} has shape {a.shape}; expected {shape}")
     if dtype.kind == "i":  # the counter, which is a float in a bfloat16 state
-        number = int(a) if integers else float(a)
-        if not (abs(number) < 2**63 and number == int(number)):
-            raise ValueError(f"{key} is {number}; expected an integer of 64 bits")
+        for count in a.ravel() if integers else a.ravel().astype(np.float64):
+            number = int(count) if integers else float(count)
+            if not (abs(number) < 2**63 and number == int(number)):
+                raise ValueError(f"{key} is {number}; expected an integer of 64 bits")
     with np.errstate(all="ignore"):
         a = a.astype(dtype)
     if not allow_nonfinite and not np.all(np.isfinite(a)):
         raise ValueError(f"{key} is not finite")
-    if name == "num_batches_tracked" and a < 0:
+    if name == "num_batches_tracked" and np.any(a < 0):
         raise ValueError(f"{key} is negative: {a}")
     if name == "running_var" and np.any(a < 0):
         i = int(np.nanargmin(a))
+        least, channel = a.ravel()[i], i % shape[-1]
         if eps is None:
             raise ValueError(
-                f"{key} is negative: {a[i]!s} in channel {i} (save and load accept it with allow_negative_var=True)"
+                f"{key} is negative: {least!s} in channel {channel} "
+                "(save and load accept it with allow_negative_var=True)"
             )
-        if float(a[i]) + eps <= 0:
-            raise ValueError(f"{key} is negative: {a[i]!s} in channel {i}, and not positive even with eps, {eps}")
+        if float(least) + eps <= 0:
+            raise ValueError(
+                f"{key} is negative: {least!s} in channel {channel}, and not positive even with eps, {eps}"
+            )
     return a
 
 

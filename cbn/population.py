@@ -151,6 +151,7 @@ class Population(State):
           the output is constant: channel 1
           running_var is not finite: channel 2
         """
+        self._expect_one_domain("a check")
         inp = None if x is None else self._measurable(x)
         names = [name for name in self._array_names if name != "num_batches_tracked"]
         name = f"{type(self).__name__}({self._num_features})"
@@ -180,7 +181,8 @@ class Population(State):
         return ", because the layer tracks the unbiased variance m2/(count - 1)" if self._unbiased else ""
 
     def _expect_statistics(self) -> None:
-        """Refuse a layer without running statistics, or with an array that was resized in place."""
+        """Refuse a layer without running statistics or with several sets of them, or with an array resized in place."""
+        self._expect_one_domain("this")
         missing = [name for name in ("running_mean", "running_var") if getattr(self, name) is None]
         if missing:
             raise ValueError(f"{type(self).__name__}({self._num_features}) has no {' and no '.join(missing)}")

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import checks, entries, storage
-from .attributes import ChannelArray, Choice, Counter, Flag, Switch, accepted_dtype
+from .attributes import ChannelArray, Choice, Counter, Flag, StatisticsArray, Switch, accepted_dtype
 from .checks import Activation, Array, Doubles, Number
 from .kernels import channels, plans
 from .memory import retried
@@ -20,12 +20,8 @@ from .steps import Context
 Layer = TypeVar("Layer", bound="State")
 
 SWITCHES = ("use_batch_stats", "update_running_stats", "train_parameters")
-CONTROLS = {
-    "nonfinite": "propagate",
-    "on_single": "error",
-    "ghost_batch_size": None,
-    "renorm": None,
-}  # arguments with their defaults
+CONTROLS = storage.OPTIONAL
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # which have a row for each domain
 NO_FORWARD = "there is nothing to go back through: call the layer in training mode first"
 
 
@@ -36,6 +32,11 @@ def shortest(value: float) -> str:
     with np.errstate(over="ignore"):
         narrow = np.float32(value)
     return f"np.float32({narrow!s})" if float(f"{value:.9g}") != value == float(narrow) else repr(value)
+
+
+def _flat(a: Array | None) -> Array | Any:
+    """An array of one dimension or none, for the compiled reads and writes; its own memory."""
+    return a if a is None or a.ndim < 2 else a.reshape(-1)
 
 
 Renorm = tuple[float, float] | Callable[[int], tuple[float, float]] | None
@@ -50,8 +51,8 @@ class State(plans.Planned):
     bias: ChannelArray = ChannelArray()
     weight_grad: ChannelArray = ChannelArray()
     bias_grad: ChannelArray = ChannelArray()
-    running_mean: ChannelArray = ChannelArray()
-    running_var: ChannelArray = ChannelArray()
+    running_mean: StatisticsArray = StatisticsArray()
+    running_var: StatisticsArray = StatisticsArray()
     num_batches_tracked: Counter = Counter()
     training: Flag = Flag()
     affine: Flag = Flag()
@@ -80,12 +81,16 @@ class State(plans.Planned):
         on_single: Literal["error", "running", "zero"] = "error",
         ghost_batch_size: SupportsIndex | None = None,
         renorm: Renorm = None,
+        num_domains: SupportsIndex | None = None,
     ) -> None:
         self.activation = activation
         if not isinstance(running_var, str) or running_var not in ("unbiased", "biased"):
             raise ValueError(f"running_var must be 'unbiased' or 'biased', not {running_var!r}")
         self._dtype = accepted_dtype(dtype, checks.native_float, "float32 or float64")
         self._num_features: int | None = None
+        self._num_domains = None if num_domains is None else checks.integer(num_domains, "num_domains", "a number")
+        if self._num_domains is not None and self._num_domains < 1:
+            raise ValueError(f"num_domains must be 1 or more, but got {num_domains}")
         self._channel_axis = checks.integer(channel_axis, "channel_axis", "an integer")
         if self._ranks is not None:
             widest = max(self._ranks)
@@ -116,14 +121,28 @@ class State(plans.Planned):
         if num_features < 1:
             raise ValueError(f"num_features must be 1 or more, but got {num_features}")
         self._num_features = num_features
-        shape, dtype = (num_features,), self._dtype
+        shape, dtype = self._shape_of("weight"), self._dtype
         self.weight = np.ones(shape, dtype) if weight else None
         self.bias = np.zeros(shape, dtype) if bias else None
         self.weight_grad = np.zeros(shape, dtype) if weight else None
         self.bias_grad = np.zeros(shape, dtype) if bias else None
+        shape = self._shape_of("running_mean")
         self.running_mean = np.zeros(shape, dtype) if running else None
         self.running_var = np.ones(shape, dtype) if running else None
-        self.num_batches_tracked = np.zeros((), np.int64) if running else None
+        self.num_batches_tracked = np.zeros(shape[:-1], np.int64) if running else None
+
+    def _shape_of(self, name: str) -> tuple[int, ...]:
+        """The shape of an array of the layer."""
+        domains = () if self._num_domains is None or name not in STATISTICS else (self._num_domains,)
+        return domains if name == "num_batches_tracked" else (*domains, self.num_features)
+
+    def _expect_one_domain(self, what: str) -> None:
+        """Refuse a layer with domains where one set of statistics is needed."""
+        if self._num_domains is not None:
+            raise ValueError(
+                f"{what} needs one set of running statistics, and the layer has num_domains={self._num_domains}: "
+                "copy a row of each into a layer without domains"
+            )
 
     def _find_usual(self) -> None:
         """Note whether a training call is that of most layers, which `BatchNorm._train` compiles."""
@@ -136,6 +155,11 @@ class State(plans.Planned):
     def num_features(self) -> int | Any:
         """Number of channels; None until the first call, if the layer was made so."""
         return self._num_features
+
+    @property
+    def num_domains(self) -> int | None:
+        """Number of sets of running statistics; None: one, without an axis of its own."""
+        return self._num_domains
 
     @property
     def num_batches_skipped(self) -> npt.NDArray[np.int64] | Any:
@@ -248,7 +272,7 @@ class State(plans.Planned):
         """Fill those of the arrays that are not None with numbers, in place; all or none."""
         arrays = {name: getattr(self, name) for name in values}
         new = [None if a is None else np.full(a.shape, values[name], a.dtype) for name, a in arrays.items()]
-        channels.replace(list(arrays.values()), new, list(arrays))
+        channels.replace([_flat(a) for a in arrays.values()], [_flat(a) for a in new], list(arrays))
 
     def zero_grad(self) -> None:
         """Fill the gradients with zeros, in place."""
@@ -336,7 +360,7 @@ class State(plans.Planned):
             if prefix + name in state:
                 try:
                     value = state[prefix + name]
-                    new[name] = entries.entry(name, value, target.shape, target.dtype, prefix=prefix)
+                    new[name] = entries.entry(name, value, self._shape_of(name), target.dtype, prefix=prefix)
                 except ValueError as error:
                     problems.append(str(error))
                 if not target.flags.writeable:
@@ -347,14 +371,14 @@ class State(plans.Planned):
             raise checks.ArgumentError(
                 f"cannot load the state into {type(self).__name__}({self._num_features}): {'; '.join(problems)}{hint}"
             )
-        channels.replace([own[name] for name in new], list(new.values()), list(new))
+        channels.replace([_flat(own[name]) for name in new], [_flat(a) for a in new.values()], list(new))
         return missing, unexpected
 
     def _first_state(self: State, state: Mapping[str, Any], strict: bool, prefix: str) -> tuple[list[str], list[str]]:
         """`load_state_dict` of a layer that does not know its number of channels: the state does."""
         other = self.__copy__()
-        sizes = [np.shape(state[key]) for name in self._state_names if (key := prefix + name) in state]
-        channels = [shape[0] for shape in sizes if len(shape) == 1]
+        named = [(name, np.shape(state[key])) for name in self._state_names if (key := prefix + name) in state]
+        channels = [shape[-1] for name, shape in named if shape and name != "num_batches_tracked"]
         if not channels:
             raise checks.ArgumentError(
                 f"cannot load the state into {type(self).__name__}(None): num_features is not known, and the state "
@@ -414,17 +438,19 @@ class State(plans.Planned):
         """Copies of the arrays that are not None, all taken at one moment."""
         if error := self._unfit():
             raise error
-        arrays = channels.copies(*[getattr(self, name) for name in names])
-        return {name: a for name, a in zip(names, arrays, strict=True) if a is not None}
+        arrays = channels.copies(*[_flat(getattr(self, name)) for name in names])
+        return {name: a.reshape(self._shape_of(name)) for name, a in zip(names, arrays, strict=True) if a is not None}
 
     def _unfit(self) -> ValueError | None:
         """The error for an array whose shape or dtype was assigned in place, unseen by the layer; None if all fit."""
         for name in self._array_names:
-            a, expected = getattr(self, name), f"({self._num_features},) floats"
+            a, shape = getattr(self, name), self._shape_of(name)
+            expected = f"{shape} floats"
             if name == "num_batches_tracked":
-                fits, expected = a is None or (a.shape == () and a.dtype.kind in "iu"), "an integer"
+                fits = a is None or (a.shape == shape and a.dtype.kind in "iu")
+                expected = f"{shape} integers" if shape else "an integer"
             else:
-                fits = a is None or (a.shape == (self._num_features,) and checks.native_input(a.dtype) is not None)
+                fits = a is None or (a.shape == shape and checks.native_input(a.dtype) is not None)
             if not fits:
                 return ValueError(f"{name} has become an array of {a.dtype} of shape {a.shape}; expected {expected}")
         return None
@@ -473,7 +499,7 @@ class State(plans.Planned):
         for name in ("nonfinite", "on_single"):
             if (chosen := getattr(self, name)) != CONTROLS[name]:
                 arguments[name] = repr(chosen)
-        for name in ("ghost_batch_size", "renorm"):
+        for name in ("ghost_batch_size", "renorm", "num_domains"):
             if (value := getattr(self, name)) is not None:
                 arguments[name] = repr(value)
         given = ", ".join([str(self._num_features), *(f"{name}={value}" for name, value in arguments.items())])

@@ -7,7 +7,7 @@ pass for each of measure, solve and apply, with the merge after measure.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -87,6 +87,7 @@ class Context:
     count: float | Doubles = 0
     digests: tuple[bytes | None, bytes | None] | None = None  # of input and residual, if they are checked
     renorm: Renorm | None = None  # then `affine` has r and d in it
+    parts: Sequence[tuple[Array, Context]] = ()  # samples of each domain, normalized by themselves; then no statistics
     ghost: int = 0  # samples of a slice that was normalized by itself: mean, m2 and invstd have a row for each
 
     @property

@@ -38,6 +38,7 @@ OPTIONAL = {
     "on_single": "error",
     "ghost_batch_size": None,
     "renorm": None,
+    "num_domains": None,
 }  # arguments, with their defaults
 SWITCHES = ("use_batch_stats", "update_running_stats", "train_parameters")
 LIMIT = 1 << 17  # bytes of one read, so of a header: cbn's has less than 4 KB, and zipfile reads 64 KB at the end
@@ -515,7 +516,7 @@ def _build(
     expected = {}
     for key in header["arrays"]:
         counter = key == "num_batches_tracked"
-        expected[key] = () if counter else (layer.num_features,), np.dtype(np.int64) if counter else layer.dtype
+        expected[key] = layer._shape_of(key), np.dtype(np.int64) if counter else layer.dtype
         for what, found, right in zip(("shape", "dtype"), described[key], expected[key], strict=True):
             if found != right:
                 problems.append(f"{key} has {what} {found}; expected {right}")

@@ -409,8 +409,7 @@ def test_names_that_do_not_work_yet_are_not_there():
     assert "checks" not in cbn.__all__
     assert not hasattr(cbn.functional, "native_batch_norm_double_backward")
     assert not hasattr(cbn.functional, "batch_norm_jvp")
-    assert not hasattr(cbn.BatchNorm1d(3), "num_domains")
-    later = {"mask", "lengths", "sample_weight", "num_domains", "domain"}
+    later = {"mask", "lengths", "sample_weight"}
     for function in (cbn.BatchNorm1d, cbn.BatchNorm1d.forward, batch_norm):
         assert not later & inspect.signature(function).parameters.keys()
     with pytest.raises(TypeError, match="unexpected keyword argument 'mask'"):

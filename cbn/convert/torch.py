@@ -137,6 +137,7 @@ def to_torch_state(bn: BatchNorm) -> dict[str, Any]:
         import torch
     except ImportError as error:
         raise missing_package("to_torch_state", "torch", "torch") from error
+    bn._expect_one_domain("PyTorch's layer")
     return {name: torch.from_numpy(a) for name, a in bn.state_dict().items()}
 
 
