@@ -193,7 +193,7 @@ class BatchNorm(Population):
             `out` has changed then.
         """
         of_bytes = x_scale is not None or x_zero_point is not None or out_dtype is not None
-        special = of_bytes or not (update_stats is moments is mix is domain is None)
+        special = of_bytes or update_stats is not None or moments is not None or mix is not None or domain is not None
         if self.training and self._usual and not special:
             y = self._train(x, out, residual)
             if y is not None:
