@@ -14,11 +14,11 @@ from typing import Any, SupportsIndex
 import numpy as np
 import numpy.typing as npt
 
-from . import checks, course, digests, domains, ghost, quantized, steps, storage
+from . import checks, course, digests, domains, ghost, masked, quantized, steps, storage
 from .attributes import accepted_dtype
 from .checks import Array, ArrayLike, Doubles, Number
 from .course import Options, Snapshot
-from .inputs import Input, as_gradient, as_input, as_outputs
+from .inputs import Input, as_gradient, as_input, as_outputs, as_weights
 from .kernels import arrays, calls, channels, passes, plans
 from .moments import Moments
 from .plan import EvalPlan
@@ -147,6 +147,9 @@ class BatchNorm(Population):
         *,
         out: Array | None = None,
         residual: ArrayLike | None = None,
+        mask: ArrayLike | None = None,
+        lengths: ArrayLike | None = None,
+        sample_weight: ArrayLike | None = None,
         update_stats: bool | None = None,
         moments: Moments | None = None,
         mix: Number | None = None,
@@ -166,6 +169,14 @@ class BatchNorm(Population):
             Receives y; has x's shape and y's dtype. ``out=x`` works in place.
         residual : array_like, optional
             Added to the normalized x; has x's shape and y's dtype. In training mode the layer remembers it like x.
+        mask : bool array_like, optional
+            True for the values that count: one for every value of all channels, with a shape that broadcasts to that of
+            x without its channel axis, or else one that broadcasts to that of x. What does not count gets 0 in y and
+            dx, and is read into nothing.
+        lengths : (N,) array_like of int, optional
+            How many values of each sample count, along the first axis after the samples'.
+        sample_weight : (N,) array_like, optional
+            How often each sample counts in the statistics: finite, not negative. n is the sum of the weights.
         update_stats : bool, optional
             Whether this call moves the running statistics; None lets the switch of the layer decide. False is for a
             second forward of the same batch, as under checkpointing.
@@ -193,17 +204,25 @@ class BatchNorm(Population):
             `out` has changed then.
         """
         of_bytes = x_scale is not None or x_zero_point is not None or out_dtype is not None
-        special = of_bytes or update_stats is not None or moments is not None or mix is not None or domain is not None
+        counting = mask is not None or lengths is not None or sample_weight is not None
+        special = counting or of_bytes or update_stats is not None or moments is not None or mix is not None
+        special = special or domain is not None
         if self.training and self._usual and not special:
             y = self._train(x, out, residual)
             if y is not None:
                 return y
         if self._num_features is None:
-            return self._first(
-                x, out=out, residual=residual, update_stats=update_stats, moments=moments, mix=mix, domain=domain
-            )
-        options = course.checked(update_stats, moments, mix)
+            given_options: dict[str, Any] = {
+                "mask": mask,
+                "lengths": lengths,
+                "sample_weight": sample_weight,
+                "mix": mix,
+            }
+            given_options |= {"update_stats": update_stats, "moments": moments, "domain": domain}
+            return self._first(x, out=out, residual=residual, **given_options)
         inp, quantization = self._input(x, x_scale, x_zero_point, out_dtype)
+        weights = as_weights(inp, mask, sample_weight, lengths, "sample_weight") if counting else None
+        options = course.checked(update_stats, moments, mix, weights)
         given, (out, residual) = out, as_outputs(inp, out, residual)
         if domain is not None or self._num_domains is not None:
             y = domains.forward(self, inp, out, residual, options, quantization, domain)
@@ -306,7 +325,7 @@ class BatchNorm(Population):
         saved: str | Context = context if remembers else AFTER_EVAL
         if remembers:
             digests.note(context)
-        if isinstance(context.count, np.ndarray) and (context.count != context.inp.count).any():  # of given moments
+        if context.of_others:
             saved = course.OF_OTHERS if remembers else saved
         elif remembers and out is not None and context.is_overwritten_by(out):
             saved = OVERWRITTEN
@@ -455,6 +474,8 @@ class BatchNorm(Population):
     @staticmethod
     def _differentiate(dy: Array, context: Context, want_sums: bool, out: Array | None) -> steps.Gradients:
         """`steps.backward`; a compiled call for arguments as most calls have them."""
+        if context.weights is not None:
+            return masked.backward(dy, context, out)
         if context.parts:
             return domains.backward(BatchNorm._differentiate, dy, context, want_sums, out)
         if context.ghost:

@@ -289,16 +289,34 @@ def mask(a: ArrayLike, shape: tuple[int, ...], axis: int) -> Array:
     )
 
 
-def sample_weights(a: ArrayLike, shape: tuple[int, ...], axis: int) -> Doubles:
+def sample_weights(a: ArrayLike, shape: tuple[int, ...], axis: int, name: str = "weights") -> Doubles:
     """Weights (N,) of samples, with the dimensions of an input; samples lie along its first axis but the channels'."""
     samples = 1 if axis == 0 else 0
-    found = doubles(a, "weights")
+    found = doubles(a, name)
     if found.shape != (shape[samples],):
-        raise ValueError(f"weights has shape {found.shape}; expected ({shape[samples]},), one for each sample")
+        raise ValueError(f"{name} has shape {found.shape}; expected ({shape[samples]},), one for each sample")
     if not np.all((found >= 0) & np.isfinite(found)):
         wrong = found[~((found >= 0) & np.isfinite(found))][0]
-        raise ValueError(f"weights must be finite and not negative, but got {wrong}")
+        raise ValueError(f"{name} must be finite and not negative, but got {wrong}")
     return found.reshape([-1 if i == samples else 1 for i in range(len(shape))])
+
+
+def lengths(a: ArrayLike, shape: tuple[int, ...], axis: int) -> Array:
+    """A bool mask of the values before each sample's length, along the first axis after the samples'."""
+    rest = [i for i in range(len(shape)) if i != axis]
+    if len(rest) < 2:
+        raise ValueError(f"lengths are for inputs with an axis after the samples, and input has shape {shape}")
+    samples, along = rest[:2]
+    found = array(a, "lengths")
+    if found.dtype.kind not in "iu":
+        raise TypeError(f"lengths has dtype {found.dtype}; expected integers")
+    if found.shape != (shape[samples],):
+        raise ValueError(f"lengths has shape {found.shape}; expected ({shape[samples]},), one for each sample")
+    wrong = np.flatnonzero((found < 0) | (found > shape[along]))
+    if wrong.size:
+        raise ValueError(f"lengths must be from 0 to {shape[along]}, but got {found[wrong[0]]} for sample {wrong[0]}")
+    counts = np.arange(shape[along]) < found[:, None]
+    return counts.reshape([n if i in (samples, along) else 1 for i, n in enumerate(shape)])
 
 
 def doubles(x: Any, name: str) -> Doubles:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import checks, ghost, quantized, steps
+from . import checks, ghost, masked, quantized, steps
 from .checks import Array, Doubles
 from .inputs import Input
 from .kernels import passes
@@ -33,6 +33,7 @@ class Options(NamedTuple):
     update_stats: bool | None = None
     moments: Moments | None = None
     mix: float | None = None
+    weights: Doubles | Any = None  # as `as_weights` makes them
 
 
 class Course(NamedTuple):
@@ -70,7 +71,7 @@ class Snapshot(NamedTuple):
 Move = tuple[Doubles, Doubles, float, bool]
 
 
-def checked(update_stats: Any, moments: Any, mix: Any) -> Options:
+def checked(update_stats: Any = None, moments: Any = None, mix: Any = None, weights: Any = None) -> Options:
     """The options of a call."""
     if update_stats is not None:
         update_stats = checks.boolean(update_stats, "update_stats, if not None,")
@@ -80,7 +81,7 @@ def checked(update_stats: Any, moments: Any, mix: Any) -> Options:
         mix = checks.mix(mix)
         if moments is not None:
             raise ValueError("mix takes the batch's statistics, and moments takes their place: pass one of them")
-    return Options(update_stats, moments, mix)
+    return Options(update_stats, moments, mix, weights)
 
 
 def decide(layer: Any, inp: Input, options: Options, of_bytes: bool) -> Course:
@@ -106,6 +107,7 @@ def decide(layer: Any, inp: Input, options: Options, of_bytes: bool) -> Course:
     if options.moments is not None and not batch:
         raise ValueError("moments take the place of the batch's statistics, but this call uses the running ones")
     single = (batch or moves) and options.moments is None and inp.x.size == inp.n_channels > 0
+    single = single and options.weights is None  # with weights, the values that count are counted
     if single and layer.on_single != "error":
         batch = batch and layer.on_single == "zero"
         moves = False
@@ -131,7 +133,9 @@ def normalize(
     inp: Input, now: Snapshot, unbiased: bool, out: Array | None, quantization: Quantization | None
 ) -> tuple[Array, Context, Move | None]:
     """y, the context of backward, and what the running statistics move by; None if by nothing."""
-    course, (_, given, mix) = now.course, now.options
+    course, (_, given, mix, weights) = now.course, now.options
+    if weights is not None and inp.layout is not None:
+        return _weighted(inp, now, unbiased, out, quantization)
     if course.batch_statistics and now.ghost and given is None and not course.single and inp.layout is not None:
         if now.nonfinite == "raise":
             _refuse_nonfinite(measure(inp), now.nonfinite)
@@ -149,6 +153,64 @@ def normalize(
     else:
         y, context = _fixed(inp, now, out, quantization)
     return y, context, None if measured is None or not inp.count else _move(measured, unbiased)
+
+
+def _weighted(
+    inp: Input, now: Snapshot, unbiased: bool, out: Array | None, quantization: Quantization | None
+) -> tuple[Array, Context, Move | None]:
+    """`normalize` where not every value counts alike."""
+    course, (_, given, mix, weights) = now.course, now.options
+    if quantization is not None:
+        raise ValueError(masked.NO_BYTES)
+    if now.ghost and course.batch_statistics and given is None:
+        return _weighted_slices(inp, now, unbiased, out)
+    uses = course.batch_statistics or course.tracked
+    if given is not None:
+        _check_moments(given, inp.n_channels)
+    elif uses or mix:
+        given = measure(inp, weights)
+    if uses and given is not None:
+        if now.options.moments is None:
+            masked.refuse_few(inp, weights, given)
+        _refuse_nonfinite(given, now.nonfinite)
+    mean, var, *_ = now.values
+    affine, renorm = now.affine, None
+    if mix and given is not None:
+        mean, var, affine, renorm = masked.blended(Blend(mean, var, mix), affine, given, now.eps)
+    elif course.batch_statistics and now.renorm is not None and given is not None:
+        mean, var, affine, renorm = masked.blended(Blend(mean, var, renorm=now.renorm), affine, given, now.eps)
+    elif course.batch_statistics and given is not None:
+        mean, var = given.mean, given.var()
+    count: Any = given.count if course.batch_statistics and given is not None else 0
+    context = Context(inp, affine, now.epilogue, course.batch_statistics, mean, passes.inverse_std(var, now.eps))
+    context.count, context.renorm, context.weights = count, renorm, weights
+    if now.options.moments is not None and given is not None:
+        context.of_others = not np.allclose(given.count, masked.per_channel(inp, weights), rtol=1e-12)
+    y = masked.forward(inp, context, out)
+    return y, context, _move(given, unbiased) if course.tracked and given is not None else None
+
+
+def _weighted_slices(
+    inp: Input, now: Snapshot, unbiased: bool, out: Array | None
+) -> tuple[Array, Context, Move | None]:
+    """The same of ghost batches, one by one."""
+    axis, weights, residual = 0 if inp.axis else 1, now.options.weights, now.epilogue.residual
+    whole = measure(inp, weights) if now.course.tracked else None
+    full = np.broadcast_to(weights, [n if i == axis else weights.shape[i] for i, n in enumerate(inp.x.shape)])
+    y, parts = np.empty_like(inp.x), []
+    for part in ghost.bounds(inp, now.ghost):
+        at = (slice(None),) * axis + (part,)
+        one = Input(inp.x[at], inp.axis)
+        one.in_float64 = inp.in_float64
+        epilogue = Epilogue(None if residual is None else residual[at], now.epilogue.act)
+        options = now.options._replace(weights=full[at])
+        y[at], context, _ = _weighted(
+            one, now._replace(ghost=0, epilogue=epilogue, options=options), unbiased, None, None
+        )
+        parts.append((np.arange(part.start, part.stop), context))
+    none = np.zeros(inp.n_channels)
+    context = Context(inp, now.affine, now.epilogue, True, none, none, none, parts=parts)
+    return steps.copied_into(y, out), context, None if whole is None else _move(whole, unbiased)
 
 
 def _counts(inp: Input, given: Moments | None) -> bool:
@@ -189,7 +251,9 @@ def _batch(inp: Input, now: Snapshot, given: Moments | None, out: Array | None) 
         return steps.forward_batch(inp, now.affine, now.eps, now.epilogue, out)
     # One value is its own mean: y is the bias, and 0 as invstd gives no gradient
     invstd = np.zeros(inp.n_channels) if now.course.single else passes.inverse_std(given.var(), now.eps)
-    return steps.forward_given(inp, now.affine, invstd, given, now.epilogue, out)
+    y, context = steps.forward_given(inp, now.affine, invstd, given, now.epilogue, out)
+    context.of_others = bool((given.count != inp.count).any())
+    return y, context
 
 
 def _check_moments(given: Moments, n_channels: int) -> None:

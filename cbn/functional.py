@@ -13,9 +13,9 @@ from typing import Any, SupportsIndex
 import numpy as np
 import numpy.typing as npt
 
-from . import checks, steps
+from . import checks, masked, steps
 from .checks import Activation, Array, ArrayLike, Doubles, Number
-from .inputs import Input, as_gradient, as_input, as_outputs
+from .inputs import Input, as_gradient, as_input, as_outputs, as_weights
 from .kernels import arrays, calls, channels, passes
 from .quantized import BYTES, Quantization, forward_quantized, quantized
 from .steps import NO_EPILOGUE, Affine, Context, Epilogue
@@ -58,6 +58,9 @@ def batch_norm(
     x_scale: Number | None = None,
     x_zero_point: SupportsIndex | None = None,
     out_dtype: npt.DTypeLike | None = None,
+    mask: ArrayLike | None = None,
+    lengths: ArrayLike | None = None,
+    sample_weight: ArrayLike | None = None,
 ) -> Array:
     """Normalize every channel of an array.
 
@@ -95,6 +98,14 @@ def batch_norm(
         Zero point of 8-bit input, a value of x's dtype; 0 by default.
     out_dtype : float32 or bfloat16
         Type of y for 8-bit input; float32 by default.
+    mask : bool array_like, optional
+        True for the values that count: one for every value of all channels, with a shape that broadcasts to that of x
+        without its channel axis, or else one that broadcasts to that of x. y is 0 for the others, and nothing reads
+        them.
+    lengths : (N,) array_like of int, optional
+        How many values of each sample count, along the first axis after the samples'.
+    sample_weight : (N,) array_like, optional
+        How often each sample counts in the statistics: finite, not negative. n is the sum of the weights.
 
     Returns
     -------
@@ -126,7 +137,8 @@ def batch_norm(
     >>> mean, var
     (array([0.2, 0.1]), array([1.7, 0.9]))
     """
-    if x_scale is None and x_zero_point is None and out_dtype is None:
+    counting = mask is not None or lengths is not None or sample_weight is not None
+    if x_scale is None and x_zero_point is None and out_dtype is None and not counting:
         # Both lists in full: to pass a tuple of them takes a quarter of a small call
         if not training:
             y = calls.evaluate(
@@ -149,8 +161,11 @@ def batch_norm(
         raise checks.dtype_error(a, x, "input", checks.INPUTS)
     else:
         inp = as_input(a, channel_axis)
+    weights = as_weights(inp, mask, sample_weight, lengths, "sample_weight") if counting else None
+    if weights is not None and quantization is not None:
+        raise ValueError(masked.NO_BYTES)
     arrays_c = running_mean, running_var, weight, bias
-    return _batch_norm(inp, arrays_c, training, momentum, eps, Epilogue(residual, act), out, quantization)[0]
+    return _batch_norm(inp, arrays_c, training, momentum, eps, Epilogue(residual, act), out, quantization, weights)[0]
 
 
 def _batch_norm(
@@ -162,6 +177,7 @@ def _batch_norm(
     epilogue: Epilogue,
     out: Array | None,
     quantization: Quantization | None = None,
+    weights: Doubles | None = None,
 ) -> tuple[Array, Doubles, Doubles]:
     """(y, save_mean, save_invstd) for both public functions. Only the input has been checked.
 
@@ -181,6 +197,16 @@ def _batch_norm(
     bias = checks.per_channel(bias, "bias", n, x=x)
     epsilon = checks.epsilon_for(eps, training)
     mean, var, *affine = channels.as_doubles(n, running_mean, running_var, weight, bias)
+    if weights is not None and inp.layout is not None:
+        inp.promote_for(*(() if training else (running_mean, running_var)), weight, bias)
+        fixed = None if training else (mean, passes.inverse_std(var, epsilon))
+        y, found = masked.normalize(inp, Affine(*affine), epsilon, epilogue, out, weights, fixed)
+        if found is not None and running_mean is not None:
+            written = out is not None and (arrays.overlaps(out, running_mean) or arrays.overlaps(out, running_var))
+            old = (mean, var) if written else None
+            moved = found.mean, found.var(1), 1.0
+            channels.move_running(running_mean, running_var, None, *moved, fraction, False, old)
+        return y if given is None else given, np.empty(0), np.empty(0)
     if not training:
         inp.promote_for(running_mean, running_var, weight, bias)
         coef = passes.coefficients(mean, passes.inverse_std(var, epsilon), *affine)

@@ -372,8 +372,8 @@ class _Recorder:
             raise ValueError(f"{self.name}: 8-bit input cannot be recorded; expected floats")
         one = copy.copy(self.layer)
         vars(one).update(PLAINLY)
-        now = one._read(inp, residual, None, Options())
-        self.parts.append(arrays.with_room(measure, inp))
+        now = one._read(inp, residual, None, Options(weights=options.weights))
+        self.parts.append(arrays.with_room(measure, inp, options.weights))
         return now
 
     def end_batch(self, i: int) -> None:

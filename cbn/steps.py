@@ -88,6 +88,8 @@ class Context:
     digests: tuple[bytes | None, bytes | None] | None = None  # of input and residual, if they are checked
     renorm: Renorm | None = None  # then `affine` has r and d in it
     parts: Sequence[tuple[Array, Context]] = ()  # samples of each domain, normalized by themselves; then no statistics
+    of_others: bool = False  # the statistics are given ones, and stand for more than this batch
+    weights: Doubles | Any = None  # how much the values count, see masked.py; None: all alike
     ghost: int = 0  # samples of a slice that was normalized by itself: mean, m2 and invstd have a row for each
 
     @property

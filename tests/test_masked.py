@@ -1,0 +1,252 @@
+"""Masks, lengths and weights of samples: against a dense layer of what counts, and against formulas in float64."""
+
+import copy
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import cbn
+
+EPS = 1e-5
+
+
+def layer(rng, n, **kwargs):
+    bn = cbn.BatchNorm(n, dtype=np.float64, **kwargs)
+    bn.weight[:], bn.bias[:] = rng.uniform(0.5, 1.5, n), rng.standard_normal(n)
+    bn.running_mean[:], bn.running_var[:] = rng.standard_normal(n), rng.random(n) + 0.5
+    return bn
+
+
+def tolerance(dtype):
+    return {2: 2e-2, 4: 2e-6, 8: 1e-12}[np.dtype(dtype).itemsize]
+
+
+def dense_of(a, counts, axis):
+    """(M, C): the rows of values that count, of all channels."""
+    return np.ascontiguousarray(np.moveaxis(a, axis, -1)[counts])
+
+
+LAYOUTS = [((9, 3), 1), ((6, 3, 11), 1), ((6, 11, 3), -1), ((4, 3, 5, 6), 1), ((3, 7, 5), 0)]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize(("shape", "axis"), LAYOUTS)
+@pytest.mark.parametrize("activation", [None, "relu", ("leaky_relu", 0.1)])
+@pytest.mark.parametrize("training", [True, False])
+def test_masks_equal_the_dense_layer(rng, isa, dtype, shape, axis, activation, training):
+    """Forward and backward, statistics and gradients; NaN where nothing counts reach nothing."""
+    x, dy, residual = ((rng.standard_normal(shape) + 2).astype(dtype) for _ in range(3))
+    without = tuple(n for i, n in enumerate(shape) if i != axis % len(shape))
+    counts = rng.random(without) < 0.6
+    full = np.broadcast_to(np.expand_dims(counts, axis), shape)
+    for a in (x, dy, residual):
+        a[~full] = np.nan
+    bn = layer(rng, shape[axis], channel_axis=axis, activation=activation).train(training)
+    dense = copy.deepcopy(bn)
+    dense._channel_axis = -1
+    if not training:
+        bn.train_parameters = dense.train_parameters = True
+    y = bn(x, mask=counts, residual=residual)
+    expected = dense(dense_of(x, counts, axis), residual=dense_of(residual, counts, axis))
+    at = tolerance(dtype)
+
+    def same(found, wanted):
+        found, wanted = found.astype(np.float64), wanted.astype(np.float64)
+        np.testing.assert_allclose(found, wanted, rtol=at, atol=at)
+
+    same(dense_of(y, counts, axis), expected)
+    assert not y[~full].any()
+    for name in ("running_mean", "running_var"):
+        same(getattr(bn, name), getattr(dense, name))
+    assert bn.num_batches_tracked == dense.num_batches_tracked == int(training)
+    (dx, dz), wanted = bn.backward(dy), dense.backward(dense_of(dy, counts, axis))
+    for found, part in zip((dx, dz), wanted, strict=True):
+        same(dense_of(found, counts, axis), part)
+        assert not found[~full].any()
+        assert found.dtype == dtype
+    same(bn.weight_grad, dense.weight_grad)
+    same(bn.bias_grad, dense.bias_grad)
+
+
+@pytest.mark.parametrize("given", ["mask", "lengths", "sample_weight", "all"])
+def test_ones_give_the_unmasked_bits(rng, given):
+    x = rng.standard_normal((5, 3, 8)).astype(np.float32)
+    ones = {"mask": np.ones((5, 8), bool), "lengths": np.full(5, 8), "sample_weight": np.ones(5)}
+    bn, plain = layer(rng, 3), None
+    plain = copy.deepcopy(bn)
+    kwargs = ones if given == "all" else {given: ones[given]}
+    np.testing.assert_array_equal(bn(x, **kwargs), plain(x))
+    np.testing.assert_array_equal(bn.backward(x), plain.backward(x))
+    assert all(np.array_equal(a, plain.state_dict()[name]) for name, a in bn.state_dict().items())
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((6, 3, 11), 1), ((6, 11, 3), -1), ((4, 3, 5, 6), 1), ((3, 7, 5), 0)])
+def test_lengths_are_masks(rng, shape, axis):
+    x, dy = rng.standard_normal(shape), rng.standard_normal(shape)
+    rest = [n for i, n in enumerate(shape) if i != axis % len(shape)]
+    lengths = rng.integers(0, rest[1] + 1, rest[0])
+    lengths[0] = 3
+    mask = (np.arange(rest[1]) < lengths[:, None]).reshape(*rest[:2], *[1] * (len(rest) - 2))
+    bn = layer(rng, shape[axis], channel_axis=axis)
+    other = copy.deepcopy(bn)
+    np.testing.assert_array_equal(bn(x, lengths=lengths.tolist()), other(x, mask=mask))
+    np.testing.assert_array_equal(bn.backward(dy), other.backward(dy))
+
+
+def formulas(bn, x, dy, w):
+    """(y, dx, dweight, dbias, n, mean, m2) in float64; w broadcasts to x, whose channels are axis 1."""
+    w = np.broadcast_to(w, x.shape)
+    rest = tuple(i for i in range(x.ndim) if i != 1)
+    some = w > 0
+    x, dy = np.where(some, x, 0), np.where(some, dy, 0)
+
+    def sum_(a):
+        return a.sum(rest, keepdims=True)
+
+    n = sum_(w)
+    mean = sum_(w * x) / n
+    d = np.where(some, x - mean, 0)
+    m2 = sum_(w * d * d)
+    r = 1 / np.sqrt(m2 / n + EPS)
+    weight, bias = (a.reshape([-1] + [1] * (x.ndim - 2)) for a in (bn.weight, bn.bias))
+    y = np.where(some, d * r * weight + bias, 0)
+    dx = (dy - w * sum_(dy) / n - w * d * sum_(d * dy) * r**2 / n) * r * weight
+    return y, np.where(some, dx, 0), sum_(d * dy) * r, sum_(dy), n.ravel(), mean.ravel(), m2.ravel()
+
+
+@pytest.mark.parametrize("shape", [(8, 3), (8, 3, 5)])
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_weights_and_masks_of_channels(rng, shape, per_channel, dtype):
+    x, dy = (rng.standard_normal(shape).astype(dtype) + 3 for _ in range(2))
+    weight = rng.uniform(0.2, 3, 8)
+    weight[[1, 4]] = 0
+    mask = rng.random(shape) < 0.8 if per_channel else None
+    w = weight.reshape(-1, *[1] * (len(shape) - 1)) * (1 if mask is None else mask)
+    x[np.broadcast_to(w == 0, shape)] = np.inf
+    bn = layer(rng, 3)
+    before = bn.running_mean.copy(), bn.running_var.copy()
+    y, dx, dweight, dbias, n, mean, m2 = formulas(bn, x.astype(np.float64), dy.astype(np.float64), w)
+    at = {"rtol": tolerance(dtype), "atol": tolerance(dtype)}
+    np.testing.assert_allclose(bn(x, sample_weight=weight, mask=mask), y, **at)
+    np.testing.assert_allclose(bn.backward(dy), dx, **at)
+    np.testing.assert_allclose(bn.weight_grad, dweight.ravel(), rtol=1e-9)
+    np.testing.assert_allclose(bn.bias_grad, dbias.ravel(), rtol=1e-12)
+    np.testing.assert_allclose(bn.running_mean, 0.9 * before[0] + 0.1 * mean, rtol=1e-12)
+    np.testing.assert_allclose(bn.running_var, 0.9 * before[1] + 0.1 * m2 / (n - 1), rtol=1e-12)
+
+
+def test_integer_weights_are_repeats(rng):
+    x = rng.standard_normal((6, 3))
+    times = np.array([1, 2, 0, 3, 1, 1])
+    bn = layer(rng, 3)
+    repeated = copy.deepcopy(bn)
+    y = bn(x, sample_weight=times)
+    expected = repeated(np.repeat(x, times, axis=0))
+    np.testing.assert_allclose(np.repeat(y, times, axis=0), expected, rtol=1e-12, atol=1e-13)
+    np.testing.assert_allclose(bn.running_var, repeated.running_var, rtol=1e-13)
+
+
+def test_with_the_other_controls(rng):
+    x, dy = rng.standard_normal((8, 3, 5)), rng.standard_normal((8, 3, 5))
+    mask = rng.random((8, 5)) < 0.7
+    mask[:, :2] = True
+    counts = np.broadcast_to(mask[:, None], x.shape)
+    rows, rows_dy = dense_of(x, mask, 1), dense_of(dy, mask, 1)
+    at = {"rtol": 1e-11, "atol": 1e-12}
+    for kwargs, options in (({"renorm": (1.2, 0.3)}, {}), ({}, {"update_stats": False}),
+                            ({}, {"moments": cbn.moments(rows)})):  # fmt: skip
+        bn = layer(rng, 3, **kwargs)
+        dense = copy.deepcopy(bn)
+        np.testing.assert_allclose(dense_of(bn(x, mask=mask, **options), mask, 1), dense(rows, **options), **at)
+        np.testing.assert_allclose(dense_of(bn.backward(dy), mask, 1), dense.backward(rows_dy), **at)
+        np.testing.assert_allclose(bn.weight_grad, dense.weight_grad, **at)
+        np.testing.assert_allclose(bn.running_var, dense.running_var, **at)
+    bn = layer(rng, 3).eval()
+    np.testing.assert_allclose(dense_of(bn(x, mask=mask, mix=0.4), mask, 1), bn(rows, mix=0.4), **at)
+    # Ghost batches and domains: each part by its own
+    bn = layer(rng, 3, ghost_batch_size=3)
+    plain = copy.deepcopy(bn)
+    plain.ghost_batch_size = None
+    y, dx = bn(x, mask=mask), bn.backward(dy)
+    for a, b in ((0, 3), (3, 6), (6, 8)):
+        np.testing.assert_allclose(y[a:b], plain(x[a:b], mask=mask[a:b]), **at)
+        np.testing.assert_allclose(dx[a:b], plain.backward(dy[a:b]), **at)
+    whole = cbn.moments(x, mask=mask)
+    fresh = layer(np.random.default_rng(1), 3, ghost_batch_size=3)
+    before = fresh.running_var.copy()
+    fresh(x, mask=mask)
+    np.testing.assert_allclose(fresh.running_var, 0.9 * before + 0.1 * whole.var(1), rtol=1e-13)
+    bn = cbn.BatchNorm(3, num_domains=2, dtype=np.float64)
+    one = cbn.BatchNorm(3, dtype=np.float64)
+    domain = np.array([0, 1, 0, 1, 1, 0, 0, 1])
+    y, dx = bn(x, mask=mask, domain=domain), bn.backward(dy)
+    np.testing.assert_allclose(y[domain == 0], one(x[domain == 0], mask=mask[domain == 0]), **at)
+    np.testing.assert_allclose(dx[domain == 0], one.backward(dy[domain == 0]), **at)
+    assert not y[~counts].any()
+    # In place
+    bn = layer(rng, 3)
+    expected = copy.deepcopy(bn)(x, mask=mask)
+    np.testing.assert_array_equal(bn(x, mask=mask, out=x), expected)
+    with pytest.raises(RuntimeError, match="overwritten"):
+        bn.backward(dy)
+
+
+def test_recalibration_counts_what_counts(rng):
+    batches = [(rng.standard_normal((n, 3, 6)), rng.integers(1, 7, n)) for n in (5, 8, 3)]
+    first, second = cbn.BatchNorm1d(3, dtype=np.float64), cbn.BatchNorm1d(3, dtype=np.float64)
+    cbn.recalibrate([first, second], batches, forward=lambda b: second(first(b[0], lengths=b[1]), lengths=b[1]))
+    rows = np.concatenate([x[i, :, :n].T for x, lengths in batches for i, n in enumerate(lengths)])
+    np.testing.assert_allclose(first.running_mean, rows.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(first.running_var, rows.var(0, ddof=1), rtol=1e-12)
+
+
+def test_refusals(rng):
+    bn, x = layer(rng, 3), rng.standard_normal((4, 3, 5))
+    before = {name: a.tobytes() for name, a in bn.state_dict().items()}
+    few = np.zeros((4, 5), bool)
+    few[0, 0] = True
+    for kwargs, kind, words in (
+        ({"mask": np.ones((4, 5))}, TypeError, "mask has dtype float64; expected bool"),
+        ({"mask": np.ones((4, 3), bool)}, ValueError, r"mask has shape \(4, 3\), which broadcasts neither to \(4, 5\)"),
+        ({"lengths": [1, 2, 3]}, ValueError, r"lengths has shape \(3,\); expected \(4,\), one for each sample"),
+        ({"lengths": [1, 2, 3, 6]}, ValueError, "lengths must be from 0 to 5, but got 6 for sample 3"),
+        ({"lengths": [1, -2, 3, 5]}, ValueError, "lengths must be from 0 to 5, but got -2 for sample 1"),
+        ({"lengths": [1.0, 2, 3, 5]}, TypeError, "lengths has dtype float64; expected integers"),
+        ({"sample_weight": [1, 2]}, ValueError, r"sample_weight has shape \(2,\); expected \(4,\)"),
+        ({"sample_weight": [1, -1, 1, 1]}, ValueError, "sample_weight must be finite and not negative, but got -1"),
+        ({"sample_weight": [1, np.nan, 1, 1]}, ValueError, "sample_weight must be finite"),
+        (
+            {"mask": few},
+            ValueError,
+            "Expected more than 1 value per channel when training, got weights that add up to 1",
+        ),
+        ({"sample_weight": [0.1] * 4, "mask": few}, ValueError, "add up to 0.1 in channel 0"),
+    ):
+        with pytest.raises(kind, match=words):
+            bn(x, **kwargs)
+    with pytest.raises(ValueError, match="lengths are for inputs with an axis after the samples"):
+        bn(x[:, :, 0], lengths=[1] * 4)
+    assert {name: a.tobytes() for name, a in bn.state_dict().items()} == before
+    bn.eval()
+    assert not bn(x, mask=np.zeros((4, 5), bool)).any()
+    with pytest.raises(ValueError, match="mask, lengths and sample_weight need floating input"):
+        bn(x.astype(np.uint8), x_scale=1, mask=few)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_function(rng, training):
+    x = rng.standard_normal((5, 3, 7)).astype(np.float32)
+    lengths, weight = [7, 2, 0, 5, 6], [1, 0.5, 2, 0, 3]
+    bn = layer(rng, 3, activation="relu").train(training)
+    mean, var = bn.running_mean.copy(), bn.running_var.copy()
+    options = {"lengths": lengths, "sample_weight": weight, "residual": x}
+    y = cbn.functional.batch_norm(x, mean, var, bn.weight, bn.bias, training, activation="relu", **options)
+    np.testing.assert_array_equal(y, bn(x, **options))
+    np.testing.assert_allclose(mean, bn.running_mean, rtol=1e-15)
+    np.testing.assert_allclose(var, bn.running_var, rtol=1e-15)
+    with pytest.raises(ValueError, match="need floating input, not 8-bit"):
+        cbn.functional.batch_norm(x.astype(np.uint8), mean, var, x_scale=1, lengths=lengths)
+    with pytest.raises(ValueError, match="lengths must be from 0 to 7"):
+        cbn.functional.batch_norm(x, mean, var, lengths=[8] * 5)
