@@ -24,7 +24,7 @@ from .moments import Moments
 from .plan import EvalPlan
 from .population import Population
 from .quantized import Quantization
-from .steps import Affine, Context, Epilogue
+from .steps import PLAIN, Affine, Context, Epilogue
 
 __all__ = ["BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
 
@@ -259,14 +259,25 @@ class BatchNorm(Population):
         running = (self.running_mean, self.running_var, self.num_batches_tracked) if tracked else None
         act = self._act
         arrays_c = affine_c + (running or (None, None, None))
-        n, wide = self.num_features, self._dtype.itemsize == 8
+        n, wide = self._num_features or 0, self._dtype.itemsize == 8
         done = calls.train_layer(x, arrays_c, n, wide, self._eps, self._channel_axis, self._ranks, out, residual, act)
         if done is None:
             return None
         y, inp, weight, bias, mean, m2, invstd = done
         epilogue = steps.NO_EPILOGUE if residual is None and act == checks.NO_ACT else Epilogue(residual, act)
         context = Context(inp, Affine(weight, bias), epilogue, True, mean, invstd, m2, inp.count)
-        self._finish(context, out, running, (mean, m2, inp.count, self._unbiased))
+        # As `_finish`, without what this layer has not
+        if digests.checking:
+            digests.note(context)
+        saved: str | Context = OVERWRITTEN if out is not None and context.is_overwritten_by(out) else context
+        if running is None:
+            self._remember(saved)
+            return y
+        to_mean, to_var, counter = running
+        momentum = 0.0 if self._momentum is None and counter is None else self._momentum
+        channels.move_running(
+            to_mean, to_var, counter, mean, m2, inp.count, momentum, self._unbiased, None, self.__dict__, saved
+        )
         return y
 
     def _input(
@@ -325,7 +336,7 @@ class BatchNorm(Population):
         saved: str | Context = context if remembers else AFTER_EVAL
         if remembers:
             digests.note(context)
-        if context.of_others:
+        if context.special.of_others:
             saved = course.OF_OTHERS if remembers else saved
         elif remembers and out is not None and context.is_overwritten_by(out):
             saved = OVERWRITTEN
@@ -454,7 +465,8 @@ class BatchNorm(Population):
         digests.compare(context)
         dy = as_gradient(inp, dy)
         given, out = out, checks.output(out, inp.x.shape, inp.x.dtype)
-        weight, bias = context.affine if context.renorm is None else context.renorm.affine
+        renorm = context.special.renorm
+        weight, bias = context.affine if renorm is None else renorm.affine
         trains = self.train_parameters is not False
         weight_grad = self.weight_grad if trains and weight is not None else None
         bias_grad = self.bias_grad if trains and bias is not None else None
@@ -474,13 +486,15 @@ class BatchNorm(Population):
     @staticmethod
     def _differentiate(dy: Array, context: Context, want_sums: bool, out: Array | None) -> steps.Gradients:
         """`steps.backward`; a compiled call for arguments as most calls have them."""
-        if context.weights is not None:
-            return masked.backward(dy, context, out)
-        if context.parts:
-            return domains.backward(BatchNorm._differentiate, dy, context, want_sums, out)
-        if context.ghost:
-            return ghost.backward(dy, context, out)
-        if context.batch_statistics and context.epilogue is steps.NO_EPILOGUE and context.renorm is None:
+        special = context.special
+        if special is not PLAIN:
+            if special.weights is not None:
+                return masked.backward(dy, context, out)
+            if special.parts:
+                return domains.backward(BatchNorm._differentiate, dy, context, want_sums, out)
+            if special.ghost:
+                return ghost.backward(dy, context, out)
+        elif context.batch_statistics and context.epilogue is steps.NO_EPILOGUE:
             weight, mean, invstd = context.affine.weight, context.mean, context.invstd
             done = calls.layer_gradients(dy, context.inp, weight, mean, invstd, out)
             if done is not None:

@@ -15,7 +15,7 @@ from .inputs import Input
 from .kernels import passes
 from .moments import Moments, measure
 from .quantized import Quantization
-from .steps import Affine, Blend, Context, Epilogue
+from .steps import Affine, Blend, Context, Epilogue, Special
 
 OF_OTHERS = (
     "the moments of the last forward stand for more than its batch, whose gradient needs the sums of all parts: "
@@ -183,9 +183,11 @@ def _weighted(
         mean, var = given.mean, given.var()
     count: Any = given.count if course.batch_statistics and given is not None else 0
     context = Context(inp, affine, now.epilogue, course.batch_statistics, mean, passes.inverse_std(var, now.eps))
-    context.count, context.renorm, context.weights = count, renorm, weights
-    if now.options.moments is not None and given is not None:
-        context.of_others = not np.allclose(given.count, masked.per_channel(inp, weights), rtol=1e-12)
+    context.count = count
+    of_others = now.options.moments is not None and given is not None
+    if of_others and given is not None:
+        of_others = not np.allclose(given.count, masked.per_channel(inp, weights), rtol=1e-12)
+    context.special = Special(renorm, of_others, weights)
     y = masked.forward(inp, context, out)
     return y, context, _move(given, unbiased) if course.tracked and given is not None else None
 
@@ -209,7 +211,7 @@ def _weighted_slices(
         )
         parts.append((np.arange(part.start, part.stop), context))
     none = np.zeros(inp.n_channels)
-    context = Context(inp, now.affine, now.epilogue, True, none, none, none, parts=parts)
+    context = Context(inp, now.affine, now.epilogue, True, none, none, none, special=Special(parts=parts))
     return steps.copied_into(y, out), context, None if whole is None else _move(whole, unbiased)
 
 
@@ -252,7 +254,7 @@ def _batch(inp: Input, now: Snapshot, given: Moments | None, out: Array | None) 
     # One value is its own mean: y is the bias, and 0 as invstd gives no gradient
     invstd = np.zeros(inp.n_channels) if now.course.single else passes.inverse_std(given.var(), now.eps)
     y, context = steps.forward_given(inp, now.affine, invstd, given, now.epilogue, out)
-    context.of_others = bool((given.count != inp.count).any())
+    context.special = Special(of_others=bool((given.count != inp.count).any()))
     return y, context
 
 

@@ -13,7 +13,7 @@ MODIFIED = (
     "last forward. Pass a copy to the layer, or change it after backward()"
 )
 
-_checks_inputs = False
+checking = False
 
 
 def set_check_inputs(check: bool) -> bool:
@@ -48,8 +48,8 @@ def set_check_inputs(check: bool) -> bool:
     >>> cbn.set_check_inputs(before)
     True
     """  # noqa: E501
-    global _checks_inputs
-    before, _checks_inputs = _checks_inputs, checks.boolean(check, "check")
+    global checking
+    before, checking = checking, checks.boolean(check, "check")
     return before
 
 
@@ -64,7 +64,7 @@ def digest(a: Array | None) -> bytes | None:
 
 def note(context: Context) -> None:
     """Keep digests of input and residual, if they are to be compared."""
-    if _checks_inputs:
+    if checking:
         context.digests = digest(context.inp.x), digest(context.epilogue.residual)
 
 

@@ -17,7 +17,7 @@ from .course import Options
 from .inputs import Input
 from .kernels import arrays
 from .quantized import Quantization
-from .steps import Affine, Context, Epilogue, Gradients, copied_into
+from .steps import Affine, Context, Epilogue, Gradients, Special, copied_into
 
 
 def one(layer: Any, d: int) -> Any:
@@ -124,11 +124,10 @@ def _context(inp: Input, epilogue: Epilogue, parts: list[tuple[Array, str | Cont
             return part
         contexts.append((samples, part))
     affine = contexts[0][1] if contexts else None
-    of_all = (
-        Affine(None, None) if affine is None else (affine.affine if affine.renorm is None else affine.renorm.affine)
-    )
+    renorm = None if affine is None else affine.special.renorm
+    of_all = Affine(None, None) if affine is None else affine.affine if renorm is None else renorm.affine
     none = np.zeros(inp.n_channels)
-    return Context(inp, of_all, epilogue, True, none, none, none, parts=contexts)
+    return Context(inp, of_all, epilogue, True, none, none, none, special=Special(parts=contexts))
 
 
 def backward(differentiate: Any, dy: Array, context: Context, want_sums: bool, out: Array | None) -> Gradients:
@@ -137,7 +136,7 @@ def backward(differentiate: Any, dy: Array, context: Context, want_sums: bool, o
     dx = arrays.empty_like(inp.x)
     dresidual = None if context.epilogue.residual is None else arrays.empty_like(inp.x)
     dweight, dbias = np.zeros((2, inp.n_channels))
-    for samples, part in context.parts:
+    for samples, part in context.special.parts:
         at = (slice(None),) * axis + (samples,)
         found = differentiate(np.ascontiguousarray(dy[at]), part, want_sums, None)
         dx[at] = found.dx

@@ -15,7 +15,7 @@ from .inputs import Input
 from .kernels import arrays, slices
 from .kernels.arrays import Layout
 from .moments import Moments
-from .steps import Affine, Context, Epilogue, Gradients, copied_into
+from .steps import Affine, Context, Epilogue, Gradients, Special, copied_into
 
 Cut = tuple[Layout, Layout, int, int, int]  # see kernels/slices.pyx
 
@@ -75,7 +75,7 @@ def forward(
     mean, m2, invstd = found
     last = parts[-1]
     count, *whole = slices.merged(mean, m2, size * values, (last.stop - last.start) * values)
-    context = Context(inp, affine, epilogue, True, mean, invstd, m2, inp.count, ghost=size)
+    context = Context(inp, affine, epilogue, True, mean, invstd, m2, inp.count, special=Special(ghost=size))
     return copied_into(y, out), context, Moments._of(count, *whole)
 
 
@@ -105,7 +105,7 @@ def backward(dy: Array, context: Context, out: Array | None) -> Gradients:
     if dy.dtype != dtype or (dtype.itemsize == 2 and act.slope not in (0, 1)):
         return _backward_parts(dy, context, out)
     dy, residual, dx, dh, dresidual = steps.gradient_arrays(dy, context, out)
-    cut = _cut(inp, context.ghost, dy, residual, dx, dh)
+    cut = _cut(inp, context.special.ghost, dy, residual, dx, dh)
     if cut is None:
         return _backward_parts(dy, context, out)
     of_forward = context.mean, context.invstd, *context.affine, inp.in_float64, residual, act, dh
@@ -118,7 +118,7 @@ def _backward_parts(dy: Array, context: Context, out: Array | None) -> Gradients
     dx = arrays.empty_like(inp.x)  # what `out` overlaps is read slice by slice
     dresidual = None if residual is None else arrays.empty_like(inp.x)
     dweight, dbias = np.zeros((2, inp.n_channels))
-    for k, part in enumerate(bounds(inp, context.ghost)):
+    for k, part in enumerate(bounds(inp, context.special.ghost)):
         at = _at(inp, part)
         epilogue = Epilogue(None if residual is None else residual[at], act)
         one = Context(_part(inp, at), context.affine, epilogue, True, context.mean[k], context.invstd[k])

@@ -16,7 +16,7 @@ from .checks import NO_ACT, Array, Doubles
 from .inputs import Input
 from .kernels import arrays, passes
 from .moments import Moments, measure
-from .steps import Affine, Blend, Context, Epilogue, Gradients, Renorm, copied_into
+from .steps import Affine, Blend, Context, Epilogue, Gradients, Renorm, Special, copied_into
 
 NO_BYTES = "mask, lengths and sample_weight need floating input, not 8-bit"
 
@@ -66,7 +66,7 @@ def forward(inp: Input, context: Context, out: Array | None) -> Array:
     coef = steps.coefficients(context.mean, context.invstd, context.affine)
     overwrites = out is not None and arrays.overlaps(out, inp.x)
     y = steps.forward_fixed(inp, coef, context.epilogue, None if overwrites else out)
-    np.copyto(y, 0, where=np.broadcast_to(context.weights == 0, y.shape))
+    np.copyto(y, 0, where=np.broadcast_to(context.special.weights == 0, y.shape))
     return copied_into(y, out)
 
 
@@ -85,13 +85,13 @@ def normalize(
         found = measure(inp, weights)
         refuse_few(inp, weights, found)
         fixed = found.mean, passes.inverse_std(found.var(), eps)
-    context = Context(inp, affine, epilogue, found is not None, *fixed, weights=weights)
+    context = Context(inp, affine, epilogue, found is not None, *fixed, special=Special(weights=weights))
     return forward(inp, context, out), found
 
 
 def backward(dy: Array, context: Context, out: Array | None) -> Gradients:
     """Gradients, in float64 arithmetic, rounded to x's dtype."""
-    inp, weights = context.inp, context.weights
+    inp, weights = context.inp, context.special.weights
     counts = np.broadcast_to(weights != 0, inp.x.shape)
     if not inp.x.size:
         zeros = np.zeros((2, inp.n_channels))
@@ -108,8 +108,9 @@ def backward(dy: Array, context: Context, out: Array | None) -> Gradients:
         dx[~counts] = 0
         rounded = arrays.with_room(dx.astype, inp.x.dtype)
         dresidual = None if context.epilogue.residual is None else arrays.with_room(dh.astype, inp.x.dtype)
-        if context.renorm is not None:
-            dweight = context.renorm.r * dweight + context.renorm.d * sums
+        renorm = context.special.renorm
+        if renorm is not None:
+            dweight = renorm.r * dweight + renorm.d * sums
     return Gradients(copied_into(rounded, out), dresidual, dweight, sums)
 
 
@@ -133,4 +134,4 @@ def _solved(dh: Array, wide: Input, context: Context, sums: Doubles, products: D
     n = np.array(np.broadcast_to(np.asarray(context.count, np.float64), sums.shape))
     slope = products / n * context.invstd**2 * scale
     d = wide.x - expanded(context.mean, wide)
-    return plain - context.weights * (expanded(sums / n * scale, wide) + d * expanded(slope, wide))
+    return plain - context.special.weights * (expanded(sums / n * scale, wide) + d * expanded(slope, wide))

@@ -68,6 +68,19 @@ class Renorm(NamedTuple):
     affine: Affine
 
 
+class Special(NamedTuple):
+    """What is not so in most contexts."""
+
+    renorm: Renorm | None = None  # then `affine` has r and d in it
+    of_others: bool = False  # the statistics are given ones, and stand for more than this batch
+    weights: Doubles | Any = None  # how much the values count, see masked.py; None: all alike
+    ghost: int = 0  # samples of a slice that was normalized by itself: mean, m2 and invstd have a row for each
+    parts: Sequence[tuple[Array, Context]] = ()  # samples that were normalized by themselves; then no statistics
+
+
+PLAIN = Special()
+
+
 @dataclass(slots=True)
 class Context:
     """The context of one forward for backward: input and residual by reference, per-channel arrays as copies.
@@ -86,11 +99,7 @@ class Context:
     m2: Doubles | Any = None
     count: float | Doubles = 0
     digests: tuple[bytes | None, bytes | None] | None = None  # of input and residual, if they are checked
-    renorm: Renorm | None = None  # then `affine` has r and d in it
-    parts: Sequence[tuple[Array, Context]] = ()  # samples of each domain, normalized by themselves; then no statistics
-    of_others: bool = False  # the statistics are given ones, and stand for more than this batch
-    weights: Doubles | Any = None  # how much the values count, see masked.py; None: all alike
-    ghost: int = 0  # samples of a slice that was normalized by itself: mean, m2 and invstd have a row for each
+    special: Special = PLAIN
 
     @property
     def moments(self) -> Moments:
@@ -155,7 +164,7 @@ def forward_batch(
     )
     context = Context(inp, used, epilogue, True, mean, invstd, m2, inp.count)
     if running is not None and running[3:] != NO_RENORM:
-        context.renorm = Renorm(running[1], running[0], affine)
+        context.special = Special(Renorm(running[1], running[0], affine))
     return copied_into(y, out), context
 
 
@@ -212,10 +221,11 @@ def backward(
     If dy's dtype differs from x's, both become float64; for 16-bit elements and a leaky slope, float32.
     """
     found = _backward_any(dy, context, want_dx, want_sums, out, merge)
-    if context.renorm is None or found.dweight is None:
+    renorm = context.special.renorm
+    if renorm is None or found.dweight is None:
         return found
     with np.errstate(all="ignore"):  # r and d are constants
-        return found._replace(dweight=context.renorm.r * found.dweight + context.renorm.d * found.dbias)
+        return found._replace(dweight=renorm.r * found.dweight + renorm.d * found.dbias)
 
 
 def _backward_any(
