@@ -137,8 +137,9 @@ def batch_norm(
     >>> mean, var
     (array([0.2, 0.1]), array([1.7, 0.9]))
     """
+    of_bytes = x_scale is not None or x_zero_point is not None or out_dtype is not None
     counting = mask is not None or lengths is not None or sample_weight is not None
-    if x_scale is None and x_zero_point is None and out_dtype is None and not counting:
+    if not (of_bytes or counting):
         # Both lists in full: to pass a tuple of them takes a quarter of a small call
         if not training:
             y = calls.evaluate(

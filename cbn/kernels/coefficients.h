@@ -11,6 +11,7 @@
 #include <string.h>
 
 #include "kernels.h"
+#include "wide.h"
 
 enum {
     CBN_BOUND = 4, /* backward, for the engine alone: what (x - mean)*slope and the lower parts can add */
@@ -33,12 +34,15 @@ enum {
 /* ---- solve ---- */
 
 /* 1/sqrt(m2/n + eps) of some channels, which may take the place of m2. */
-static inline void cbn_inverse_std(double *invstd, const double *m2, double n, double eps, ptrdiff_t first,
+CBN_LOOP void cbn_inverse_std_loop(double *invstd, const double *m2, double n, double eps, ptrdiff_t first,
                                    ptrdiff_t end)
 {
     for (ptrdiff_t c = first; c < end; c++)
         invstd[c] = 1 / sqrt(m2[c] / n + eps);
 }
+CBN_OVER_CHANNELS(void, cbn_inverse_std,
+                  (double *invstd, const double *m2, double n, double eps, ptrdiff_t first, ptrdiff_t end),
+                  (invstd, m2, n, eps, first, end))
 
 /* What both directions have: mean, and scale = invstd*weight. */
 static inline void cbn_solve_both(double *coef, ptrdiff_t C, ptrdiff_t first, ptrdiff_t end, const double *mean,
@@ -55,7 +59,7 @@ static inline void cbn_solve_both(double *coef, ptrdiff_t C, ptrdiff_t first, pt
 }
 
 /* y = (x - mean)*invstd*weight + bias */
-static inline void cbn_solve_forward(double *coef, ptrdiff_t C, ptrdiff_t first, ptrdiff_t end, const double *mean,
+CBN_LOOP void cbn_solve_forward_loop(double *coef, ptrdiff_t C, ptrdiff_t first, ptrdiff_t end, const double *mean,
                                      const double *invstd, const double *weight, const double *bias)
 {
     const size_t n_bytes = (size_t)(end - first) * sizeof *coef;
@@ -65,10 +69,14 @@ static inline void cbn_solve_forward(double *coef, ptrdiff_t C, ptrdiff_t first,
     else
         memset(coef + CBN_OFFSET * C + first, 0, n_bytes);
 }
+CBN_OVER_CHANNELS(void, cbn_solve_forward,
+                  (double *coef, ptrdiff_t C, ptrdiff_t first, ptrdiff_t end, const double *mean,
+                   const double *invstd, const double *weight, const double *bias),
+                  (coef, C, first, end, mean, invstd, weight, bias))
 
 /* y = (x - mean)*s, s = 1/sqrt(var + eps); or 1/(sqrt(var) + eps) if eps is `outside`. Where the variance is 0 it is 1 if
  * `zero_is_one`. mean NULL: y = x*s, and offset -0 keeps the sign of a zero. */
-static inline void cbn_solve_standard(double *coef, ptrdiff_t C, const double *mean, const double *var, double eps,
+CBN_WIDE void cbn_solve_standard(double *coef, ptrdiff_t C, const double *mean, const double *var, double eps,
                                       int outside, int zero_is_one)
 {
     double *scale = coef + CBN_SCALE * C, *offset = coef + CBN_OFFSET * C;
@@ -90,7 +98,7 @@ static inline void cbn_solve_standard(double *coef, ptrdiff_t C, const double *m
 
 /* A mixture of the running statistics and the batch's, in the place of the running ones: as if a of the values came from
  * the batch. var = (1 - a)*running_var + a*m2/n + a*(1 - a)*(running_mean - mean)^2. */
-static inline void cbn_mix(double *running_mean, double *running_var, const double *mean, const double *m2, double n,
+CBN_LOOP void cbn_mix_loop(double *running_mean, double *running_var, const double *mean, const double *m2, double n,
                            double a, ptrdiff_t first, ptrdiff_t end)
 {
     for (ptrdiff_t c = first; c < end; c++) {
@@ -99,11 +107,15 @@ static inline void cbn_mix(double *running_mean, double *running_var, const doub
         running_mean[c] = (1 - a) * running_mean[c] + a * mean[c];
     }
 }
+CBN_OVER_CHANNELS(void, cbn_mix,
+                  (double *running_mean, double *running_var, const double *mean, const double *m2, double n,
+                   double a, ptrdiff_t first, ptrdiff_t end),
+                  (running_mean, running_var, mean, m2, n, a, first, end))
 
 /* Batch renormalization (Ioffe 2017): y = ((x - mean)*invstd*r + d)*weight + bias, with s = sqrt(running_var + eps), r =
  * 1/(invstd*s) between 1/r_max and r_max, d = (mean - running_mean)/s between -d_max and d_max. r and d come in the place
  * of the running variance and mean; weight and bias become those of (x - mean)*invstd. */
-static inline void cbn_renorm(double *weight, double *bias, double *running_var, double *running_mean,
+CBN_LOOP void cbn_renorm_loop(double *weight, double *bias, double *running_var, double *running_mean,
                               const double *mean, const double *invstd, double eps, double r_max, double d_max,
                               ptrdiff_t first, ptrdiff_t end)
 {
@@ -118,6 +130,10 @@ static inline void cbn_renorm(double *weight, double *bias, double *running_var,
         running_mean[c] = d;
     }
 }
+CBN_OVER_CHANNELS(void, cbn_renorm,
+                  (double *weight, double *bias, double *running_var, double *running_mean, const double *mean,
+                   const double *invstd, double eps, double r_max, double d_max, ptrdiff_t first, ptrdiff_t end),
+                  (weight, bias, running_var, running_mean, mean, invstd, eps, r_max, d_max, first, end))
 
 /* A bound of what the lower one of the two floats that are a mean contributes (loops/formulas.h). */
 static inline double cbn_lower_part(double mean, double scale)
@@ -128,7 +144,7 @@ static inline double cbn_lower_part(double mean, double scale)
 /* dx = (dh - S(dh)/n - (x - mean)*S(dh*(x - mean))*invstd^2/n)*invstd*weight
  *
  * The bound goes by |x - mean| <= sqrt(n)/invstd, which holds for x among the n values that mean and invstd are of. */
-static inline void cbn_solve_backward(double *coef, ptrdiff_t C, ptrdiff_t first, ptrdiff_t end, const double *mean,
+CBN_LOOP void cbn_solve_backward_loop(double *coef, ptrdiff_t C, ptrdiff_t first, ptrdiff_t end, const double *mean,
                                       const double *invstd, const double *weight, const double *sum_dh,
                                       const double *sum_dh_xmu, double n)
 {
@@ -144,6 +160,11 @@ static inline void cbn_solve_backward(double *coef, ptrdiff_t C, ptrdiff_t first
                    cbn_lower_part(grad_mean[c], scale[c]);
     }
 }
+CBN_OVER_CHANNELS(void, cbn_solve_backward,
+                  (double *coef, ptrdiff_t C, ptrdiff_t first, ptrdiff_t end, const double *mean,
+                   const double *invstd, const double *weight, const double *sum_dh, const double *sum_dh_xmu,
+                   double n),
+                  (coef, C, first, end, mean, invstd, weight, sum_dh, sum_dh_xmu, n))
 
 /* ---- does float32 do? ---- */
 
@@ -183,7 +204,7 @@ static inline int cbn_takes_float64(const double *coef, ptrdiff_t C, ptrdiff_t c
 
 /* Whether none of some channels needs float64 arithmetic; of float64 elements, whether none can overflow. A NaN counts
  * as no. */
-static inline int cbn_all_fit(const double *coef, ptrdiff_t C, ptrdiff_t first, ptrdiff_t end, int backward,
+CBN_LOOP int cbn_all_fit_loop(const double *coef, ptrdiff_t C, ptrdiff_t first, ptrdiff_t end, int backward,
                               ptrdiff_t itemsize)
 {
     const double *mean = coef + CBN_MEAN * C, *scale = coef + CBN_SCALE * C;
@@ -204,5 +225,8 @@ static inline int cbn_all_fit(const double *coef, ptrdiff_t C, ptrdiff_t first, 
             fit &= cbn_fits_float32(mean[c], scale[c], third[c], 0, cbn_lower_part(mean[c], scale[c]));
     return fit;
 }
+CBN_OVER_CHANNELS(int, cbn_all_fit,
+                  (const double *coef, ptrdiff_t C, ptrdiff_t first, ptrdiff_t end, int backward, ptrdiff_t itemsize),
+                  (coef, C, first, end, backward, itemsize))
 
 #endif

@@ -6,11 +6,27 @@
 #include <stddef.h>
 #include <stdint.h>
 
-static inline void cbn_add(double *restrict to, const double *restrict from, ptrdiff_t first, ptrdiff_t end)
+#include "wide.h"
+
+CBN_LOOP void cbn_add_loop(double *restrict to, const double *restrict from, ptrdiff_t first, ptrdiff_t end)
 {
     for (ptrdiff_t c = first; c < end; c++)
         to[c] += from[c];
 }
+CBN_OVER_CHANNELS(void, cbn_add,
+                  (double *restrict to, const double *restrict from, ptrdiff_t first, ptrdiff_t end),
+                  (to, from, first, end))
+
+/* The means of eight values each of neighbouring channels. In pairs: of equal values 2x, 4x and 8x are exact, 3x is not. */
+CBN_LOOP void cbn_means_of_eight_loop(double *restrict mean, const float *const *x, ptrdiff_t first, ptrdiff_t end)
+{
+    const float *a = x[0], *b = x[1], *c = x[2], *d = x[3], *e = x[4], *f = x[5], *g = x[6], *h = x[7];
+    for (ptrdiff_t i = first; i < end; i++)
+        mean[i] = ((((double)a[i] + b[i]) + ((double)c[i] + d[i])) + (((double)e[i] + f[i]) + ((double)g[i] + h[i]))) / 8;
+}
+CBN_OVER_CHANNELS(void, cbn_means_of_eight,
+                  (double *restrict mean, const float *const *x, ptrdiff_t first, ptrdiff_t end),
+                  (mean, x, first, end))
 
 /* What float64 cannot hold of a + b, which is `sum`; 0 if that is not finite. */
 static inline double cbn_lost(double a, double b, double sum)
@@ -21,15 +37,19 @@ static inline double cbn_lost(double a, double b, double sum)
 
 /* The lower part of the means that `cbn_moments_of_sums` makes of these sums: a mean has as many digits as S(d)/n, which
  * is not large beside the spread, and not just those that float64 has for it. So merges lose none. */
-static inline void cbn_lower_parts(double *restrict low, const double *restrict sum, const double *restrict shift,
+CBN_LOOP void cbn_lower_parts_loop(double *restrict low, const double *restrict sum, const double *restrict shift,
                                    double n, ptrdiff_t first, ptrdiff_t end)
 {
     for (ptrdiff_t c = first; c < end; c++)
         low[c] = cbn_lost(shift[c], sum[c] / n, shift[c] + sum[c] / n);
 }
+CBN_OVER_CHANNELS(void, cbn_lower_parts,
+                  (double *restrict low, const double *restrict sum, const double *restrict shift, double n,
+                   ptrdiff_t first, ptrdiff_t end),
+                  (low, sum, shift, n, first, end))
 
 /* S(d) becomes the mean, S(d*d) becomes m2 = S(d*d) - S(d)^2/n, d = x - shift. */
-static inline void cbn_moments_of_sums(double *restrict sum, double *restrict square, const double *restrict shift,
+CBN_LOOP void cbn_moments_of_sums_loop(double *restrict sum, double *restrict square, const double *restrict shift,
                                        double n, ptrdiff_t first, ptrdiff_t end)
 {
     for (ptrdiff_t c = first; c < end; c++) {
@@ -40,9 +60,13 @@ static inline void cbn_moments_of_sums(double *restrict sum, double *restrict sq
         square[c] = left < 0 ? 0 : left;
     }
 }
+CBN_OVER_CHANNELS(void, cbn_moments_of_sums,
+                  (double *restrict sum, double *restrict square, const double *restrict shift, double n,
+                   ptrdiff_t first, ptrdiff_t end),
+                  (sum, square, shift, n, first, end))
 
 /* Whether n*(mean - shift)^2 is more than so many times m2 in some channel. */
-static inline int cbn_some_far(const double *mean, const double *m2, const double *shift, double n, double times,
+CBN_LOOP int cbn_some_far_loop(const double *mean, const double *m2, const double *shift, double n, double times,
                                ptrdiff_t first, ptrdiff_t end)
 {
     int some = 0;
@@ -52,12 +76,16 @@ static inline int cbn_some_far(const double *mean, const double *m2, const doubl
     }
     return some != 0;
 }
+CBN_OVER_CHANNELS(int, cbn_some_far,
+                  (const double *mean, const double *m2, const double *shift, double n, double times, ptrdiff_t first,
+                   ptrdiff_t end),
+                  (mean, m2, shift, n, times, first, end))
 
 /* Merge the moments b of some channels into a: Chan, Golub and LeVeque's formula. The mean of the larger side moves
  * less. An infinite mean has no distance to another: the plain average gives the mean of all values. If one side is
  * empty the other passes unchanged, whatever the empty side's mean is. A mean is two numbers, mean + low: the distance
  * of two means that are large beside it would lose digits else, and m2 with it. */
-static inline void cbn_merge_moments(double *restrict count_a, double *restrict mean_a, double *restrict low_a,
+CBN_LOOP void cbn_merge_moments_loop(double *restrict count_a, double *restrict mean_a, double *restrict low_a,
                                      double *restrict m2_a, const double *restrict count_b,
                                      const double *restrict mean_b, const double *restrict low_b,
                                      const double *restrict m2_b, ptrdiff_t first, ptrdiff_t end)
@@ -79,6 +107,11 @@ static inline void cbn_merge_moments(double *restrict count_a, double *restrict 
         m2_a[c] = nb == 0 ? m2_a[c] : na == 0 ? m2_b[c] : m2;
     }
 }
+CBN_OVER_CHANNELS(void, cbn_merge_moments,
+                  (double *restrict count_a, double *restrict mean_a, double *restrict low_a, double *restrict m2_a,
+                   const double *restrict count_b, const double *restrict mean_b, const double *restrict low_b,
+                   const double *restrict m2_b, ptrdiff_t first, ptrdiff_t end),
+                  (count_a, mean_a, low_a, m2_a, count_b, mean_b, low_b, m2_b, first, end))
 
 /* ---- what is counted ---- */
 

@@ -17,6 +17,7 @@ cdef extern from "half.h" nogil:
     float cbn_finite_f16(uint16_t e)
 
 cdef extern from "statistics.h" nogil:
+    void cbn_means_of_eight(double *mean, const float *const *x, Py_ssize_t first, Py_ssize_t end)
     void cbn_add(double *to, const double *other, Py_ssize_t first, Py_ssize_t end)
     void cbn_moments_of_sums(double *sum, double *square, const double *shift, double n, Py_ssize_t first,
                              Py_ssize_t end)
@@ -147,6 +148,7 @@ cdef inline void choose_shifts(Job *job, Py_ssize_t first, Py_ssize_t end) noexc
     cdef double *x8
     cdef float *x4
     cdef uint16_t *x2
+    cdef const float *rows[SAMPLES]
     for k in range(SAMPLES):
         at[k] = sample(job, k)
     for c in range(first, end):
@@ -159,6 +161,13 @@ cdef inline void choose_shifts(Job *job, Py_ssize_t first, Py_ssize_t end) noexc
                               + ((x8[at[4]] + x8[at[5]]) + (x8[at[6]] + x8[at[7]]))) / SAMPLES
             if not isfinite(job.shift_c[c]):
                 job.shift_c[c] = shift_of(job, c) if job.counts else finite(x8[at[0]])
+    elif job.itemsize == 4 and job.x.c == 1:
+        for k in range(SAMPLES):
+            rows[k] = <float *>job.x.data + at[k]
+        cbn_means_of_eight(job.shift_c, rows, first, end)
+        for c in range(first, end):
+            if not isfinite(job.shift_c[c]):
+                job.shift_c[c] = shift_of(job, c) if job.counts else finite(rows[0][c])
     elif job.itemsize == 4:
         for c in range(first, end):
             x4 = <float *>job.x.data + c * job.x.c
