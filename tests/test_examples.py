@@ -20,7 +20,18 @@ for package in ("sklearn", "matplotlib", "tqdm"):
     )
 
 from examples import __main__ as demo  # noqa: E402
-from examples import binary_logits, digits_mlp, embed, four_steps, layers, recalibration, report, sequences, training  # noqa: E402
+from examples import (  # noqa: E402
+    binary_logits,
+    digits_mlp,
+    embed,
+    four_steps,
+    layers,
+    recalibration,
+    report,
+    sequences,
+    tiny_batches,
+    training,
+)
 
 from .conftest import closed_pipe  # noqa: E402
 
@@ -32,6 +43,7 @@ NAMES = (
     "four_steps",
     "sequences",
     "recalibration",
+    "tiny_batches",
     "embed",
     "hosts/__main__",
 )
@@ -555,6 +567,31 @@ def test_standard_errors_say_how_far_few_batches_are_off(averaged, tmp_path, cap
     rows = [line.count("|") for line in text.splitlines() if line.startswith("|")]
     assert rows == [7] * (2 + 2 + 9 + 2 + len(recalibration.COUNTS))
     assert png_size(tmp_path / "recalibration.png")[0] > 1000
+
+
+# ---- tiny_batches --------------------------------------------------------------------------------------------------
+
+
+def test_bounds_widen():
+    bounds = tiny_batches.widening(100)
+    assert [bounds(n) for n in (0, 100, 200, 300, 1000)] == [(1, 0), (1, 0), (2, 2.5), (3, 5), (3, 5)]
+
+
+def test_tiny_batches(tmp_path, capsys):
+    results = tiny_batches.run(seeds=1, epochs=2)
+    assert len(results) == 4 + 4 + 3
+    loss = {key: metrics["test_loss"][0, -1] for key, metrics in results.items()}
+    for words in (tiny_batches.WITHOUT, tiny_batches.RENORM):
+        assert loss[2, words] < loss[2, tiny_batches.PLAIN] - 0.2
+    assert loss[4, tiny_batches.RENORM] < loss[4, tiny_batches.PLAIN]
+    assert loss[256, tiny_batches.PLAIN] < loss[256, tiny_batches.WITHOUT]
+    one_epoch = [results[4, words]["test_loss"][0, 0] for words in (tiny_batches.SLOW, tiny_batches.RENORM)]
+    assert one_epoch[0] == pytest.approx(one_epoch[1], rel=1e-3)  # bounds of (1, 0) are plain batch norm
+    tiny_batches.show(results, tmp_path)
+    text = capsys.readouterr().out
+    assert [line.count("|") for line in text.splitlines() if line.startswith("|")] == [7] * (2 + len(results))
+    assert "1 of 1" in text
+    assert png_size(tmp_path / "tiny_batches.png")[0] > 1000
 
 
 # ---- embed ---------------------------------------------------------------------------------------------------------
