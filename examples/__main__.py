@@ -1,6 +1,6 @@
-"""All nine examples, one after the other; pictures and tables go to examples/out.
+"""All ten examples, one after the other; pictures and tables go to examples/out.
 
-The ninth trains in PyTorch, and is left out where that is not installed.
+The tenth trains in PyTorch, and is left out where that is not installed.
 """
 
 import importlib.util
@@ -13,6 +13,7 @@ if not __package__:
     import examples  # noqa: F401  which says what is not installed
 
 from examples import (
+    adaptation,
     binary_logits,
     digits_mlp,
     embed,
@@ -33,6 +34,7 @@ EXAMPLES = {  # with the arguments that make it short
     sequences: (*ONCE, "--batches", "32", "128"),
     recalibration: (*ONCE, "--draws", "2"),
     tiny_batches: ONCE,
+    adaptation: ONCE,
     embed: ("--seconds", "60", "--repeats", "2"),
     hosts: ("--quick",),
 }

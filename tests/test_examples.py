@@ -21,6 +21,7 @@ for package in ("sklearn", "matplotlib", "tqdm"):
 
 from examples import __main__ as demo  # noqa: E402
 from examples import (  # noqa: E402
+    adaptation,
     binary_logits,
     digits_mlp,
     embed,
@@ -44,6 +45,7 @@ NAMES = (
     "sequences",
     "recalibration",
     "tiny_batches",
+    "adaptation",
     "embed",
     "hosts/__main__",
 )
@@ -592,6 +594,55 @@ def test_tiny_batches(tmp_path, capsys):
     assert [line.count("|") for line in text.splitlines() if line.startswith("|")] == [7] * (2 + len(results))
     assert "1 of 1" in text
     assert png_size(tmp_path / "tiny_batches.png")[0] > 1000
+
+
+# ---- adaptation ----------------------------------------------------------------------------------------------------
+
+
+def test_shifts(rng):
+    x = np.zeros((2, 64), np.float32)
+    x[0, 0] = x[1, 27] = 9  # a corner, and row 3, column 3
+    blurred = adaptation.blur(x, 1, rng).reshape(2, 8, 8)
+    np.testing.assert_allclose(blurred[0, :2, :2], 1, rtol=1e-6)
+    np.testing.assert_allclose(blurred[1, 2:5, 2:5], 1, rtol=1e-6)
+    np.testing.assert_allclose(blurred.sum(axis=(1, 2)), [4, 9], rtol=1e-6)
+    for shift, strength in adaptation.SHIFTS.values():
+        y = shift(x, strength, rng)
+        assert y.shape == x.shape
+        assert y.dtype == np.float32
+    assert set(adaptation.DRAWN) <= set(adaptation.SHIFTS)
+
+
+def test_a_mixture_is_a_population_of_both(rng):
+    """Equal parts of a training set and a batch: a = 0.5 is the statistics of one array of both."""
+    training_set, batch = rng.normal(0, 1, (500, 3)), rng.normal(2, 3, (500, 3))
+    bn = cbn.BatchNorm1d(3, dtype=F64, running_var="biased").eval()
+    bn.set_running_moments(cbn.moments(training_set))
+    both = np.concatenate([training_set, batch])
+    expected = (batch - both.mean(axis=0)) / np.sqrt(both.var(axis=0) + bn.eps)
+    np.testing.assert_allclose(bn(batch, mix=0.5), expected, rtol=1e-12, atol=1e-12)
+    without = (training_set.var(axis=0) + batch.var(axis=0)) / 2
+    model = layers.Sequential(lambda x: x, bn)
+    assert adaptation.understated(model, batch) == pytest.approx(np.mean(both.var(axis=0) / without), rel=1e-12)
+
+
+def test_adaptation(tmp_path, capsys):
+    results, factors = adaptation.run(seeds=1, epochs=5)
+    assert len(results) == 3 * len(adaptation.SHIFTS)
+    accuracy = {key: dict(zip(adaptation.MIXES, values[0], strict=True)) for key, values in results.items()}
+    big = {words: accuracy[adaptation.BIG, words] for words in adaptation.SHIFTS}
+    for words in ("contrast × 0.1", "brightness + 1"):
+        assert big[words][0] < 0.7
+        assert big[words][1] == pytest.approx(big["clean"][1], abs=0.02)  # a = 1 undoes them
+    for batches in (adaptation.SMALL, adaptation.SORTED):
+        assert accuracy[batches, "clean"][1] < accuracy[batches, "clean"][0] - 0.02
+    assert all(values.min() >= 1 for values in factors.values())
+    assert factors["brightness + 1"].mean() > 1.5
+    adaptation.show(results, factors, tmp_path)
+    text = capsys.readouterr().out
+    rows = [line.count("|") for line in text.splitlines() if line.startswith("|")]
+    assert rows == [7] * (2 * (2 + len(adaptation.SHIFTS)) + 2 + len(adaptation.DRAWN))
+    assert png_size(tmp_path / "adaptation.png")[0] > 1000
 
 
 # ---- embed ---------------------------------------------------------------------------------------------------------
