@@ -1,4 +1,4 @@
-"""The main job on real input: six examples, each a script of its own; `python -m examples` runs them all."""
+"""The main job on real input: ten examples, each a script of its own; `python -m examples` runs them all."""
 
 import importlib.util
 from pathlib import Path

@@ -1,6 +1,6 @@
-"""All seven examples, one after the other; pictures and tables go to examples/out.
+"""All ten examples, one after the other; pictures and tables go to examples/out.
 
-The seventh trains in PyTorch, and is left out where that is not installed.
+The tenth trains in PyTorch, and is left out where that is not installed.
 """
 
 import importlib.util
@@ -12,7 +12,19 @@ if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script: find `examples` and `cbn`
     import examples  # noqa: F401  which says what is not installed
 
-from examples import binary_logits, digits_mlp, embed, four_steps, hosts, pipeline, report, sequences
+from examples import (
+    adaptation,
+    binary_logits,
+    digits_mlp,
+    embed,
+    four_steps,
+    hosts,
+    pipeline,
+    recalibration,
+    report,
+    sequences,
+    tiny_batches,
+)
 
 ONCE = ("--seeds", "1", "--epochs", "1")
 EXAMPLES = {  # with the arguments that make it short
@@ -20,6 +32,9 @@ EXAMPLES = {  # with the arguments that make it short
     binary_logits: ONCE,
     four_steps: ONCE,
     sequences: (*ONCE, "--batches", "32", "128"),
+    recalibration: (*ONCE, "--draws", "2"),
+    tiny_batches: ONCE,
+    adaptation: ONCE,
     embed: ("--seconds", "60", "--repeats", "2"),
     hosts: ("--quick",),
 }

@@ -27,16 +27,16 @@ ARTICLE = {
 }
 
 
-def network(n_in, with_bn, rng):
-    """n_in-64-32-10; batch norm, if any, between the linear map and ReLU."""
+def network(n_in, with_bn, rng, dtype=np.float32, **options):
+    """n_in-64-32-10; batch norm, if any, between the linear map and ReLU, with the options that are given."""
     return Sequential(
-        Linear(n_in, 64, rng),
-        BatchNorm1d(64) if with_bn else None,
+        Linear(n_in, 64, rng, dtype),
+        BatchNorm1d(64, dtype=dtype, **options) if with_bn else None,
         ReLU(),
-        Linear(64, 32, rng),
-        BatchNorm1d(32) if with_bn else None,
+        Linear(64, 32, rng, dtype),
+        BatchNorm1d(32, dtype=dtype, **options) if with_bn else None,
         ReLU(),
-        Linear(32, 10, rng),
+        Linear(32, 10, rng, dtype),
     )
 
 

@@ -20,11 +20,35 @@ for package in ("sklearn", "matplotlib", "tqdm"):
     )
 
 from examples import __main__ as demo  # noqa: E402
-from examples import binary_logits, digits_mlp, embed, four_steps, layers, report, sequences, training  # noqa: E402
+from examples import (  # noqa: E402
+    adaptation,
+    binary_logits,
+    digits_mlp,
+    embed,
+    four_steps,
+    layers,
+    recalibration,
+    report,
+    sequences,
+    tiny_batches,
+    training,
+)
 
 from .conftest import closed_pipe  # noqa: E402
 
 SCRIPTS = Path(demo.__file__).parent
+NAMES = (
+    "__main__",
+    "digits_mlp",
+    "binary_logits",
+    "four_steps",
+    "sequences",
+    "recalibration",
+    "tiny_batches",
+    "adaptation",
+    "embed",
+    "hosts/__main__",
+)
 
 
 @pytest.fixture
@@ -479,6 +503,148 @@ def test_sequence_cnn(tmp_path, capsys):
         assert png_size(tmp_path / name)[0] > 1000
 
 
+# ---- recalibration -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def averaged():
+    """The digits and a network of averaged weights, by type."""
+
+    def of(dtype):
+        data = digits_mlp.digits()
+        data.x_train, data.x_test = data.x_train.astype(dtype), data.x_test.astype(dtype)
+        return data, recalibration.train(data, seed=0, epochs=2)[1]
+
+    return {dtype: of(dtype) for dtype in (np.float64, np.float32)}
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float64, 1e-12), (np.float32, 1e-6)])
+def test_recalibrated_statistics_are_those_of_one_array(averaged, dtype, tolerance):
+    data, model = averaged[dtype]
+    orders = recalibration.orders(data, np.random.default_rng(0))
+    assert [len(x[-1]) for x in orders.values()] == [29, 2, 29]
+    for words, batches in orders.items():
+        assert sum(map(len, batches)) == len(data.x_train)
+        found = recalibration.compare(model, batches, data)
+        for way in ("recalibrate", "recalibrate, layer by layer"):
+            assert max(found[way][2:]) < tolerance
+        assert found["update_bn"][3] > (0.01 if words.startswith("shuffled") else 0.3)
+    losses = [
+        recalibration.compare(model, batches, data)["recalibrate, layer by layer"][1] for batches in orders.values()
+    ]
+    assert np.ptp(losses) < tolerance  # in any order
+
+
+def test_ways_are_compared_from_one_network(averaged):
+    data, model = averaged[np.float32]
+    before = [bn.state_dict() for bn in recalibration.batch_norms(model)]
+    recalibration.compare(model, [data.x_train[:100], data.x_train[100:]], data)
+    for bn, state in zip(recalibration.batch_norms(model), before, strict=True):
+        np.testing.assert_array_equal(bn.running_var, state["running_var"])
+        assert bn.momentum == 0.1
+
+
+def test_average_of_networks():
+    models = [digits_mlp.network(3, True, np.random.default_rng(seed)) for seed in range(3)]
+    mean = recalibration.average(models)
+    for (found, _), *pairs in zip(*(model.parameters() for model in (mean, *models)), strict=True):
+        np.testing.assert_allclose(found, np.mean([p for p, _ in pairs], axis=0), rtol=1e-5, atol=1e-8)
+
+
+def test_standard_errors_say_how_far_few_batches_are_off(averaged, tmp_path, capsys):
+    data, model = averaged[np.float32]
+    rng = np.random.default_rng(0)
+    few, many = ([recalibration.draw_batches(model, data, count, rng) for _ in range(10)] for count in (8, 64))
+    for quantity in recalibration.QUANTITIES:
+        means = {
+            (kind, draws is many): np.mean([one[f"{kind} {quantity}"] for one in draws])
+            for kind in ("reported", "actual")
+            for draws in (few, many)
+        }
+        for of_many in (False, True):
+            assert means["reported", of_many] == pytest.approx(means["actual", of_many], rel=0.3)
+        assert means["reported", False] / means["reported", True] == pytest.approx(np.sqrt(8), rel=0.2)
+    recalibration.main(["--seeds", "1", "--epochs", "1", "--draws", "1", "--out", str(tmp_path)])
+    text = capsys.readouterr().out
+    rows = [line.count("|") for line in text.splitlines() if line.startswith("|")]
+    assert rows == [7] * (2 + 2 + 9 + 2 + len(recalibration.COUNTS))
+    assert png_size(tmp_path / "recalibration.png")[0] > 1000
+
+
+# ---- tiny_batches --------------------------------------------------------------------------------------------------
+
+
+def test_bounds_widen():
+    bounds = tiny_batches.widening(100)
+    assert [bounds(n) for n in (0, 100, 200, 300, 1000)] == [(1, 0), (1, 0), (2, 2.5), (3, 5), (3, 5)]
+
+
+def test_tiny_batches(tmp_path, capsys):
+    results = tiny_batches.run(seeds=1, epochs=2)
+    assert len(results) == 4 + 4 + 3
+    loss = {key: metrics["test_loss"][0, -1] for key, metrics in results.items()}
+    for words in (tiny_batches.WITHOUT, tiny_batches.RENORM):
+        assert loss[2, words] < loss[2, tiny_batches.PLAIN] - 0.2
+    assert loss[4, tiny_batches.RENORM] < loss[4, tiny_batches.PLAIN]
+    assert loss[256, tiny_batches.PLAIN] < loss[256, tiny_batches.WITHOUT]
+    one_epoch = [results[4, words]["test_loss"][0, 0] for words in (tiny_batches.SLOW, tiny_batches.RENORM)]
+    assert one_epoch[0] == pytest.approx(one_epoch[1], rel=1e-3)  # bounds of (1, 0) are plain batch norm
+    tiny_batches.show(results, tmp_path)
+    text = capsys.readouterr().out
+    assert [line.count("|") for line in text.splitlines() if line.startswith("|")] == [7] * (2 + len(results))
+    assert "1 of 1" in text
+    assert png_size(tmp_path / "tiny_batches.png")[0] > 1000
+
+
+# ---- adaptation ----------------------------------------------------------------------------------------------------
+
+
+def test_shifts(rng):
+    x = np.zeros((2, 64), np.float32)
+    x[0, 0] = x[1, 27] = 9  # a corner, and row 3, column 3
+    blurred = adaptation.blur(x, 1, rng).reshape(2, 8, 8)
+    np.testing.assert_allclose(blurred[0, :2, :2], 1, rtol=1e-6)
+    np.testing.assert_allclose(blurred[1, 2:5, 2:5], 1, rtol=1e-6)
+    np.testing.assert_allclose(blurred.sum(axis=(1, 2)), [4, 9], rtol=1e-6)
+    for shift, strength in adaptation.SHIFTS.values():
+        y = shift(x, strength, rng)
+        assert y.shape == x.shape
+        assert y.dtype == np.float32
+    assert set(adaptation.DRAWN) <= set(adaptation.SHIFTS)
+
+
+def test_a_mixture_is_a_population_of_both(rng):
+    """Equal parts of a training set and a batch: a = 0.5 is the statistics of one array of both."""
+    training_set, batch = rng.normal(0, 1, (500, 3)), rng.normal(2, 3, (500, 3))
+    bn = cbn.BatchNorm1d(3, dtype=F64, running_var="biased").eval()
+    bn.set_running_moments(cbn.moments(training_set))
+    both = np.concatenate([training_set, batch])
+    expected = (batch - both.mean(axis=0)) / np.sqrt(both.var(axis=0) + bn.eps)
+    np.testing.assert_allclose(bn(batch, mix=0.5), expected, rtol=1e-12, atol=1e-12)
+    without = (training_set.var(axis=0) + batch.var(axis=0)) / 2
+    model = layers.Sequential(lambda x: x, bn)
+    assert adaptation.understated(model, batch) == pytest.approx(np.mean(both.var(axis=0) / without), rel=1e-12)
+
+
+def test_adaptation(tmp_path, capsys):
+    results, factors = adaptation.run(seeds=1, epochs=5)
+    assert len(results) == 3 * len(adaptation.SHIFTS)
+    accuracy = {key: dict(zip(adaptation.MIXES, values[0], strict=True)) for key, values in results.items()}
+    big = {words: accuracy[adaptation.BIG, words] for words in adaptation.SHIFTS}
+    for words in ("contrast × 0.1", "brightness + 1"):
+        assert big[words][0] < 0.7
+        assert big[words][1] == pytest.approx(big["clean"][1], abs=0.02)  # a = 1 undoes them
+    for batches in (adaptation.SMALL, adaptation.SORTED):
+        assert accuracy[batches, "clean"][1] < accuracy[batches, "clean"][0] - 0.02
+    assert all(values.min() >= 1 for values in factors.values())
+    assert factors["brightness + 1"].mean() > 1.5
+    adaptation.show(results, factors, tmp_path)
+    text = capsys.readouterr().out
+    rows = [line.count("|") for line in text.splitlines() if line.startswith("|")]
+    assert rows == [7] * (2 * (2 + len(adaptation.SHIFTS)) + 2 + len(adaptation.DRAWN))
+    assert png_size(tmp_path / "adaptation.png")[0] > 1000
+
+
 # ---- embed ---------------------------------------------------------------------------------------------------------
 
 
@@ -518,7 +684,7 @@ def test_demo(tmp_path, capsys):
         name = example.__name__.split(".")[-1]
         assert (tmp_path / f"{name}.md").read_text(encoding="utf-8").count("\n|") > 4
         assert png_size(tmp_path / f"{name}.png")[0] > 1000
-    assert "[6/6]" in capsys.readouterr().err
+    assert f"[{len(demo.EXAMPLES)}/{len(demo.EXAMPLES)}]" in capsys.readouterr().err
 
 
 def test_pictures_leave_matplotlib_alone(tmp_path):
@@ -558,9 +724,7 @@ def test_arguments_that_are_refused(example, arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "script", ["__main__", "digits_mlp", "binary_logits", "four_steps", "sequences", "embed", "hosts/__main__"]
-)
+@pytest.mark.parametrize("script", NAMES)
 def test_help(script, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [script, "--help"])
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -581,9 +745,7 @@ def test_examples_end_at_a_closed_pipe(tmp_path, arguments):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize(
-    "script", ["__main__", "digits_mlp", "binary_logits", "four_steps", "sequences", "embed", "hosts/__main__"]
-)
+@pytest.mark.parametrize("script", NAMES)
 def test_examples_name_the_extra_of_a_missing_package(script, tmp_path):
     code = f"""
 import runpy, sys
