@@ -134,6 +134,47 @@ def batch_norm(
     return normalize(x, mean, m2 / max(n, 1), weight, bias, eps, channel_axis), running_mean, running_var
 
 
+def mixture(
+    mean: Doubles, var: Doubles, running_mean: Doubles, running_var: Doubles, a: float
+) -> tuple[Doubles, Doubles]:
+    """Return mean and variance of (1 - a) parts of values with the running statistics and a parts of the batch."""
+    between = a * (1 - a) * (running_mean - mean) ** 2
+    return (1 - a) * running_mean + a * mean, (1 - a) * running_var + a * var + between
+
+
+def renormalization(
+    mean: Doubles,
+    var: Doubles,
+    running_mean: Doubles,
+    running_var: Doubles,
+    r_max: float,
+    d_max: float,
+    eps: float = 1e-5,
+) -> tuple[Doubles, Doubles]:
+    """Return r and d of batch renormalization: y = ((x - mean)/sqrt(var + eps)*r + d)*weight + bias."""
+    s = np.sqrt(running_var + eps)
+    r = np.clip(np.sqrt(var + eps) / s, 1 / r_max, r_max)
+    return r, np.clip((mean - running_mean) / s, -d_max, d_max)
+
+
+def counted_backward(
+    dy: Array, x: Array, weights: npt.ArrayLike, weight: Array | None = None, eps: float = 1e-5, channel_axis: int = 1
+) -> tuple[Doubles, Doubles, Doubles]:
+    """Return (dx, dweight, dbias) through the statistics of a batch with weights, as `counted_moments` has them.
+
+    dx = (dy - w*sum(dy)/n - w*d*sum(d*dy)*r^2/n)*r*weight, n = sum(w), the sums over w > 0. It is 0 where w is 0.
+    """
+    w = np.broadcast_to(np.asarray(weights, np.float64), x.shape)
+    n, mean, m2, _, _ = counted_moments(x, w, False, channel_axis)
+    dy = np.where(w > 0, dy, 0.0)
+    d = np.where(w > 0, x - expand(mean, x, channel_axis), 0.0)
+    r = 1 / np.sqrt(m2 / n + eps)
+    dbias = per_channel(dy, channel_axis).sum(axis=1)
+    product = per_channel(d * dy, channel_axis).sum(axis=1)
+    dx = dy - w * (expand(dbias / n, x, channel_axis) + d * expand(product * r**2 / n, x, channel_axis))
+    return dx * expand(r if weight is None else r * weight, x, channel_axis), product * r, dbias
+
+
 def backward(
     dy: Array,
     x: Array,

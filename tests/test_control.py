@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import cbn
+from cbn import reference
 
 EPS = 1e-5
 UNSET = (None, True, False)
@@ -363,8 +364,7 @@ def test_mixtures(rng, shape, dtype, mix, isa):
     before, residual = state(bn), batch(rng, shape, dtype)
     rest, one = tuple(a for a in range(x.ndim) if a != 1), (3,) + (1,) * (x.ndim - 2)
     mean_b, var_b = x.mean(rest, np.float64), x.var(rest, np.float64)
-    mean = (1 - mix) * bn.running_mean + mix * mean_b
-    var = (1 - mix) * bn.running_var + mix * var_b + mix * (1 - mix) * (bn.running_mean - mean_b) ** 2
+    mean, var = reference.mixture(mean_b, var_b, bn.running_mean, bn.running_var, mix)
     mean, var, weight, bias = (a.reshape(one) for a in (mean, var, bn.weight, bn.bias))
     expected = np.maximum((x.astype(np.float64) - mean) / np.sqrt(var + EPS) * weight + bias + residual, 0)
     found = {n: bn(x, mix=mix, residual=residual) for n in (1, 2) for _ in [cbn.set_num_threads(n)]}
@@ -390,10 +390,8 @@ def test_a_mixture_of_extremes(rng):
 
 def renormalized(bn, x, r_max, d_max):
     """(y, r, d) in float64: Ioffe 2017, algorithm 1."""
-    sigma_b, sigma = np.sqrt(x.var(0) + EPS), np.sqrt(bn.running_var + EPS)
-    r = np.clip(sigma_b / sigma, 1 / r_max, r_max)
-    d = np.clip((x.mean(0) - bn.running_mean) / sigma, -d_max, d_max)
-    return ((x - x.mean(0)) / sigma_b * r + d) * bn.weight + bn.bias, r, d
+    r, d = reference.renormalization(x.mean(0), x.var(0), bn.running_mean, bn.running_var, r_max, d_max, EPS)
+    return ((x - x.mean(0)) / np.sqrt(x.var(0) + EPS) * r + d) * bn.weight + bn.bias, r, d
 
 
 @pytest.mark.parametrize(("r_max", "d_max"), [(1, 0), (1.2, 0.3), (3, 5), (np.inf, np.inf)])
