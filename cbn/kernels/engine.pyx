@@ -181,9 +181,6 @@ def set_cgroup_threads(int n):
     cgroup_threads = n
 
 
-ctypedef void (*Work)(Job *job, Py_ssize_t begin, Py_ssize_t end, int thread) noexcept nogil
-
-
 cdef void nothing(Job *job, Py_ssize_t begin, Py_ssize_t end, int thread) noexcept nogil:
     pass
 
