@@ -1,8 +1,9 @@
 """Batch normalization without state, with PyTorch's names and order of arguments.
 
-`batch_norm`, `native_batch_norm` and `native_batch_norm_backward` normalize an array in one call. The five other
-functions, those of PyTorch's SyncBatchNorm, do the same in steps: measure, merge, solve and apply. They are for a batch
-whose parts live in several processes or chunks.
+`batch_norm`, `native_batch_norm` and `native_batch_norm_backward` normalize an array in one call.
+`native_batch_norm_double_backward` and `batch_norm_jvp` differentiate the backward pass once more, and the forward pass
+in forward mode. The five other functions, those of PyTorch's SyncBatchNorm, do the same as the first three in steps:
+measure, merge, solve and apply. They are for a batch whose parts live in several processes or chunks.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ import numpy.typing as npt
 
 from . import checks, masked, steps
 from .checks import Activation, Array, ArrayLike, Doubles, Number
-from .inputs import Input, as_gradient, as_input, as_outputs, as_weights
+from .inputs import Input, as_gradient, as_input, as_outputs, as_statistics, as_weights
 from .kernels import arrays, calls, channels, passes
 from .quantized import BYTES, Quantization, forward_quantized, quantized
+from .second import batch_norm_jvp, native_batch_norm_double_backward
 from .steps import NO_EPILOGUE, Affine, Context, Epilogue
 from .verbs import (
     batch_norm_backward_elemt,
@@ -33,9 +35,11 @@ __all__ = [
     "batch_norm_backward_reduce",
     "batch_norm_elemt",
     "batch_norm_gather_stats_with_counts",
+    "batch_norm_jvp",
     "batch_norm_stats",
     "native_batch_norm",
     "native_batch_norm_backward",
+    "native_batch_norm_double_backward",
 ]
 
 ALL = (True, True, True)  # gradients of input, weight and bias
@@ -375,15 +379,7 @@ def native_batch_norm_backward(
     dy = as_gradient(inp, dy)
     weight = checks.per_channel(weight, "weight", inp.n_channels, x=inp.x)
     epsilon = checks.epsilon_for(eps, train)
-    if train:
-        mean = checks.per_channel(save_mean, "save_mean", inp.n_channels, x=inp.x)
-        invstd = checks.per_channel(save_invstd, "save_invstd", inp.n_channels, x=inp.x)
-        if mean is None or invstd is None:
-            raise checks.ArgumentError("save_mean and save_invstd must be defined in training mode")
-    else:
-        checks.buffers_for_eval(running_mean, running_var)
-        mean = checks.per_channel(running_mean, "running_mean", inp.n_channels, x=inp.x)
-        invstd = checks.per_channel(running_var, "running_var", inp.n_channels, x=inp.x)
+    mean, invstd = as_statistics(inp, train, running_mean, running_var, save_mean, save_invstd)
     inp.promote_for(weight, *(() if train else (mean, invstd)))
     mean, invstd, scale = channels.as_doubles(inp.n_channels, mean, invstd, weight)
     if not train:

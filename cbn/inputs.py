@@ -75,11 +75,33 @@ def as_outputs(inp: Input, out: Array | None, residual: ArrayLike | None) -> tup
     return out, inp.matched(arrays.with_room(checks.residual, residual, inp.x, dtype, expected))
 
 
-def as_gradient(inp: Input, dy: ArrayLike) -> Array:
-    """The gradient of y for this input, with any floating dtype, or an error."""
+def as_gradient(inp: Input, dy: ArrayLike, name: str = "dy") -> Array:
+    """The gradient of y for this input, with any floating dtype, or an error that calls it `name`."""
     a: Array | Any = arrays.plain_view(dy)
     if a is None:
-        a = arrays.with_room(checks.float_array, dy, "dy")
+        a = arrays.with_room(checks.float_array, dy, name)
     if a.shape != inp.x.shape:
-        raise ValueError(f"dy has shape {a.shape}; expected {inp.x.shape}, as the input")
+        raise ValueError(f"{name} has shape {a.shape}; expected {inp.x.shape}, as the input")
     return a
+
+
+def as_statistics(
+    inp: Input,
+    train: bool,
+    running_mean: ArrayLike | None,
+    running_var: ArrayLike | None,
+    save_mean: ArrayLike | None,
+    save_invstd: ArrayLike | None,
+) -> tuple[Array, Array]:
+    """The statistics of a forward pass: the saved mean and invstd if `train`, else the running mean and variance."""
+    if train:
+        mean = checks.per_channel(save_mean, "save_mean", inp.n_channels, x=inp.x)
+        invstd = checks.per_channel(save_invstd, "save_invstd", inp.n_channels, x=inp.x)
+        if mean is None or invstd is None:
+            raise checks.ArgumentError("save_mean and save_invstd must be defined in training mode")
+        return mean, invstd
+    checks.buffers_for_eval(running_mean, running_var)
+    return (
+        checks.per_channel(running_mean, "running_mean", inp.n_channels, x=inp.x),
+        checks.per_channel(running_var, "running_var", inp.n_channels, x=inp.x),
+    )

@@ -196,3 +196,86 @@ def backward(
         dx = dx - expand(dbias / n, x, channel_axis) - d * expand(product * r**2 / n, x, channel_axis)
     dx = dx * expand(r if weight is None else r * weight, x, channel_axis)
     return dx, product * r, dbias
+
+
+def _centered(t: Array, channel_axis: int) -> Doubles:
+    """Return t - S(t)/n of every channel, as (C, n). Where S(d) is 0, S(t*d) is S((t - S(t)/n)*d), with more digits."""
+    t_cn = per_channel(t, channel_axis)
+    return t_cn - _mean(t_cn)
+
+
+def _mean(t_cn: Doubles) -> Doubles:
+    mean: Doubles = t_cn.mean(axis=1, keepdims=True)
+    return mean
+
+
+def double_backward(
+    ggI: Array | None,
+    ggG: Array | None,
+    ggB: Array | None,
+    dy: Array,
+    x: Array,
+    mean: Array,
+    var: Array,
+    weight: Array | None = None,
+    eps: float = 1e-5,
+    train: bool = True,
+    channel_axis: int = 1,
+) -> tuple[Doubles, Doubles, Doubles]:
+    """Return the gradients of dy, x and weight, where ggI, ggG, ggB are those of `backward`'s dx, dweight and dbias.
+
+    mean and var are the batch's if `train`, else the running ones. None is zeros; for the weight it is ones.
+    """
+    n_channels = x.shape[channel_axis]
+    shape = np.moveaxis(x, channel_axis, 0).shape
+
+    def given(a: Array | None, otherwise: float) -> Doubles:
+        return np.full((n_channels, 1), otherwise) if a is None else np.asarray(a, np.float64).reshape(-1, 1)
+
+    w, gamma = given(weight, 1), given(ggG, 0)
+    r = 1 / np.sqrt(np.asarray(var, np.float64) + eps).reshape(-1, 1)
+    d = per_channel(np.asarray(x, np.float64) - expand(mean, x, channel_axis), channel_axis)
+    v_full = np.zeros(x.shape) if ggI is None else np.asarray(ggI, np.float64)
+    grad_dy = jvp(v_full, ggG, ggB, x, mean, var, weight, eps, train, channel_axis)
+    if train and x.size:
+        g, v = _centered(dy, channel_axis), _centered(v_full, channel_axis)
+        # S(g*v) of these is S(dy*ggI) - S(dy)*S(ggI)/n
+        of_d = 3 * r**2 * _mean(g * d) * _mean(v * d) - _mean(g * v)
+        p = r * (g - d * r**2 * _mean(g * d))
+        grad_x = w * r**3 * (d * of_d - _mean(v * d) * g - _mean(g * d) * v) + gamma * p
+        grad_weight = (v * p).sum(axis=1)
+    else:
+        g, v = per_channel(dy, channel_axis), per_channel(v_full, channel_axis)
+        grad_x = gamma * r * g
+        grad_weight = (v * g * r).sum(axis=1)
+    return grad_dy, np.moveaxis(grad_x.reshape(shape), 0, channel_axis), grad_weight
+
+
+def jvp(
+    x_t: Array | None,
+    weight_t: Array | None,
+    bias_t: Array | None,
+    x: Array,
+    mean: Array,
+    var: Array,
+    weight: Array | None = None,
+    eps: float = 1e-5,
+    train: bool = True,
+    channel_axis: int = 1,
+) -> Doubles:
+    """Return the derivative of `normalize` along x_t, weight_t and bias_t; through mean and var too if `train`."""
+    r = 1 / np.sqrt(np.asarray(var, np.float64) + eps)
+    d = np.asarray(x, np.float64) - expand(mean, x, channel_axis)
+    y_t = np.zeros(x.shape) if x_t is None else np.asarray(x_t, np.float64)
+    if x_t is not None and train and x.size:
+        t, d_cn = _centered(x_t, channel_axis), per_channel(d, channel_axis)
+        t = t - d_cn * r.reshape(-1, 1) ** 2 * _mean(t * d_cn)
+        y_t = np.moveaxis(t.reshape(np.moveaxis(x, channel_axis, 0).shape), 0, channel_axis)
+    y_t = y_t * expand(r, x, channel_axis)
+    if weight is not None:
+        y_t = y_t * expand(weight, x, channel_axis)
+    if weight_t is not None:
+        y_t = y_t + d * expand(np.asarray(weight_t, np.float64) * r, x, channel_axis)
+    if bias_t is not None:
+        y_t = y_t + expand(bias_t, x, channel_axis)
+    return y_t

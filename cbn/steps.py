@@ -259,7 +259,7 @@ def _backward_wider(
     """`backward` on copies of its arrays in a larger type, with rounded results."""
     inp, (residual, act) = context.inp, context.epilogue
     dtype = inp.x.dtype
-    wider = _widened(inp, work)
+    wider = widened(inp, work)
     dh = arrays.with_room(dy.astype, work)
     if dy.dtype != dtype and act != NO_ACT:
         # The passes would decide in float64 what the forward pass decided in its own arithmetic
@@ -280,7 +280,7 @@ def _backward_wider(
     return Gradients(dx, dresidual, dweight, dbias)
 
 
-def _widened(inp: Input, dtype: np.dtype[Any]) -> Input:
+def widened(inp: Input, dtype: np.dtype[Any]) -> Input:
     """An input with a copy of x in this dtype; inp itself if x has it."""
     if inp.x.dtype == dtype:
         return inp
@@ -379,7 +379,7 @@ def measure_gradients(dy: Array, context: Context) -> GradMoments:
     if inp.layout is None:
         return _grad_moments(inp, *np.zeros((2, inp.n_channels)))
     if dy.dtype != inp.x.dtype:
-        inp, dy = _widened(inp, np.dtype(np.float64)), arrays.with_room(dy.astype, np.float64)
+        inp, dy = widened(inp, np.dtype(np.float64)), arrays.with_room(dy.astype, np.float64)
     return _grad_moments(
         inp, *passes.grad_moments(inp.layout, inp.matched(dy), inp.x, context.mean, context.invstd)[:2]
     )
@@ -392,7 +392,7 @@ def apply_gradients(dy: Array, context: Context, total: GradMoments, out: Array 
     if inp.layout is None:
         return arrays.empty_like(inp.x) if out is None else out
     if dy.dtype != dtype:
-        wide = replace(context, inp=_widened(inp, np.dtype(np.float64)))
+        wide = replace(context, inp=widened(inp, np.dtype(np.float64)))
         dx = apply_gradients(arrays.with_room(dy.astype, np.float64), wide, total, None)
         with np.errstate(all="ignore"):
             return copied_into(arrays.with_room(dx.astype, dtype, order="K"), out)

@@ -404,12 +404,6 @@ def test_backward_refuses_what_does_not_fit():
     assert not layer.bias_grad.any()
 
 
-def test_names_that_do_not_work_yet_are_not_there():
-    assert "checks" not in cbn.__all__
-    assert not hasattr(cbn.functional, "native_batch_norm_double_backward")
-    assert not hasattr(cbn.functional, "batch_norm_jvp")
-
-
 def test_train_wants_a_bool():
     layer = cbn.BatchNorm1d(3)
     with pytest.raises(ValueError, match="training mode is expected to be boolean"):

@@ -11,6 +11,7 @@
 #include <string.h>
 
 #include "kernels.h"
+#include "statistics.h"
 #include "wide.h"
 
 enum {
@@ -165,6 +166,72 @@ CBN_OVER_CHANNELS(void, cbn_solve_backward,
                    const double *invstd, const double *weight, const double *sum_dh, const double *sum_dh_xmu,
                    double n),
                   (coef, C, first, end, mean, invstd, weight, sum_dh, sum_dh_xmu, n))
+
+/* ---- solve, second derivatives ----
+ *
+ * r = invstd, w = weight, d = x - mean; gbar and zbar are the means of g and z over the n values of a channel, p and q
+ * those of g*d*r and z*d*r, and cov is that of (g - gbar)*(z - zbar).
+ */
+
+/* A coefficient; of NaN one that stays NaN when it is rounded to any type, see `quiet` in vec/vec.h. */
+static inline double cbn_quiet(double a)
+{
+    return a != a ? NAN : a;
+}
+
+/* low*factor, where a mean that is not finite has no lower part and the factor may be infinite */
+static inline double cbn_low_term(double low, double factor)
+{
+    return low != 0 ? low * factor : 0;
+}
+
+/* The derivative of y along the tangents z, weight_t and bias_t, of which the last two may be NULL for zeros. That of
+ * the mean is zbar, that of r is -r^2*q, so
+ *
+ *     y_t = (z - zbar)*w*r + d*r*(weight_t - w*r*q) + bias_t
+ *
+ * sums NULL: through statistics that do not depend on x, with zbar and q of 0. With z = ggI, weight_t = ggG and
+ * bias_t = ggB it is the gradient of dy, since dx, dweight and dbias are linear in dy. */
+static inline void cbn_solve_tangent(double *coef, ptrdiff_t C, const double *mean, const double *invstd,
+                                     const double *weight, const double *weight_t, const double *bias_t,
+                                     const double *sums, const double *shifts, double n)
+{
+    for (ptrdiff_t c = 0; c < C; c++) {
+        const double r = invstd[c], scale = weight ? weight[c] * r : r;
+        const double z0 = sums ? shifts[CBN_SHIFT_Z * C + c] : 0, z = sums ? sums[CBN_SUM_Z * C + c] / n : 0;
+        const double q = sums ? sums[CBN_SUM_ZD * C + c] / n * r : 0, zlow = cbn_lost(z0, z, z0 + z);
+        coef[CBN_2_MEAN * C + c] = cbn_quiet(mean[c]);
+        coef[CBN_2_ZMEAN * C + c] = cbn_quiet(z0 + z);
+        coef[CBN_2_SCALE * C + c] = cbn_quiet(scale);
+        coef[CBN_2_SLOPE * C + c] = cbn_quiet(r * ((weight_t ? weight_t[c] : 0) - scale * q));
+        coef[CBN_2_OFFSET * C + c] = cbn_quiet((bias_t ? bias_t[c] : 0) - cbn_low_term(zlow, scale));
+    }
+}
+
+/* The other coefficients, of the gradient of x, after those of its tangent; and the gradient of the weight, which is
+ * S(z*P(g)) = n*r*(cov - p*q):
+ *
+ *     grad_x = d*r*(w*r^2*(3*p*q - cov) - ggG*r*p) + (g - gbar)*r*(ggG - w*r*q) - (z - zbar)*w*r^2*p
+ *
+ * r goes to each mean of products first, so that no product is larger than it has to be. */
+static inline void cbn_solve_second(double *coef, double *dweight, ptrdiff_t C, const double *invstd,
+                                    const double *weight, const double *ggG, const double *sums,
+                                    const double *shifts, double n)
+{
+    for (ptrdiff_t c = 0; c < C; c++) {
+        const double r = invstd[c], w = weight ? weight[c] : 1, gamma = ggG ? ggG[c] : 0;
+        const double g0 = shifts[CBN_SHIFT_G * C + c], z0 = shifts[CBN_SHIFT_Z * C + c];
+        const double g = sums[CBN_SUM_G * C + c] / n, z = sums[CBN_SUM_Z * C + c] / n;
+        const double p = sums[CBN_SUM_GD * C + c] / n * r, q = sums[CBN_SUM_ZD * C + c] / n * r;
+        const double cov = sums[CBN_SUM_GZ * C + c] / n - g * z, of_z = -w * r * (r * p);
+        const double of_glow = cbn_low_term(cbn_lost(g0, g, g0 + g), coef[CBN_2_SLOPE * C + c]);
+        coef[CBN_2_GMEAN * C + c] = cbn_quiet(g0 + g);
+        coef[CBN_2_OF_X * C + c] = cbn_quiet(r * (r * (w * (r * (3 * p * q - cov)) - gamma * p)));
+        coef[CBN_2_OF_Z * C + c] = cbn_quiet(of_z);
+        coef[CBN_2_TERM * C + c] = cbn_quiet(-of_glow - cbn_low_term(cbn_lost(z0, z, z0 + z), of_z));
+        dweight[c] = n * r * (cov - p * q);
+    }
+}
 
 /* ---- does float32 do? ---- */
 

@@ -7,10 +7,14 @@
  *              backward  reduction: per channel S(dh), S(dh*d), d = x - mean,
  *                                   dh = dy*act'((x - mean)*scale + offset + z)
  *                        apply:     dx = (dh - grad_mean)*scale - (x - mean)*slope
+ *              second    of x, g = dy and z = ggI (loops/second.h)
+ *                        reduction: per channel S(g'), S(z'), S(g'*z'), S(g'*d), S(z'*d), d = x - mean
+ *                        apply:     y = (z - zmean)*scale + (x - mean)*slope + offset, and the gradient of x
  *   layout     runs      contiguous elements of one channel: coefficients are scalars
  *              rows      contiguous elements, one of each channel of the tile in turn: coefficients are vectors
  *   type       f32  f64  elements and arithmetic alike; float64 sums
  *              bf16 f16  16-bit elements, float32 arithmetic; forward, float32 sums of a few elements feed float64 sums
+ *                        (second: float64 arithmetic and float64 sums for every type)
  *              f32_in_f64  bf16_in_f64  f16_in_f64  float64 arithmetic on them: apply alone
  *              u8_f32  u8_bf16  i8_f32  i8_bf16  8-bit input, float32 arithmetic, y of another type: forward apply
  *              sums_u8  sums_i8  sums_u16  sums_i16  sums_i32  integers: forward reduction, exact (integers.h)
@@ -40,6 +44,24 @@ enum {
     CBN_SLOPE,         /* backward: S(dh*d)*invstd^2/n*scale, what x - mean is multiplied by */
 };
 
+/* Second derivatives: rows of the sums, of g' = g - g0, z' = z - z0 and d = x - mean; */
+enum { CBN_SUM_G, CBN_SUM_Z, CBN_SUM_GZ, CBN_SUM_GD, CBN_SUM_ZD, CBN_SECOND_SUMS };
+/* of what the reduction subtracts: mean, g0 and z0; */
+enum { CBN_SHIFT_MEAN, CBN_SHIFT_G, CBN_SHIFT_Z, CBN_SECOND_SHIFTS };
+/* and of the coefficients, of which y takes the first five. */
+enum {
+    CBN_2_MEAN,
+    CBN_2_ZMEAN,
+    CBN_2_SCALE,  /* of z - zmean in y */
+    CBN_2_SLOPE,  /* of x - mean in y, and of g - gmean in the gradient of x: second derivatives are symmetric */
+    CBN_2_OFFSET,
+    CBN_2_GMEAN,
+    CBN_2_OF_X,   /* of x - mean in the gradient of x */
+    CBN_2_OF_Z,   /* of z - zmean in the gradient of x */
+    CBN_2_TERM,   /* added to it: what float64 cannot hold of gmean and zmean, multiplied */
+    CBN_2_ROWS,
+};
+
 /* Where an array is: its first element; elements from run to run (or row to row), and from channel to channel. */
 typedef struct {
     char *data;
@@ -54,7 +76,7 @@ typedef struct {
 /* What coefficients are applied to, or what is reduced. The two of a loop that does both have one n_runs and length. */
 typedef struct {
     cbn_view x, g; /* input; backward: gradient of the output, dy for a reduction and dh for apply */
-    cbn_view z;    /* residual, of y's type; data NULL: none */
+    cbn_view z;    /* residual, of y's type; data NULL: none. Second: ggI, or the tangent of x */
     cbn_view y;    /* apply: y, or dx */
     int activated; /* forward apply, backward reduction: there is a z, or an act. Backward apply: for float64 elements
                       alone, and then with `checked` */
@@ -75,14 +97,16 @@ typedef struct {
     int nontemporal;           /* apply: non-temporal stores */
     int prefetch;              /* fetch what comes next */
     int sum_in_float64;        /* forward reduction of bfloat16: no float32 sums, whose range is too small */
-    const double *shift_c;     /* reduction: shift, or mean; of bfloat16, unless `sum_in_float64`, zeros */
-    double *sum_c, *square_c;  /* reduction: S(d) and S(d*d), or S(dh) and S(dh*d) */
+    const double *shift_c;     /* reduction: shift, or mean; of bfloat16, unless `sum_in_float64`, zeros.
+                                * Second: rows of three shifts */
+    double *sum_c, *square_c;  /* reduction: S(d) and S(d*d), or S(dh) and S(dh*d). Second: rows from sum_c on */
     double *count_c;           /* forward reduction in which not every value counts alike: rows of what is counted */
     cbn_view w;                /* the same: float64 weights, contiguous along a run; data NULL: ones */
     int skipna;                /* the same: NaN does not count */
     int extremes;              /* the same, and of integers: the smallest and the largest are wanted */
     cbn_view x_copy;           /* runs, reduction: where to put what it reads; data NULL: nowhere, no apply beside it */
-    cbn_view dh;               /* backward reduction: where to put dh, if there is an x_copy or if it is activated */
+    cbn_view dh;               /* backward reduction: where to put dh, if there is an x_copy or if it is activated.
+                                * Second, apply: where to put the gradient of x; data NULL: it is not wanted */
 } cbn_tile;
 
 typedef void (*cbn_loop)(const cbn_tile *apply, const cbn_tile *reduction); /* either may be NULL */
@@ -101,6 +125,7 @@ typedef void (*cbn_conversion)(const void *from, void *to, ptrdiff_t n);
 /* Of one element type. */
 typedef struct {
     cbn_loop forward_runs, forward_rows, backward_runs, backward_rows;
+    cbn_loop second_runs, second_rows; /* of types that have reductions; one of the two arguments is NULL */
     cbn_conversion widen;  /* to the type of the arithmetic; of integers (sums_*) to float32 */
     cbn_conversion widen_f64; /* of integers alone: to float64 */
     cbn_conversion narrow; /* from the type of the arithmetic to y's, rounded to nearest; not of integers */

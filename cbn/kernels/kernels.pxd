@@ -4,6 +4,9 @@ cdef extern from "kernels.h" nogil:
     enum: CBN_ROW_BYTES
     enum: CBN_COUNT, CBN_MIN, CBN_MAX, CBN_COUNT_ROWS
     enum: CBN_MEAN, CBN_SCALE, CBN_OFFSET, CBN_IN_FLOAT64, CBN_GRAD_MEAN, CBN_SLOPE
+    enum: CBN_SUM_G, CBN_SUM_Z, CBN_SUM_GZ, CBN_SUM_GD, CBN_SUM_ZD, CBN_SECOND_SUMS
+    enum: CBN_SHIFT_MEAN, CBN_SHIFT_G, CBN_SHIFT_Z, CBN_SECOND_SHIFTS
+    enum: CBN_2_ROWS
     ctypedef struct cbn_view:
         char *data
         Py_ssize_t n, c
@@ -30,6 +33,7 @@ cdef extern from "kernels.h" nogil:
     ctypedef void (*cbn_conversion)(const void *source, void *to, Py_ssize_t n) noexcept nogil
     ctypedef struct cbn_loops:
         cbn_loop forward_runs, forward_rows, backward_runs, backward_rows
+        cbn_loop second_runs, second_rows
         cbn_conversion widen, widen_f64, narrow
     ctypedef struct cbn_isa:
         const char *name

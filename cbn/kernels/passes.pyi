@@ -96,6 +96,31 @@ def grad_coefficients(
     count: _Doubles,
 ) -> _Doubles: ...
 def grad_apply(layout: Layout, dh: _Array, x: _Array, dx: _Array, coef: _Doubles, in_float64: bool = False) -> None: ...
+def double_backward(
+    layout: Layout,
+    ggI: _Array,
+    dy: _Array,
+    x: _Array,
+    grad_dy: _Array,
+    grad_x: _Array,
+    mean: _Doubles,
+    invstd: _Doubles,
+    weight: _Doubles | None,
+    ggG: _Doubles | None,
+    ggB: _Doubles | None,
+) -> _Doubles: ...
+def tangent(
+    layout: Layout,
+    x_t: _Array,
+    x: _Array,
+    y_t: _Array,
+    mean: _Doubles,
+    invstd: _Doubles,
+    weight: _Doubles | None,
+    weight_t: _Doubles | None,
+    bias_t: _Doubles | None,
+    batch_statistics: bool,
+) -> None: ...
 
 @final
 class Passes:

@@ -8,6 +8,7 @@ forward    `moments`           `coefficients`          `apply`
 fused      `normalize`: all three; one read of x where the pipeline runs
 backward   `grad_moments`      `grad_coefficients`     `grad_apply`
 fused      `gradients`: all three; one read of dy and x where the pipeline runs
+second     `double_backward`, `tangent`: all three
 =========  ==================  ======================  ====================
 
 Every function trusts its arguments: arrays that are not empty, aligned, native, that `Input.can_walk`; what is per
@@ -27,7 +28,9 @@ from .coefficients cimport (
     inverse_std as invert,
     solve_backward,
     solve_forward,
+    solve_second,
     solve_standard,
+    solve_tangent,
 )
 from .engine cimport (
     apply as run_apply,
@@ -41,9 +44,10 @@ from .engine cimport (
     set_count,
     vanishing,
 )
-from .job cimport BF16, F16, F32, Blend, Element, Job, is_integer
-from .kernels cimport cbn_view
+from .job cimport BF16, F16, F32, Blend, Element, Job, count as count_of, is_integer
+from .kernels cimport CBN_2_ROWS, CBN_SECOND_SHIFTS, cbn_view
 from .partition cimport Extents
+from .second cimport apply_second, measure_second, second_doubles
 from .statistics cimport cbn_merge_moments
 from .scratch cimport (
     go_back_through,
@@ -337,6 +341,61 @@ def grad_apply(Layout layout, cnp.ndarray dh, cnp.ndarray x, cnp.ndarray dx, cnp
     write_to(&job, layout, dx)
     with nogil:
         run_apply(&job)
+
+
+# ---- second derivatives ------------------------------------------------------------------------------------------
+
+cdef object second(Layout layout, cnp.ndarray z, cnp.ndarray g, cnp.ndarray x, cnp.ndarray y, cnp.ndarray grad_x,
+                   cnp.ndarray mean, cnp.ndarray invstd, cnp.ndarray weight, cnp.ndarray weight_t, cnp.ndarray bias_t,
+                   bint measures):
+    """Fill y, and grad_x if it is there; the gradient of the weight, or None without a grad_x."""
+    cdef Job job = job_of(layout, x, False)
+    cdef Py_ssize_t C = layout.extents.C
+    cdef cnp.ndarray coef = new_coefficients(CBN_2_ROWS, C), shifts = new_coefficients(CBN_SECOND_SHIFTS, C)
+    cdef cnp.ndarray dweight = new_doubles(C), partial = new_doubles(second_doubles(&job) if measures else 0)
+    cdef double *coef_c = <double *>cnp.PyArray_DATA(coef)
+    cdef double *shifts_c = <double *>cnp.PyArray_DATA(shifts)
+    cdef double *dweight_c = <double *>cnp.PyArray_DATA(dweight)
+    cdef double *mean_c = doubles(mean, C)
+    cdef double *invstd_c = doubles(invstd, C)
+    cdef double *weight_c = doubles(weight, C)
+    cdef double *weight_t_c = doubles(weight_t, C)
+    cdef double *bias_t_c = doubles(bias_t, C)
+    cdef double *sums_c = NULL
+    job.g, job.z = layout.view(g), layout.view(z)
+    write_to(&job, layout, y)
+    if grad_x is not None:
+        job.dh = layout.view(grad_x)
+    if measures:
+        job.partial = sums_c = <double *>cnp.PyArray_DATA(partial)
+    with nogil:
+        if measures:
+            measure_second(&job, mean_c, shifts_c)
+        solve_tangent(coef_c, C, mean_c, invstd_c, weight_c, weight_t_c, bias_t_c, sums_c, shifts_c, count_of(&job))
+        if job.dh.data != NULL:
+            solve_second(coef_c, dweight_c, C, invstd_c, weight_c, weight_t_c, sums_c, shifts_c, count_of(&job))
+        apply_second(&job, coef_c)
+    return None if grad_x is None else dweight
+
+
+def double_backward(Layout layout, cnp.ndarray ggI, cnp.ndarray dy, cnp.ndarray x, cnp.ndarray grad_dy,
+                    cnp.ndarray grad_x, cnp.ndarray mean, cnp.ndarray invstd, cnp.ndarray weight, cnp.ndarray ggG,
+                    cnp.ndarray ggB):
+    """Fill grad_dy and grad_x through the statistics of the batch; returns the gradient of the weight.
+
+    ggI, dy, x and both outputs have one dtype, and no output overlaps another array. ggG and ggB may be None for zeros.
+    coefficients.h has the formulas.
+    """
+    return second(layout, ggI, dy, x, grad_dy, grad_x, mean, invstd, weight, ggG, ggB, True)
+
+
+def tangent(Layout layout, cnp.ndarray x_t, cnp.ndarray x, cnp.ndarray y_t, cnp.ndarray mean, cnp.ndarray invstd,
+            cnp.ndarray weight, cnp.ndarray weight_t, cnp.ndarray bias_t, bint batch_statistics):
+    """Fill y_t with the derivative of y along x_t, weight_t and bias_t, of which the last two may be None for zeros.
+
+    The bits are those of the grad_dy of `double_backward`. y_t overlaps no other array.
+    """
+    second(layout, x_t, x_t, x, y_t, None, mean, invstd, weight, weight_t, bias_t, batch_statistics)
 
 
 # ---- C and Cython extensions -----------------------------------------------------------------------------------

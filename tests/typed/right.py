@@ -11,7 +11,13 @@ import numpy.typing as npt
 
 import cbn
 from cbn.checks import ArrayLike
-from cbn.functional import batch_norm, native_batch_norm, native_batch_norm_backward
+from cbn.functional import (
+    batch_norm,
+    batch_norm_jvp,
+    native_batch_norm,
+    native_batch_norm_backward,
+    native_batch_norm_double_backward,
+)
 
 
 class Data:
@@ -100,6 +106,11 @@ def functions() -> None:
     y, save_mean, save_invstd = native_batch_norm(x, None, None, None, None, True, 0.1, 1e-5)
     dx, dweight, dbias = native_batch_norm_backward(y, x, None, None, None, save_mean, save_invstd, True, 1e-5)
     assert dx.sum() + dweight.sum() + dbias.sum() < 10
+    statistics = None, None, save_mean, save_invstd, True, 1e-5
+    of_dy, of_x, of_weight = native_batch_norm_double_backward(dx, None, [1.0, 0.0, 1.0], y, x, mean + 1, *statistics)
+    assert of_dy.shape == of_x.shape
+    assert of_weight.shape == (3,)
+    assert batch_norm_jvp(x, None, None, x, None, None, *statistics).dtype == np.float64
     counted = cbn.moments(x, mask=x[:, 0] > 0, weights=[1.0, 2.0, 0.5], skipna=True, extrema=True)
     running = cbn.RunningMoments(3, prior=(0, 1, 1e-4)).update(x).merge(counted)
     y = running.standardize(x, clip=10, out=cbn.standardize(x, running.mean, running.var(), dtype=np.float64))

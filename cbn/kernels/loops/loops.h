@@ -42,6 +42,7 @@
 #include "columns.h"
 #include "rows.h"
 #include "counted.h"
+#include "second.h"
 
 /* ---- entries: the constants of the bodies ------------------------------------------------------------ */
 
@@ -158,6 +159,10 @@ const cbn_loops LOOP(loops) = {
 #if !BYTE
     .backward_runs = LOOP(backward_runs),
     .backward_rows = LOOP(backward_rows),
+#endif
+#if SUMS
+    .second_runs = LOOP(second_runs),
+    .second_rows = LOOP(second_rows),
 #endif
 };
 

@@ -181,6 +181,14 @@ INLINE rvec narrowed(dvec v)
 }
 #endif
 
+#define HAVE_JOINED (!ELEM_IS_DOUBLE)
+#if SUMS && HAVE_JOINED
+INLINE vec joined(rvec low, rvec high)
+{
+    return (vec)_mm256_insertf128_ps(_mm256_castps128_ps256((__m128)low), (__m128)high, 1);
+}
+#endif
+
 #define HAVE_LOWER_D 1
 #if SUMS && HALF
 INLINE dvec lower_d(vec v)

@@ -198,6 +198,14 @@ INLINE rvec narrowed(dvec v)
 }
 #endif
 
+#define HAVE_JOINED (!ELEM_IS_DOUBLE)
+#if SUMS && HAVE_JOINED
+INLINE vec joined(rvec low, rvec high)
+{
+    return (vec)_mm512_insertf64x4(_mm512_castpd256_pd512((__m256d)low), (__m256d)high, 1);
+}
+#endif
+
 #define HAVE_LOWER_D 1
 #define HAVE_FOLDED_D 1
 #if SUMS && HALF

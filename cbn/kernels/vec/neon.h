@@ -74,6 +74,14 @@ INLINE rvec narrowed(dvec v)
 }
 #endif
 
+#define HAVE_JOINED (!ELEM_IS_DOUBLE)
+#if SUMS && HAVE_JOINED
+INLINE vec joined(rvec low, rvec high)
+{
+    return (vec)vcombine_f32((float32x2_t)low, (float32x2_t)high);
+}
+#endif
+
 #define HAVE_LOWER_D 1
 #if SUMS && HALF
 INLINE dvec lower_d(vec v)

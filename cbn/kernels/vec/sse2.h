@@ -36,6 +36,14 @@ INLINE rvec narrowed(dvec v)
 }
 #endif
 
+#define HAVE_JOINED (!ELEM_IS_DOUBLE)
+#if SUMS && HAVE_JOINED
+INLINE vec joined(rvec low, rvec high)
+{
+    return (vec)_mm_set_epi64x((long long)high, (long long)low);
+}
+#endif
+
 #define HAVE_LOWER_D 1
 #if SUMS && HALF
 INLINE dvec lower_d(vec v)

@@ -1,9 +1,9 @@
 /* sums.h: the primitives of reductions, whose sums are float64 vectors whatever the elements are.
  *
  * For the loops: dvec, DLANES, load_d, load_first_d, store_d, load_double, store_double, first_lanes, select_d,
- * smaller, larger, load_first_doubles, splat_d, copy, total; rvec, load_r, load_first_r, store_r, select_r, widened, narrowed, widened_bits; of 16-bit
- * elements lower_d, upper_d, folded_d, add_four and, where a set has them, add_rows and in_order. The types are in
- * vec.h.
+ * smaller, larger, load_first_doubles, splat_d, copy, total; rvec, load_r, load_first_r, store_r, select_r, widened,
+ * narrowed, widened_bits, joined; of 16-bit elements lower_d, upper_d, folded_d, add_four and, where a set has them,
+ * add_rows and in_order. The types are in vec.h.
  */
 #ifndef CBN_VEC_SUMS_H
 #define CBN_VEC_SUMS_H
@@ -56,6 +56,18 @@ INLINE dvec_bits widened_bits(rvec_bits b)
 INLINE rvec narrowed(dvec v)
 {
     return __builtin_convertvector(v, rvec);
+}
+#endif
+
+/* A vector for apply, of two halves; where elements are float64 the first one is all of it. */
+#if !HAVE_JOINED
+INLINE vec joined(rvec low, rvec high)
+{
+    vec v;
+    if (sizeof v > sizeof low)
+        memcpy((char *)&v + sizeof v / 2, &high, sizeof v / 2);
+    memcpy(&v, &low, sizeof low);
+    return v;
 }
 #endif
 

@@ -50,6 +50,7 @@
 #define load_first_r LOOP(load_first_r)
 #define widened LOOP(widened)
 #define widened_bits LOOP(widened_bits)
+#define joined LOOP(joined)
 #define narrowed LOOP(narrowed)
 #define select_r LOOP(select_r)
 #define load_d LOOP(load_d)
