@@ -90,7 +90,7 @@ class BatchNorm(Population):
         backward. A function gets num_batches_tracked and returns the pair, to widen the bounds step by step.
 
     num_domains : int or None
-        D, for D sets of running statistics: `running_mean` and `running_var` are (D, C), num_batches_tracked is (D,),
+        D, for D sets of running statistics: running_mean and running_var are (D, C), num_batches_tracked is (D,),
         and every call says by ``domain=`` which of them is meant. Weight and bias are shared.
 
     Attributes
