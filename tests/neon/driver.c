@@ -104,7 +104,7 @@ static void run(const cbn_isa *isa, const test_case *t)
     cbn_tile apply = {
         .x = VIEW(t->x), .g = VIEW(h->backward ? t->dh : t->x), .z = none, .y = VIEW(y),
         .activated = h->activated && (!h->backward || h->y_kind == 1), /* as the engine does */
-        .checked = (int)h->checked, .negative_slope = h->negative_slope, .vanishing = h->vanishing,
+        .checked = (int)h->checked, .act = {h->negative_slope, -INFINITY, INFINITY}, .vanishing = h->vanishing,
         .n_runs = h->n_runs, .n_channels = h->n_channels, .length = h->length, .copies = h->copies,
         .coef_c = t->coef, .pitch = h->n_channels, .forward_c = t->forward, .nontemporal = (int)h->nontemporal,
         .x_copy = none, .dh = none,
