@@ -334,7 +334,7 @@ class BatchNorm(Population):
         running: mean, variance and counter as far as there are; `moved`: what they move by. None if they stay.
         """
         saved: str | Context = context if remembers else AFTER_EVAL
-        if remembers:
+        if remembers and digests.checking:
             digests.note(context)
         if context.special.of_others:
             saved = course.OF_OTHERS if remembers else saved

@@ -144,7 +144,8 @@ def normalize(
     if course.batch_statistics:
         y, context = _batch(inp, now, given, out)
         moved = context.moments if given is None else given
-        return y, context, _move(moved, unbiased) if course.tracked and _counts(inp, given) else None
+        counts = given is not None or inp.layout is not None
+        return y, context, _move(moved, unbiased) if course.tracked and counts else None
     measured = measure(inp) if course.tracked else None  # before the pass, which may overwrite x
     if measured is not None:
         _refuse_nonfinite(measured, now.nonfinite)
@@ -213,10 +214,6 @@ def _weighted_slices(
     none = np.zeros(inp.n_channels)
     context = Context(inp, now.affine, now.epilogue, True, none, none, none, special=Special(parts=parts))
     return steps.copied_into(y, out), context, None if whole is None else _move(whole, unbiased)
-
-
-def _counts(inp: Input, given: Moments | None) -> bool:
-    return given is not None or inp.layout is not None
 
 
 def _fixed(inp: Input, now: Snapshot, out: Array | None, quantization: Quantization | None) -> tuple[Array, Context]:

@@ -36,6 +36,5 @@ def gradients(
     act: tuple[float, float, float] | None = None,
     dh: _Array | None = None,
     keeps_dh: bool = False,
-    y_dtype: np.dtype[Any] | None = None,
 ) -> tuple[_Doubles, _Doubles, _Doubles]: ...
 def merged(mean: _Doubles, m2: _Doubles, size: float, rest: float) -> tuple[_Doubles, _Doubles, _Doubles]: ...

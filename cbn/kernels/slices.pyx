@@ -6,8 +6,8 @@ from libc.stdlib cimport free, malloc
 
 from .arrays cimport Layout, act_of, doubles, element_of, new_doubles
 from .coefficients cimport REREAD_ROWS
-from .engine cimport choose_stores, make_job, run, set_epilogue, set_output, threads_for, vanishing
-from .job cimport BF16, F16, F32, Job
+from .engine cimport choose_stores, make_job, run, set_epilogue, set_output, threads_for
+from .job cimport Job
 from .scratch cimport divide_scratch, go_back_through, measure_and_apply_as_chosen, scratch_doubles
 from .statistics cimport cbn_merge_moments
 
@@ -147,7 +147,7 @@ def normalize(tuple cut, cnp.ndarray x, cnp.ndarray y, cnp.ndarray weight, cnp.n
 
 def gradients(tuple cut, cnp.ndarray dy, cnp.ndarray x, cnp.ndarray dx, cnp.ndarray mean, cnp.ndarray invstd,
               cnp.ndarray weight=None, cnp.ndarray bias=None, bint in_float64=False, cnp.ndarray residual=None,
-              act=None, cnp.ndarray dh=None, bint keeps_dh=False, y_dtype=None):
+              act=None, cnp.ndarray dh=None, bint keeps_dh=False):
     """(S(dh), S(dh*(x - mean)), dweight), the first two (n, C), the last summed; dx of all; see `passes.gradients`."""
     cdef Slices s = slices_of(cut, x, dx, in_float64, None if dh is None else residual, None if dh is None else act)
     cdef Py_ssize_t k, c, C = s.whole.reduction.C, n_bytes = cnp.PyArray_NBYTES(x)
@@ -163,8 +163,6 @@ def gradients(tuple cut, cnp.ndarray dy, cnp.ndarray x, cnp.ndarray dx, cnp.ndar
         job.g = whole.view(dy)
         if dh is not None:
             job.dh, job.keeps_dh = whole.view(dh), keeps_dh
-            if y_dtype is not None:
-                job.vanishing = vanishing(F32 if y_dtype.itemsize > 2 else F16 if y_dtype == np.float16 else BF16)
     s.steps.g, s.steps.dh = step_of(dy, cut[2], cut[3]), step_of(dh, cut[2], cut[3])
     s.mean_c, s.invstd_c = doubles(mean, s.n * C), doubles(invstd, s.n * C)
     s.sum_c, s.square_c = doubles(sums, s.n * C), doubles(products, s.n * C)
