@@ -132,6 +132,18 @@ def test_a_plan_does_not_outlive_a_switch(rng):
     assert state(bn) != before
 
 
+@pytest.mark.parametrize("kwargs", [{}, {"nonfinite": "skip"}, {"renorm": (2, 1)}, {"ghost_batch_size": 3}])
+def test_statistics_that_are_no_longer_tracked_stay(rng, kwargs):
+    bn, x = layer_of(rng, **kwargs), batch(rng)
+    bn.track_running_stats = False
+    before = state(bn)
+    bn(x)
+    bn(x, mask=np.arange(6) != 1)
+    assert state(bn) == before
+    bn(x, update_stats=True)
+    assert state(bn) != before
+
+
 def test_no_running_statistics_to_update(rng):
     bn = cbn.BatchNorm(3, track_running_stats=False)
     bn.update_running_stats = True
