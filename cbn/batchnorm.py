@@ -18,7 +18,7 @@ from . import checks, course, digests, domains, ghost, masked, quantized, steps,
 from .attributes import accepted_dtype
 from .checks import Array, ArrayLike, Doubles, Number
 from .course import Options, Snapshot
-from .inputs import Input, as_gradient, as_input, as_outputs, as_weights
+from .inputs import Input, as_gradient, as_input, as_outputs
 from .kernels import arrays, calls, channels, passes, plans
 from .moments import Moments
 from .plan import EvalPlan
@@ -221,7 +221,7 @@ class BatchNorm(Population):
             given_options |= {"update_stats": update_stats, "moments": moments, "domain": domain}
             return self._first(x, out=out, residual=residual, **given_options)
         inp, quantization = self._input(x, x_scale, x_zero_point, out_dtype)
-        weights = as_weights(inp, mask, sample_weight, lengths, "sample_weight") if counting else None
+        weights = masked.as_weights(inp, mask, lengths, sample_weight) if counting else None
         options = course.checked(update_stats, moments, mix, weights)
         given, (out, residual) = out, as_outputs(inp, out, residual)
         if domain is not None or self._num_domains is not None:
@@ -488,8 +488,6 @@ class BatchNorm(Population):
         """`steps.backward`; a compiled call for arguments as most calls have them."""
         special = context.special
         if special is not PLAIN:
-            if special.weights is not None:
-                return masked.backward(dy, context, out)
             if special.parts:
                 return domains.backward(BatchNorm._differentiate, dy, context, want_sums, out)
             if special.ghost:

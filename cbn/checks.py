@@ -301,8 +301,8 @@ def sample_weights(a: ArrayLike, shape: tuple[int, ...], axis: int, name: str = 
     return found.reshape([-1 if i == samples else 1 for i in range(len(shape))])
 
 
-def lengths(a: ArrayLike, shape: tuple[int, ...], axis: int) -> Array:
-    """A bool mask of the values before each sample's length, along the first axis after the samples'."""
+def lengths(a: ArrayLike, shape: tuple[int, ...], axis: int) -> tuple[Array, int]:
+    """How many values of each sample count, along the first axis after the samples', and that axis."""
     rest = [i for i in range(len(shape)) if i != axis]
     if len(rest) < 2:
         raise ValueError(f"lengths are for inputs with an axis after the samples, and input has shape {shape}")
@@ -315,8 +315,7 @@ def lengths(a: ArrayLike, shape: tuple[int, ...], axis: int) -> Array:
     wrong = np.flatnonzero((found < 0) | (found > shape[along]))
     if wrong.size:
         raise ValueError(f"lengths must be from 0 to {shape[along]}, but got {found[wrong[0]]} for sample {wrong[0]}")
-    counts = np.arange(shape[along]) < found[:, None]
-    return counts.reshape([n if i in (samples, along) else 1 for i, n in enumerate(shape)])
+    return found.astype(np.intp), along
 
 
 def doubles(x: Any, name: str) -> Doubles:

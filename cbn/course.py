@@ -12,7 +12,8 @@ import numpy as np
 from . import checks, ghost, masked, quantized, steps
 from .checks import Array, Doubles
 from .inputs import Input
-from .kernels import passes
+from .kernels import arrays, passes
+from .masked import Selection, Weights
 from .moments import Moments, measure
 from .quantized import Quantization
 from .steps import Affine, Blend, Context, Epilogue, Special
@@ -33,7 +34,7 @@ class Options(NamedTuple):
     update_stats: bool | None = None
     moments: Moments | None = None
     mix: float | None = None
-    weights: Doubles | Any = None  # as `as_weights` makes them
+    weights: Weights | None = None
 
 
 class Course(NamedTuple):
@@ -134,80 +135,58 @@ def normalize(
 ) -> tuple[Array, Context, Move | None]:
     """y, the context of backward, and what the running statistics move by; None if by nothing."""
     course, (_, given, mix, weights) = now.course, now.options
+    in_slices = course.batch_statistics and now.ghost and given is None and not course.single and inp.layout is not None
+    selection: Selection | None = None
+    if weights is not None and quantization is not None:
+        raise ValueError(masked.NO_BYTES)
+    if weights is not None and in_slices:
+        return _weighted_slices(inp, now, unbiased, out)
     if weights is not None and inp.layout is not None:
-        return _weighted(inp, now, unbiased, out, quantization)
-    if course.batch_statistics and now.ghost and given is None and not course.single and inp.layout is not None:
+        given_inp = inp
+        inp, selection = masked.select(inp, weights)
+        if out is None and inp is not given_inp:
+            out = arrays.empty_like(given_inp.x)
+        if given is None and (course.batch_statistics or course.tracked):
+            masked.refuse_few(inp, selection)
+    if in_slices:
         if now.nonfinite == "raise":
             _refuse_nonfinite(measure(inp), now.nonfinite)
         y, context, moved = ghost.forward(inp, now.affine, now.eps, now.epilogue, out, now.ghost)
         return y, context, _move(moved, unbiased) if course.tracked else None
     if course.batch_statistics:
-        y, context = _batch(inp, now, given, out)
+        y, context = _batch(inp, now, given, out, selection)
         moved = context.moments if given is None else given
         counts = given is not None or inp.layout is not None
-        return y, context, _move(moved, unbiased) if course.tracked and counts else None
-    measured = measure(inp) if course.tracked else None  # before the pass, which may overwrite x
-    if measured is not None:
-        _refuse_nonfinite(measured, now.nonfinite)
-    if mix:
-        y, context = _mixed(inp, now, mix, out)
     else:
-        y, context = _fixed(inp, now, out, quantization)
-    return y, context, None if measured is None or not inp.count else _move(measured, unbiased)
-
-
-def _weighted(
-    inp: Input, now: Snapshot, unbiased: bool, out: Array | None, quantization: Quantization | None
-) -> tuple[Array, Context, Move | None]:
-    """`normalize` where not every value counts alike."""
-    course, (_, given, mix, weights) = now.course, now.options
-    if quantization is not None:
-        raise ValueError(masked.NO_BYTES)
-    if now.ghost and course.batch_statistics and given is None:
-        return _weighted_slices(inp, now, unbiased, out)
-    uses = course.batch_statistics or course.tracked
-    if given is not None:
-        _check_moments(given, inp.n_channels)
-    elif uses or mix:
-        given = measure(inp, weights)
-    if uses and given is not None:
-        if now.options.moments is None:
-            masked.refuse_few(inp, weights, given)
-        _refuse_nonfinite(given, now.nonfinite)
-    mean, var, *_ = now.values
-    affine, renorm = now.affine, None
-    if mix and given is not None:
-        mean, var, affine, renorm = masked.blended(Blend(mean, var, mix), affine, given, now.eps)
-    elif course.batch_statistics and now.renorm is not None and given is not None:
-        mean, var, affine, renorm = masked.blended(Blend(mean, var, renorm=now.renorm), affine, given, now.eps)
-    elif course.batch_statistics and given is not None:
-        mean, var = given.mean, given.var()
-    count: Any = given.count if course.batch_statistics and given is not None else 0
-    context = Context(inp, affine, now.epilogue, course.batch_statistics, mean, passes.inverse_std(var, now.eps))
-    context.count = count
-    of_others = now.options.moments is not None and given is not None
-    if of_others and given is not None:
-        of_others = not np.allclose(given.count, masked.per_channel(inp, weights), rtol=1e-12)
-    context.special = Special(renorm, of_others, weights)
-    y = masked.forward(inp, context, out)
-    return y, context, _move(given, unbiased) if course.tracked and given is not None else None
+        counts = course.tracked and inp.count > 0
+        moved = measure(inp, selection=selection) if course.tracked else None  # before the pass, which may overwrite x
+        if moved is not None:
+            _refuse_nonfinite(moved, now.nonfinite)
+        if mix:
+            y, context = _mixed(inp, now, mix, out, selection)
+        else:
+            y, context = _fixed(inp, now, out, quantization, selection)
+    if selection is not None:
+        context.special = context.special._replace(weights=weights, selection=selection)
+    return y, context, _move(moved, unbiased) if course.tracked and counts else None
 
 
 def _weighted_slices(
     inp: Input, now: Snapshot, unbiased: bool, out: Array | None
 ) -> tuple[Array, Context, Move | None]:
-    """The same of ghost batches, one by one."""
+    """The same of ghost batches where not every value counts alike, one by one."""
     axis, weights, residual = 0 if inp.axis else 1, now.options.weights, now.epilogue.residual
-    whole = measure(inp, weights) if now.course.tracked else None
-    full = np.broadcast_to(weights, [n if i == axis else weights.shape[i] for i, n in enumerate(inp.x.shape)])
+    assert weights is not None
+    selected, selection = masked.select(inp, weights)
+    whole = measure(selected, selection=selection) if now.course.tracked else None
     y, parts = np.empty_like(inp.x), []
     for part in ghost.bounds(inp, now.ghost):
         at = (slice(None),) * axis + (part,)
         one = Input(inp.x[at], inp.axis)
         one.in_float64 = inp.in_float64
         epilogue = Epilogue(None if residual is None else residual[at], now.epilogue.act)
-        options = now.options._replace(weights=full[at])
-        y[at], context, _ = _weighted(
+        options = now.options._replace(weights=weights.of(part, inp))
+        y[at], context, _ = normalize(
             one, now._replace(ghost=0, epilogue=epilogue, options=options), unbiased, None, None
         )
         parts.append((np.arange(part.start, part.stop), context))
@@ -216,28 +195,35 @@ def _weighted_slices(
     return steps.copied_into(y, out), context, None if whole is None else _move(whole, unbiased)
 
 
-def _fixed(inp: Input, now: Snapshot, out: Array | None, quantization: Quantization | None) -> tuple[Array, Context]:
+def _fixed(
+    inp: Input, now: Snapshot, out: Array | None, quantization: Quantization | None, selection: Selection | None
+) -> tuple[Array, Context]:
     """y, normalized with the running statistics."""
     mean, var, *_ = now.values
     context = Context(inp, now.affine, now.epilogue, False, mean, passes.inverse_std(var, now.eps))
     coef = steps.coefficients(mean, context.invstd, now.affine)
     if quantization is None:
-        return steps.forward_fixed(inp, coef, now.epilogue, out), context
+        return steps.forward_fixed(inp, coef, now.epilogue, out, selection), context
     return quantized.forward_quantized(inp, coef, now.epilogue, out, quantization), context
 
 
-def _mixed(inp: Input, now: Snapshot, mix: float, out: Array | None) -> tuple[Array, Context]:
+def _mixed(
+    inp: Input, now: Snapshot, mix: float, out: Array | None, selection: Selection | None
+) -> tuple[Array, Context]:
     """y, normalized with a mixture of the running statistics and the batch's."""
     mean, var, *_ = now.values
-    return steps.forward_batch(inp, now.affine, now.eps, now.epilogue, out, blend=Blend(mean, var, mix))
+    blend = Blend(mean, var, mix)
+    return steps.forward_batch(inp, now.affine, now.eps, now.epilogue, out, blend=blend, selection=selection)
 
 
-def _batch(inp: Input, now: Snapshot, given: Moments | None, out: Array | None) -> tuple[Array, Context]:
+def _batch(
+    inp: Input, now: Snapshot, given: Moments | None, out: Array | None, selection: Selection | None
+) -> tuple[Array, Context]:
     """y, normalized with the batch's statistics, or given ones."""
     if given is not None:
         _check_moments(given, inp.n_channels)
     elif now.nonfinite == "raise" or now.course.single:
-        given = measure(inp)
+        given = measure(inp, selection=selection)
     if given is not None:
         _refuse_nonfinite(given, now.nonfinite)
     if now.renorm is not None:
@@ -245,13 +231,14 @@ def _batch(inp: Input, now: Snapshot, given: Moments | None, out: Array | None) 
             raise ValueError("renorm corrects the batch's statistics, and moments takes their place: pass one of them")
         mean, var, *_ = now.values
         blend = Blend(mean, var, renorm=now.renorm)
-        return steps.forward_batch(inp, now.affine, now.eps, now.epilogue, out, blend=blend)
+        return steps.forward_batch(inp, now.affine, now.eps, now.epilogue, out, blend=blend, selection=selection)
     if given is None:
-        return steps.forward_batch(inp, now.affine, now.eps, now.epilogue, out)
+        return steps.forward_batch(inp, now.affine, now.eps, now.epilogue, out, selection=selection)
     # One value is its own mean: y is the bias, and 0 as invstd gives no gradient
     invstd = np.zeros(inp.n_channels) if now.course.single else passes.inverse_std(given.var(), now.eps)
-    y, context = steps.forward_given(inp, now.affine, invstd, given, now.epilogue, out)
-    context.special = Special(of_others=bool((given.count != inp.count).any()))
+    y, context = steps.forward_given(inp, now.affine, invstd, given, now.epilogue, out, selection)
+    count = inp.count if selection is None else selection.count
+    context.special = Special(of_others=not np.allclose(given.count, count, rtol=1e-12))
     return y, context
 
 

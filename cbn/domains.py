@@ -80,14 +80,12 @@ def forward(
         layer._remember(of_domain._saved)
         return y
     parts, weights = [], options.weights
-    if weights is not None:
-        weights = np.broadcast_to(weights, [n if i == axis else weights.shape[i] for i, n in enumerate(inp.x.shape)])
     for d, samples in groups(domain):
         part = Input(np.take(inp.x, samples, axis), inp.axis, inp.y_dtype)
         part.in_float64 = inp.in_float64
         of_residual = None if residual is None else np.take(residual, samples, axis)
         of_domain = one(layer, d)
-        now = options if weights is None else options._replace(weights=np.take(weights, samples, axis))
+        now = options if weights is None else options._replace(weights=weights.of(samples, inp))
         parts.append((samples, of_domain, _normalize(of_domain, part, None, of_residual, now, quantization)))
     y = arrays.empty_like(inp.x, inp.y_dtype) if out is None else out
     for samples, _, finish in parts:

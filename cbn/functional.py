@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from . import checks, masked, steps
 from .checks import Activation, Array, ArrayLike, Doubles, Number
-from .inputs import Input, as_gradient, as_input, as_outputs, as_statistics, as_weights
+from .inputs import Input, as_gradient, as_input, as_outputs, as_statistics
 from .kernels import arrays, calls, channels, passes
 from .quantized import BYTES, Quantization, forward_quantized, quantized
 from .second import batch_norm_jvp, native_batch_norm_double_backward
@@ -166,7 +166,7 @@ def batch_norm(
         raise checks.dtype_error(a, x, "input", checks.INPUTS)
     else:
         inp = as_input(a, channel_axis)
-    weights = as_weights(inp, mask, sample_weight, lengths, "sample_weight") if counting else None
+    weights = masked.as_weights(inp, mask, lengths, sample_weight) if counting else None
     if weights is not None and quantization is not None:
         raise ValueError(masked.NO_BYTES)
     arrays_c = running_mean, running_var, weight, bias
@@ -182,7 +182,7 @@ def _batch_norm(
     epilogue: Epilogue,
     out: Array | None,
     quantization: Quantization | None = None,
-    weights: Doubles | None = None,
+    weights: masked.Weights | None = None,
 ) -> tuple[Array, Doubles, Doubles]:
     """(y, save_mean, save_invstd) for both public functions. Only the input has been checked.
 
@@ -202,32 +202,33 @@ def _batch_norm(
     bias = checks.per_channel(bias, "bias", n, x=x)
     epsilon = checks.epsilon_for(eps, training)
     mean, var, *affine = channels.as_doubles(n, running_mean, running_var, weight, bias)
+    selection: masked.Selection | None = None
     if weights is not None and inp.layout is not None:
-        inp.promote_for(*(() if training else (running_mean, running_var)), weight, bias)
-        fixed = None if training else (mean, passes.inverse_std(var, epsilon))
-        y, found = masked.normalize(inp, Affine(*affine), epsilon, epilogue, out, weights, fixed)
-        if found is not None and running_mean is not None:
-            written = out is not None and (arrays.overlaps(out, running_mean) or arrays.overlaps(out, running_var))
-            old = (mean, var) if written else None
-            moved = found.mean, found.var(1), 1.0
-            channels.move_running(running_mean, running_var, None, *moved, fraction, False, old)
-        return y if given is None else given, np.empty(0), np.empty(0)
+        inp, selection = masked.select(inp, weights)
+        if out is None and inp.x is not x:
+            out = arrays.empty_like(x)
     if not training:
         inp.promote_for(running_mean, running_var, weight, bias)
         coef = passes.coefficients(mean, passes.inverse_std(var, epsilon), *affine)
         if quantization is None:
-            y = steps.forward_fixed(inp, coef, epilogue, out)
+            y = steps.forward_fixed(inp, coef, epilogue, out, selection)
         else:
             y = forward_quantized(inp, coef, epilogue, out, quantization)
         return y if given is None else given, np.empty(0), np.empty(0)
     inp.promote_for(weight, bias)
-    checks.more_than_one_value(x, n)
-    y, context = steps.forward_batch(inp, Affine(*affine), epsilon, epilogue, out)
+    if selection is None:
+        checks.more_than_one_value(x, n)
+    else:
+        masked.refuse_few(inp, selection)
+    y, context = steps.forward_batch(inp, Affine(*affine), epsilon, epilogue, out, selection=selection)
     if running_mean is not None and inp.layout is not None:
         # The current ones, which other threads may have moved; the copies if y was written over them
         written = out is not None and (arrays.overlaps(out, running_mean) or arrays.overlaps(out, running_var))
         old = (mean, var) if written else None
-        channels.move_running(running_mean, running_var, None, context.mean, context.m2, inp.count, fraction, old=old)
+        moved: tuple[Doubles, Doubles, float, bool] = context.mean, context.m2, inp.count, True
+        if selection is not None:
+            moved = context.mean, context.moments.var(1), 1.0, False
+        channels.move_running(running_mean, running_var, None, *moved[:3], fraction, moved[3], old)
     return y if given is None else given, context.mean, context.invstd
 
 

@@ -45,21 +45,18 @@ def as_weights(
     inp: Input,
     mask: ArrayLike | None,
     weights: ArrayLike | None,
-    lengths: ArrayLike | None = None,
-    name: str = "weights",
 ) -> Doubles | Any:
-    """`mask`, `weights` and `lengths` as one float64 array that broadcasts to the input; None if they are all ones.
+    """`mask` and `weights` as one float64 array that broadcasts to the input; None if they are all ones.
 
     Where one weight is for all channels, the array has length 1 along their axis.
     """
     of: Doubles | Any = None
     if weights is not None:
-        of = checks.sample_weights(weights, inp.x.shape, inp.axis, name)
+        of = checks.sample_weights(weights, inp.x.shape, inp.axis)
         if np.all(of == 1):
             of = None
-    masks = [] if mask is None else [checks.mask(mask, inp.x.shape, inp.axis)]
-    masks += [] if lengths is None else [checks.lengths(lengths, inp.x.shape, inp.axis)]
-    for counts in masks:
+    if mask is not None:
+        counts = checks.mask(mask, inp.x.shape, inp.axis)
         if not counts.all():
             of = arrays.with_room(counts.astype, np.float64) if of is None else np.where(counts, of, 0.0)
     return of

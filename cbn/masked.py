@@ -9,30 +9,161 @@ weights w of the values of a channel, n = S(w), d = x - mean and r = invstd::
 
 from __future__ import annotations
 
+import math
+from typing import Any, NamedTuple
+
 import numpy as np
 
-from . import checks, steps
-from .checks import NO_ACT, Array, Doubles
+from . import checks
+from .checks import Array, ArrayLike, Doubles
 from .inputs import Input
-from .kernels import arrays, passes
-from .moments import Moments, measure
-from .steps import Affine, Blend, Context, Epilogue, Gradients, Renorm, Special, copied_into
+from .kernels import arrays
 
 NO_BYTES = "mask, lengths and sample_weight need floating input, not 8-bit"
 
 
-def per_channel(inp: Input, weights: Array) -> Doubles:
-    """The sums over each channel of an array that broadcasts to the input."""
-    shape = [1 if i == inp.axis and weights.shape[i] == 1 else n for i, n in enumerate(inp.x.shape)]
-    rest = tuple(axis for axis in range(inp.x.ndim) if axis != inp.axis)
-    return np.broadcast_to(np.broadcast_to(weights, shape).sum(axis=rest, dtype=np.float64), inp.n_channels)
+class Weights(NamedTuple):
+    """What the values of an input count, as a caller gives it, checked."""
+
+    mask: Array | None  # bool, with the input's dimensions, of length 1 along those that it is the same for
+    lengths: Array | None  # (N,)
+    sample_weight: Doubles | None  # (N,)
+
+    def of(self, samples: Any, inp: Input) -> Weights:
+        """Those of some samples of an input: a slice, or indices."""
+        axis = 0 if inp.axis else 1
+        mask, lengths, sample_weight = self
+        if mask is not None and mask.shape[axis] > 1:
+            mask = mask[(slice(None),) * axis + (samples,)]
+        return Weights(
+            mask,
+            None if lengths is None else lengths[samples],
+            None if sample_weight is None else sample_weight[samples],
+        )
 
 
-def refuse_few(inp: Input, weights: Doubles, found: Moments) -> None:
+class Selection(NamedTuple):
+    """What the values count, as the passes go through them: N runs of S, or N rows. See `cbn_selection` in kernels.h."""
+
+    mask: Array | None  # int8, -1 or 0: (N, S), (N, C, S) or of rows (N, C)
+    lengths: Array | None  # intp (N,)
+    weights: Doubles | None  # (N,)
+    count: Doubles  # (C,), the sums of the weights
+    values: Array | int  # how many values have one
+
+
+def as_weights(
+    inp: Input, mask: ArrayLike | None, lengths: ArrayLike | None, sample_weight: ArrayLike | None
+) -> Weights | None:
+    """Checked arguments of a call; None if every value counts once."""
+    shape, axis = inp.x.shape, inp.axis
+    of_values = None if mask is None else checks.mask(mask, shape, axis)
+    of_samples, along = None, None
+    if lengths is not None:
+        of_samples, along = checks.lengths(lengths, shape, axis)
+    weights = None if sample_weight is None else checks.sample_weights(sample_weight, shape, axis, "sample_weight")
+    if of_values is not None and of_values.all():
+        of_values = None
+    if of_samples is not None and along is not None and (of_samples == shape[along]).all():
+        of_samples = None
+    if weights is not None and (weights == 1).all():
+        weights = None
+    if of_values is None and of_samples is None and weights is None:
+        return None
+    return Weights(of_values, of_samples, None if weights is None else weights.ravel())
+
+
+def select(inp: Input, weights: Weights) -> tuple[Input, Selection]:
+    """What counts, for the passes, and the input: in a copy, if samples of other weights share a run."""
+    axis, mask, sample = inp.axis, weights.mask, weights.sample_weight
+    rest = [i for i in range(inp.x.ndim) if i != axis]
+    order = inp.layout.order
+    k = order.index(axis)
+    outer, inner = order[:k], order[k + 1 :]
+    if sample is not None and rest[0] in inner and not np.isin(sample, (0, 1)).all():
+        places = [rest[0], axis, *rest[1:]]
+        copy = arrays.with_room(np.ascontiguousarray, inp.x.transpose(places)).transpose(np.argsort(places))
+        apart = Input(copy, axis)
+        apart.in_float64 = inp.in_float64
+        return select(apart, weights)
+    if inp.layout.rows:
+        return inp, _of_rows(inp, weights, rest, outer)
+    return inp, _of_runs(inp, weights, rest, outer, inner)
+
+
+def _along(v: Array, i: int, n_axes: int) -> Array:
+    """Values along axis i, in a shape that broadcasts to that of the input."""
+    return v.reshape([-1 if k == i else 1 for k in range(n_axes)])
+
+
+def _counts(inp: Input, weights: Weights, rest: list[int], sample: bool) -> Array | Any:
+    """A bool array that broadcasts to the input: mask and lengths, and if `sample` whether the sample has a weight."""
+    n = inp.x.ndim
+    counts: Any = True if weights.mask is None else weights.mask
+    if weights.lengths is not None:
+        place = _along(np.arange(inp.x.shape[rest[1]]), rest[1], n)
+        counts = counts & (place < _along(weights.lengths, rest[0], n))
+    if sample and weights.sample_weight is not None:
+        counts = counts & _along(weights.sample_weight != 0, rest[0], n)
+    return counts
+
+
+def _of_rows(inp: Input, weights: Weights, rest: list[int], outer: list[int]) -> Selection:
+    """Of rows: a weight each; and a mask, if it is not the same for all channels."""
+    n, shape = inp.x.ndim, inp.x.shape
+    of_channels = weights.mask is not None and weights.mask.shape[inp.axis] > 1
+    counts = _counts(inp, weights._replace(mask=None) if of_channels else weights, rest, False)
+    if weights.sample_weight is not None:
+        counts = counts * _along(weights.sample_weight, rest[0], n)
+    each = np.broadcast_to(counts, [1 if i == inp.axis else size for i, size in enumerate(shape)])
+    of_row = np.array(each.transpose([*outer, *(i for i in range(n) if i not in outer)]), dtype=np.float64).ravel()
+    if not of_channels or weights.mask is None:
+        count = np.full(inp.n_channels, of_row.sum())
+        return Selection(None, None, of_row, count, np.count_nonzero(of_row))
+    order = [*outer, inp.axis]
+    full = np.broadcast_to(weights.mask, shape).transpose([*order, *(i for i in range(n) if i not in order)])
+    mask, _ = arrays.mask_bytes(full.reshape(of_row.size, inp.n_channels))
+    mask[of_row == 0] = 0
+    return Selection(mask, None, of_row, of_row @ (mask != 0), -mask.sum(axis=0, dtype=np.intp))
+
+
+def _of_runs(inp: Input, weights: Weights, rest: list[int], outer: list[int], inner: list[int]) -> Selection:
+    """Of runs: a weight and a length each, or a mask."""
+    n, shape, layout, sample = inp.x.ndim, inp.x.shape, inp.layout, weights.sample_weight
+    others = [i for i in range(n) if i not in outer and i not in inner and i != inp.axis]  # of length 1
+
+    def of_runs(v: Any) -> Array:
+        """Values that are the same along a run, (N,)."""
+        each = np.broadcast_to(v, [size if i in outer else 1 for i, size in enumerate(shape)])
+        return each.transpose([*outer, *inner, inp.axis, *others]).reshape(layout.N)
+
+    of_run = None if sample is None or rest[0] in inner else of_runs(_along(sample, rest[0], n)).astype(np.float64)
+    starts = weights.lengths is None or not inner or (inner[0] == rest[1] and rest[0] not in inner)
+    if weights.mask is None and starts and (of_run is not None or sample is None):
+        lengths = np.full(layout.N, layout.S, np.intp)
+        if weights.lengths is not None and inner and inner[0] == rest[1]:
+            lengths = of_runs(_along(weights.lengths, rest[0], n)).astype(np.intp) * (layout.S // shape[rest[1]])
+        elif weights.lengths is not None:
+            lengths[~of_runs(_counts(inp, weights, rest, False))] = 0
+        if of_run is not None:
+            lengths[of_run == 0] = 0
+        count = float(lengths.sum() if of_run is None else lengths @ of_run)
+        return Selection(None, lengths, of_run, np.full(inp.n_channels, count), int(lengths.sum()))
+    counts = _counts(inp, weights, rest, True)
+    of_channels = counts.shape[inp.axis] > 1
+    full = np.broadcast_to(counts, [1 if i == inp.axis and not of_channels else size for i, size in enumerate(shape)])
+    ordered = full.transpose([*outer, inp.axis, *inner, *others])
+    mask, found = arrays.mask_bytes(ordered.reshape(-1, layout.S))
+    found = found.reshape(layout.N, -1)  # how many count of each run
+    lengths = None if of_run is None else np.where(of_run == 0, 0, layout.S).astype(np.intp)
+    count = np.broadcast_to(found.sum(axis=0) if of_run is None else of_run @ found, inp.n_channels)
+    values = found.sum(axis=0)
+    return Selection(mask, lengths, of_run, np.array(count, np.float64), values)
+
+
+def refuse_few(inp: Input, found: Selection) -> None:
     """PyTorch's error, for the channel of which the least counts."""
-    if not inp.x.size:
-        return
-    wrong = (per_channel(inp, weights != 0) < 2) | ~(found.count > 1)
+    wrong = (np.asarray(found.values) < 2) | ~(found.count > 1)
     if wrong.any():
         c = int(np.where(wrong, found.count, np.inf).argmin())
         raise checks.ArgumentError(
@@ -41,97 +172,9 @@ def refuse_few(inp: Input, weights: Doubles, found: Moments) -> None:
         )
 
 
-def expanded(v: Doubles, inp: Input) -> Doubles:
-    """Values per channel, in a shape that broadcasts to the input."""
-    return v.reshape([-1 if i == inp.axis else 1 for i in range(inp.x.ndim)])
-
-
-def blended(blend: Blend, affine: Affine, found: Moments, eps: float) -> tuple[Doubles, Doubles, Affine, Renorm | None]:
-    """(mean, variance, affine, renorm) that normalize: a mixture with the running statistics, or renormalization."""
-    mean, var = found.mean, found.var()
-    if blend.renorm == steps.NO_RENORM:
-        a, between = blend.mix, blend.mean - mean
-        return (1 - a) * blend.mean + a * mean, (1 - a) * blend.var + a * var + a * (1 - a) * between**2, affine, None
-    r_max, d_max = blend.renorm
-    s = np.sqrt(blend.var + eps)
-    r = np.clip(np.sqrt(var + eps) / s, 1 / r_max, r_max)
-    d = np.clip((mean - blend.mean) / s, -d_max, d_max)
-    weight = np.ones_like(mean) if affine.weight is None else affine.weight
-    bias = d * weight if affine.bias is None else affine.bias + d * weight
-    return mean, var, Affine(weight * r, bias), Renorm(r, d, affine)
-
-
-def forward(inp: Input, context: Context, out: Array | None) -> Array:
-    """y by the context's statistics, and 0 where nothing counts."""
-    coef = steps.coefficients(context.mean, context.invstd, context.affine)
-    overwrites = out is not None and arrays.overlaps(out, inp.x)
-    y = steps.forward_fixed(inp, coef, context.epilogue, None if overwrites else out)
-    np.copyto(y, 0, where=np.broadcast_to(context.special.weights == 0, y.shape))
-    return copied_into(y, out)
-
-
-def normalize(
-    inp: Input,
-    affine: Affine,
-    eps: float,
-    epilogue: Epilogue,
-    out: Array | None,
-    weights: Doubles,
-    fixed: tuple[Doubles, Doubles] | None,
-) -> tuple[Array, Moments | None]:
-    """y and the moments of the batch, which normalize; or y by a `fixed` mean and invstd."""
-    found = None
-    if fixed is None:
-        found = measure(inp, weights)
-        refuse_few(inp, weights, found)
-        fixed = found.mean, passes.inverse_std(found.var(), eps)
-    context = Context(inp, affine, epilogue, found is not None, *fixed, special=Special(weights=weights))
-    return forward(inp, context, out), found
-
-
-def backward(dy: Array, context: Context, out: Array | None) -> Gradients:
-    """Gradients, in float64 arithmetic, rounded to x's dtype."""
-    inp, weights = context.inp, context.special.weights
-    counts = np.broadcast_to(weights != 0, inp.x.shape)
-    if not inp.x.size:
-        zeros = np.zeros((2, inp.n_channels))
-        dresidual = None if context.epilogue.residual is None else arrays.empty_like(inp.x)
-        return Gradients(arrays.empty_like(inp.x) if out is None else out, dresidual, *zeros)
-    with np.errstate(all="ignore"):
-        dh = np.where(counts, dy, 0).astype(np.float64)
-        _through_activation(dh, context)
-        dh[~counts] = 0
-        # The mean in the place of what does not count: no distance, whatever was there
-        wide = Input(np.where(counts, inp.x, expanded(context.mean, inp)).astype(np.float64), inp.axis)
-        sums, products, dweight = passes.grad_moments(wide.layout, dh, wide.x, context.mean, context.invstd)
-        dx = _solved(dh, wide, context, sums, products)
-        dx[~counts] = 0
-        rounded = arrays.with_room(dx.astype, inp.x.dtype)
-        dresidual = None if context.epilogue.residual is None else arrays.with_room(dh.astype, inp.x.dtype)
-        renorm = context.special.renorm
-        if renorm is not None:
-            dweight = renorm.r * dweight + renorm.d * sums
-    return Gradients(copied_into(rounded, out), dresidual, dweight, sums)
-
-
-def _through_activation(dh: Array, context: Context) -> None:
-    """Multiply by the slope of the activation, which the forward pass's own arithmetic decides."""
-    act = context.epilogue.act
-    if act == NO_ACT:
-        return
-    a = steps.before_activation(context)
-    below = a <= 0
-    dh[below] = dh[below] * act.slope if act.slope else 0
-    dh[(a <= act.low) | (a >= act.high)] = 0
-
-
-def _solved(dh: Array, wide: Input, context: Context, sums: Doubles, products: Doubles) -> Array:
-    """dx by the formula above."""
-    scale = context.invstd if context.affine.weight is None else passes.product(context.invstd, context.affine.weight)
-    plain = dh * expanded(scale, wide)
-    if not context.batch_statistics:
-        return plain
-    n = np.array(np.broadcast_to(np.asarray(context.count, np.float64), sums.shape))
-    slope = products / n * context.invstd**2 * scale
-    d = wide.x - expanded(context.mean, wide)
-    return plain - context.special.weights * (expanded(sums / n * scale, wide) + d * expanded(slope, wide))
+def scaled(found: Selection) -> Selection:
+    """The same with weights up to 1, times a power of 2: so no coefficient of a run is larger than that of its channel."""
+    if found.weights is None:
+        return found
+    factor = 2.0 ** -math.frexp(float(found.weights.max(initial=0)))[1]
+    return found._replace(weights=found.weights * factor, count=found.count * factor)

@@ -13,6 +13,7 @@ from . import checks
 from .checks import ArrayLike, Doubles, Number
 from .inputs import Input, as_measured, as_weights
 from .kernels import arrays, passes, running
+from .masked import Selection
 
 __all__ = ["Moments", "moments"]
 
@@ -269,12 +270,20 @@ def moments(
     )
 
 
-def measure(inp: Input, weights: Doubles | Any = None, skipna: bool = False, extrema: bool = False) -> Moments:
-    """The moments of a checked input; `weights` as `as_weights` makes them."""
+def measure(
+    inp: Input,
+    weights: Doubles | Any = None,
+    skipna: bool = False,
+    extrema: bool = False,
+    selection: Selection | None = None,
+) -> Moments:
+    """The moments of a checked input; `weights` as `as_weights` makes them, or a `selection` of floats."""
     shape = (inp.n_channels,)
     if inp.layout is None:
         extremes = (np.full(shape, np.inf), np.full(shape, -np.inf)) if extrema else (None, None)
         return Moments._of(0, *np.zeros((3, *shape)), *extremes)
+    if selection is not None:
+        return Moments._of(selection.count, *passes.moments(inp.layout, inp.x, selection=selection))
     integers = inp.x.dtype.kind in "biu"
     if inp.x.dtype == np.int32 and inp.count > MOST_INT32:
         return _measure_halves(inp, weights, extrema)

@@ -16,6 +16,7 @@ from .checks import Array, ArrayLike, Doubles
 from .course import Options, Snapshot
 from .inputs import Input
 from .kernels import arrays, channels
+from .masked import Weights, select
 from .moments import Moments, measure
 from .population import HOOKS
 
@@ -373,7 +374,7 @@ class _Recorder:
         one = copy.copy(self.layer)
         vars(one).update(PLAINLY)
         now = one._read(inp, residual, None, Options(weights=options.weights))
-        self.parts.append(arrays.with_room(measure, inp, options.weights))
+        self.parts.append(arrays.with_room(_measured, inp, options.weights))
         return now
 
     def end_batch(self, i: int) -> None:
@@ -396,6 +397,13 @@ class _Recorder:
         mean_error, var_error = self.spread.errors(total)
         n = total.count
         return Recalibration(name, total, self.spread.batches, mean_error, var_error * (n / (n - layer._correction)))
+
+
+def _measured(inp: Input, weights: Weights | None) -> Moments:
+    if weights is None or inp.layout is None:
+        return measure(inp)
+    inp, selection = select(inp, weights)
+    return measure(inp, selection=selection)
 
 
 def _decline(*arguments: Any) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 from .checks import NO_ACT, Act, Array, Doubles
 from .inputs import Input
 from .kernels import arrays, passes
+from .masked import Selection, Weights, scaled, select
 from .moments import GradMoments, Moments, measure
 
 
@@ -73,7 +74,8 @@ class Special(NamedTuple):
 
     renorm: Renorm | None = None  # then `affine` has r and d in it
     of_others: bool = False  # the statistics are given ones, and stand for more than this batch
-    weights: Doubles | Any = None  # how much the values count, see masked.py; None: all alike
+    weights: Weights | None = None  # how much the values count; None: all alike
+    selection: Selection | None = None  # the same for the passes
     ghost: int = 0  # samples of a slice that was normalized by itself: mean, m2 and invstd have a row for each
     parts: Sequence[tuple[Array, Context]] = ()  # samples that were normalized by themselves; then no statistics
 
@@ -141,6 +143,7 @@ def forward_batch(
     out: Array | None,
     merge: Merge | None = None,
     blend: Blend | None = None,
+    selection: Selection | None = None,
 ) -> tuple[Array, Context]:
     """y, normalized with the statistics of the batch: merged if there is a `merge`, blended if there is a `blend`."""
     if merge is not None:
@@ -160,19 +163,26 @@ def forward_batch(
         )
         running = blend.mean.copy(), blend.var.copy(), blend.mix, *blend.renorm
     mean, m2, invstd = passes.normalize(
-        inp.layout, inp.x, y, used.weight, used.bias, eps, inp.in_float64, residual, act, running
+        inp.layout, inp.x, y, used.weight, used.bias, eps, inp.in_float64, residual, act, running, selection
     )
-    context = Context(inp, used, epilogue, True, mean, invstd, m2, inp.count)
+    count = inp.count if selection is None else selection.count
+    context = Context(inp, used, epilogue, True, mean, invstd, m2, count)
     if running is not None and running[3:] != NO_RENORM:
         context.special = Special(Renorm(running[1], running[0], affine))
     return copied_into(y, out), context
 
 
 def forward_given(
-    inp: Input, affine: Affine, invstd: Doubles, moments: Moments, epilogue: Epilogue, out: Array | None
+    inp: Input,
+    affine: Affine,
+    invstd: Doubles,
+    moments: Moments,
+    epilogue: Epilogue,
+    out: Array | None,
+    selection: Selection | None = None,
 ) -> tuple[Array, Context]:
     """y, normalized with statistics that were made before, as with those of the batch."""
-    y = forward_fixed(inp, coefficients(moments.mean, invstd, affine), epilogue, out)
+    y = forward_fixed(inp, coefficients(moments.mean, invstd, affine), epilogue, out, selection)
     return y, Context(inp, affine, epilogue, True, moments.mean, invstd, moments.m2, moments.count)
 
 
@@ -195,13 +205,15 @@ def coefficients(mean: Doubles, invstd: Doubles, affine: Affine) -> Doubles:
     return passes.coefficients(mean, invstd, affine.weight, affine.bias)
 
 
-def forward_fixed(inp: Input, coef: Doubles | Any, epilogue: Epilogue, out: Array | None) -> Array:
+def forward_fixed(
+    inp: Input, coef: Doubles | Any, epilogue: Epilogue, out: Array | None, selection: Selection | None = None
+) -> Array:
     """y, normalized with these coefficients."""
     if inp.layout is None:
         return arrays.empty_like(inp.x, inp.y_dtype) if out is None else out
     residual, act = epilogue
     y = inp.output(out, inp.x) if residual is None else inp.output(out, inp.x, residual)
-    passes.apply(inp.layout, inp.x, y, coef, inp.in_float64, residual, act)
+    passes.apply(inp.layout, inp.x, y, coef, inp.in_float64, residual, act, selection)
     return copied_into(y, out)
 
 
@@ -259,7 +271,10 @@ def _backward_wider(
     """`backward` on copies of its arrays in a larger type, with rounded results."""
     inp, (residual, act) = context.inp, context.epilogue
     dtype = inp.x.dtype
-    wider = widened(inp, work)
+    wider, special = widened(inp, work), context.special
+    if special.weights is not None:  # the copy may have other runs
+        wider, selection = select(wider, special.weights)
+        special = special._replace(selection=selection)
     dh = arrays.with_room(dy.astype, work)
     if dy.dtype != dtype and act != NO_ACT:
         # The passes would decide in float64 what the forward pass decided in its own arithmetic
@@ -270,7 +285,7 @@ def _backward_wider(
             dh[(a <= act.low) | (a >= act.high)] = 0
         act = NO_ACT
     wider_residual = None if residual is None else arrays.with_room(residual.astype, work, copy=False)
-    wide = replace(context, inp=wider, epilogue=Epilogue(wider_residual, act))
+    wide = replace(context, inp=wider, epilogue=Epilogue(wider_residual, act), special=special)
     dx, dresidual, dweight, dbias = _backward(dh, wide, want_dx, want_sums, None, merge, dtype)
     with np.errstate(all="ignore"):
         if want_dx:
@@ -306,7 +321,9 @@ def _backward(
     y_dtype: np.dtype[Any] | None,
 ) -> Gradients:
     """`backward` for dy and x with one dtype. `y_dtype` is the forward pass's if they are copies in a larger type."""
-    inp, act = context.inp, context.epilogue.act
+    inp, act, selection = context.inp, context.epilogue.act, context.special.selection
+    if selection is not None and context.batch_statistics:
+        selection = scaled(selection._replace(count=np.array(np.broadcast_to(context.count, inp.n_channels), float)))
     dy, residual, dx, dh, dresidual = gradient_arrays(dy, context, out, want_dx)
     forward = context.mean, context.invstd, *context.affine, inp.in_float64, residual, act, dh
     sums: Doubles | Any = None
@@ -314,12 +331,12 @@ def _backward(
     dweight: Doubles | Any = None
     if dx is not None and context.batch_statistics and merge is None:
         keeps_dh = dresidual is not None
-        sums, products, dweight = passes.gradients(inp.layout, dy, inp.x, dx, *forward, keeps_dh, y_dtype)
+        sums, products, dweight = passes.gradients(inp.layout, dy, inp.x, dx, *forward, keeps_dh, y_dtype, selection)
     elif want_sums or dh is not None or (context.batch_statistics and dx is not None):
-        sums, products, dweight = passes.grad_moments(inp.layout, dy, inp.x, *forward, y_dtype)
+        sums, products, dweight = passes.grad_moments(inp.layout, dy, inp.x, *forward, y_dtype, selection)
     if dx is not None:
         if not context.batch_statistics:
-            _scale(dy if dh is None else dh, context, dx)
+            _scale(dy if dh is None else dh, context, dx, selection)
         elif merge is not None:
             total = merge(_grad_moments(inp, sums, products))
             _solve_and_apply(dy if dh is None else dh, context, total, dx)
@@ -344,18 +361,28 @@ def gradient_arrays(
             dh = dx
         else:
             dh = arrays.empty_like(inp.x)
-    elif residual is not None:
+    elif residual is not None and context.special.selection is None:
         dresidual = arrays.with_room(dy.copy, order="K")
+    elif residual is not None:
+        dresidual = _selected(dy, inp, context.special.selection)
     return dy, residual, dx, dh, dresidual
 
 
-def _scale(dh: Array, context: Context, dx: Array) -> None:
+def _scale(dh: Array, context: Context, dx: Array, selection: Selection | None) -> None:
     """dx = dh*scale, for statistics that do not depend on x."""
     inp = context.inp
     zeros = np.zeros(inp.n_channels)
     # Mean 0, and offset -0, which keeps the sign of a zero
     coef = passes.coefficients(zeros, context.invstd, context.affine.weight, -zeros)
-    passes.apply(inp.layout, dh, dx, coef, inp.in_float64)
+    passes.apply(inp.layout, dh, dx, coef, inp.in_float64, selection=selection)
+
+
+def _selected(dy: Array, inp: Input, selection: Selection) -> Array:
+    """dy, and 0 where nothing counts."""
+    zeros = np.zeros(inp.n_channels)
+    found = arrays.empty_like(inp.x)
+    passes.apply(inp.layout, dy, found, np.array([zeros, zeros + 1, -zeros]), selection=selection)
+    return found
 
 
 def _solve_and_apply(dh: Array, context: Context, total: GradMoments, dx: Array) -> None:

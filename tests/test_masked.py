@@ -8,6 +8,9 @@ import pytest
 
 import cbn
 from cbn import reference
+from cbn.kernels import engine
+
+from .paths import GRADIENT_LIMIT, INPUT_DTYPES, KNOBS, LARGE_RANGE, LIMIT, PARAMETERS, PATH_SHAPES, agree
 
 
 def layer(rng, n, **kwargs):
@@ -89,8 +92,9 @@ def test_lengths_are_masks(rng, shape, axis):
     mask = (np.arange(rest[1]) < lengths[:, None]).reshape(*rest[:2], *[1] * (len(rest) - 2))
     bn = layer(rng, shape[axis], channel_axis=axis)
     other = copy.deepcopy(bn)
-    np.testing.assert_array_equal(bn(x, lengths=lengths.tolist()), other(x, mask=mask))
-    np.testing.assert_array_equal(bn.backward(dy), other.backward(dy))
+    at = {"rtol": 1e-13, "atol": 1e-14}  # the order of the additions differs
+    np.testing.assert_allclose(bn(x, lengths=lengths.tolist()), other(x, mask=mask), **at)
+    np.testing.assert_allclose(bn.backward(dy), other.backward(dy), **at)
 
 
 def formulas(bn, x, dy, w):
@@ -132,6 +136,95 @@ def test_integer_weights_are_repeats(rng):
     expected = repeated(np.repeat(x, times, axis=0))
     np.testing.assert_allclose(np.repeat(y, times, axis=0), expected, rtol=1e-12, atol=1e-13)
     np.testing.assert_allclose(bn.running_var, repeated.running_var, rtol=1e-13)
+
+
+KINDS = ("lengths", "weights", "mask", "mask of channels", "all")
+
+
+def counting(rng, kind, shape, axis):
+    """Arguments of a call, and the weights of all values."""
+    rest = [n for i, n in enumerate(shape) if i != axis]
+    mask = rng.random(shape if "channels" in kind else rest) < 0.7
+    of_samples = rng.uniform(0.5, 2, rest[0]) * (rng.random(rest[0]) < 0.9)
+    of_samples[:2] = 1
+    mask[0] = True
+    mask[1] |= mask.ndim == 1
+    lengths = rng.integers(0, rest[-1] + 1, rest[0]) if len(rest) > 1 else None
+    given = {}
+    w = np.ones(shape)
+    if kind.startswith("mask") or kind == "all":
+        given["mask"] = mask
+        w *= mask if mask.shape == shape else np.expand_dims(mask, axis)
+    if kind in ("weights", "all"):
+        given["sample_weight"] = of_samples
+        w *= of_samples.reshape(-1, *[1] * (len(shape) - 1))
+    if kind in ("lengths", "all") and lengths is not None:
+        lengths[:2] = rest[-1]
+        given["lengths"] = lengths
+        w *= np.expand_dims(np.arange(rest[-1]) < lengths[:, None], axis)
+    return given, w
+
+
+def every_path():
+    """Each shape with each type and each kind, of which a fifth are quick."""
+    for i, (name, shape) in enumerate(PATH_SHAPES.items()):
+        for j, dtype in enumerate(INPUT_DTYPES):
+            for k, kind in enumerate(KINDS):
+                quick = (i + j + k) % len(KINDS) == 0 and np.prod(shape) < 1e5
+                marks = () if quick else pytest.mark.slow
+                yield pytest.param(shape, dtype, kind, marks=marks, id=f"{name}-{np.dtype(dtype)}-{kind}")
+
+
+@pytest.mark.parametrize(("shape", "dtype", "kind"), list(every_path()))
+def test_every_path_gives_the_same_bits(isa, parallel, rng, dtype, shape, kind):
+    """Those of the reference; what does not count is NaN. One channel has its samples far out, one needs float64."""
+    for axis in {1, len(shape) - 1}:
+        given, w = counting(rng, kind, shape, axis)
+        x, dy, z = (rng.standard_normal(shape).astype(dtype) for _ in range(3))
+        at = (slice(None),) * axis
+        x[(0, *[slice(None)] * (axis - 1), slice(None, None, 5))] += 50
+        if dtype in LARGE_RANGE:
+            x[(*at, 3)] *= dtype(1e34)
+        for a in (x, dy, z):
+            a[w == 0] = np.nan
+        n = shape[axis]
+        weight, bias = rng.standard_normal((2, n))
+
+        def results(offset, activation, axis=axis, given=given, x=x, dy=dy, z=z, weight=weight, bias=bias):
+            bn = cbn.BatchNorm(x.shape[axis], dtype=PARAMETERS[x.dtype.type], channel_axis=axis, activation=activation)
+            bn.weight[:], bn.bias[:] = weight, bias
+            memory = np.empty(2 * x.size + 128, x.dtype)
+            y, dx = (memory[i : i + x.size].reshape(x.shape) for i in (offset, x.size + 64 + offset))
+            residual = None if activation is None else z
+            with np.errstate(all="ignore"):
+                bn(x, out=y, residual=residual, **given)
+                found = bn.backward(dy, out=dx)
+                in_place = copy.copy(x)
+                bn.eval()(in_place, out=in_place, **given)
+            dz = found[1] if activation else dx
+            return y, dx, dz, in_place, bn.running_mean, bn.running_var, bn.weight_grad, bn.bias_grad
+
+        for activation in (None, "relu"):
+            engine.tune(bytes_per_thread=1 << 40, **KNOBS["two passes"])
+            expected = results(0, activation)
+            for name, knobs in KNOBS.items():
+                engine.tune(bytes_per_thread=1, **{"nontemporal_bytes": 1 << 40, "prefetch": True} | knobs)
+                for n_threads, offset in ((1, 0), (2, 3), (1, 8)):
+                    with cbn.num_threads(n_threads):
+                        for a, b in zip(results(offset, activation), expected, strict=True):
+                            assert a.tobytes() == b.tobytes(), (name, n_threads, offset, activation)
+            if activation is None:
+                y, dx, *_, mean, var, dweight, dbias = expected
+                count, mean_, m2, *_ = reference.counted_moments(x, w, False, axis)
+                own = PARAMETERS[dtype]
+                with np.errstate(all="ignore"):
+                    of_y = reference.normalize(x, mean_, m2 / count, weight.astype(own), bias.astype(own), channel_axis=axis)
+                    of_dx, of_weight, of_bias = reference.counted_backward(dy, x, w, weight.astype(own), 1e-5, axis)
+                agree(y, np.where(w > 0, of_y, 0), LIMIT[np.dtype(dtype)], kind, axis)
+                agree(dx, of_dx, GRADIENT_LIMIT[np.dtype(dtype)], kind, axis)
+                agree(mean, 0.1 * mean_, LIMIT[np.dtype(own)])
+                agree(dweight, of_weight, GRADIENT_LIMIT[np.dtype(own)])
+                agree(dbias, of_bias, GRADIENT_LIMIT[np.dtype(own)])
 
 
 def test_with_the_other_controls(rng):

@@ -456,3 +456,22 @@ def overlaps(cnp.ndarray a, cnp.ndarray b):
         return np.shares_memory(a, b, max_work=100_000)
     except np.exceptions.TooHardError:
         return True
+
+
+def mask_bytes(counts):
+    """A bool array of two dimensions as bytes, -1 for True, and how many are True of each row."""
+    cdef cnp.ndarray given = np.ascontiguousarray(counts).view(np.uint8)
+    cdef Py_ssize_t i, j, n = cnp.PyArray_DIM(given, 0), length = cnp.PyArray_DIM(given, 1)
+    cdef cnp.ndarray mask = np.empty((n, length), np.int8), found = np.empty(n, np.intp)
+    cdef const unsigned char *of_given
+    cdef signed char *of_mask
+    cdef unsigned int total
+    for i in range(n):
+        of_given = <const unsigned char *>cnp.PyArray_DATA(given) + i * length
+        of_mask = <signed char *>cnp.PyArray_DATA(mask) + i * length
+        total = 0    # a run is shorter than 2^32
+        for j in range(length):
+            of_mask[j] = -<signed char>of_given[j]
+            total += of_given[j]
+        (<Py_ssize_t *>cnp.PyArray_DATA(found))[i] = total
+    return mask, found

@@ -39,10 +39,9 @@ from .engine cimport (
     generation,
     make_job,
     set_coefficients,
-    set_epilogue,
     set_output,
 )
-from .job cimport Job, is_identity
+from .job cimport Job, is_identity, set_epilogue
 from .kernels cimport cbn_act, cbn_view
 from .scratch cimport divide_scratch, measure_and_apply_with_memory, scratch_doubles
 

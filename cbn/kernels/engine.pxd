@@ -1,6 +1,6 @@
 # The engine's C side: fill in a Job, then run it without the GIL.
 from .job cimport Element, Job
-from .kernels cimport cbn_act, cbn_isa, cbn_view
+from .kernels cimport cbn_isa, cbn_view
 from .partition cimport Extents
 
 cdef enum:
@@ -15,12 +15,9 @@ ctypedef void (*Work)(Job *job, Py_ssize_t begin, Py_ssize_t end, int thread) no
 cdef int threads_for(Py_ssize_t n_bytes, Py_ssize_t items) noexcept nogil
 cdef void run(Work work, Job *job, Py_ssize_t items, int threads) noexcept nogil
 cdef Job make_job(const Extents *e, cbn_view x, Element element, Py_ssize_t itemsize, bint in_float64) noexcept nogil
-cdef void set_epilogue(Job *job, cbn_view z, cbn_act act) noexcept nogil
-cdef void set_count(Job *job, bint skipna, cbn_view weights) noexcept nogil
 cdef void set_coefficients(Job *job, double *coef_c) noexcept nogil
 cdef void set_output(Job *job, const Extents *e, cbn_view y, Py_ssize_t itemsize) noexcept nogil
 cdef void set_conversion(Job *job, const Extents *e, cbn_view y, Element element, Py_ssize_t itemsize) noexcept nogil
-cdef double vanishing(Element element) noexcept nogil
 cdef void choose_stores(Job *job) noexcept nogil
 cdef void choose_tiles(Job *job) noexcept nogil
 cdef Py_ssize_t copies_bytes(const Job *job) noexcept nogil

@@ -6,8 +6,8 @@ from libc.math cimport INFINITY
 from libc.stdlib cimport labs
 
 from .conversion cimport convert_rows, convert_runs, convert_with
-from .job cimport BF16, F16, F32, F64, U8, Element, Job, channels_fit, count, is_identity, is_integer, loop_of, sums_of
-from .kernels cimport CBN_COUNT_ROWS, cbn_act, cbn_built, cbn_highest, cbn_loop, cbn_tile, cbn_view
+from .job cimport BF16, F16, F32, F64, U8, Element, Job, channels_fit, count, is_integer, loop_of, sums_of, vanishing
+from .kernels cimport CBN_COUNT_ROWS, cbn_built, cbn_highest, cbn_loop, cbn_tile, cbn_view
 from .partition cimport (
     CACHE_LINE,
     LONG_RUN,
@@ -260,19 +260,6 @@ def tune(**knobs):
 
 # ---- jobs ------------------------------------------------------------------------------------------------------
 
-cdef double vanishing(Element element) noexcept nogil:
-    """The largest value that rounds to zero in a 16-bit type, half of its smallest one; 0 for the others."""
-    if element == F16:
-        return 2.0 ** -25
-    return 2.0 ** -134 if element == BF16 else 0
-
-
-cdef void set_count(Job *job, bint skipna, cbn_view weights) noexcept nogil:
-    """Let a forward reduction of floats count. It needs a count_c, with the sums of the weights if there are any."""
-    job.counts, job.skipna, job.weights = True, skipna, weights
-    job.partial_rows = 2 + CBN_COUNT_ROWS
-
-
 cdef Job make_job(const Extents *e, cbn_view x, Element element, Py_ssize_t itemsize, bint in_float64) noexcept nogil:
     cdef Job job
     job.element, job.itemsize, job.y_itemsize = element, itemsize, itemsize
@@ -287,6 +274,7 @@ cdef Job make_job(const Extents *e, cbn_view x, Element element, Py_ssize_t item
     job.weight_c = job.bias_c = job.shift_c = job.partial = job.sum_c = NULL
     job.square_c = job.invstd_c = job.coef_c = job.forward_c = job.sums_in_float64_c = NULL
     job.counts = job.skipna = False
+    job.selection = NULL
     job.weights.data = NULL
     job.blend = NULL
     job.count_c = job.low_c = job.min_c = job.max_c = NULL
@@ -309,13 +297,6 @@ cdef Job make_job(const Extents *e, cbn_view x, Element element, Py_ssize_t item
     if is_integer(&job):
         coarsen(&job.reduction)
     return job
-
-
-cdef void set_epilogue(Job *job, cbn_view z, cbn_act act) noexcept nogil:
-    """Let act(. + z) follow the normalization; z.data may be NULL."""
-    job.activated = z.data != NULL or not is_identity(act)
-    job.act = act
-    job.z = z
 
 
 cdef void set_coefficients(Job *job, double *coef_c) noexcept nogil:
@@ -359,6 +340,8 @@ cdef bint leaves_the_caches(const Job *job) noexcept nogil:
 cdef void choose_stores(Job *job) noexcept nogil:
     """Whether stores go past the caches: where the output would not stay there, and is not at the place of an input.
 
+    Where columns of rows do not count, they are stored twice (loops/rows.h).
+
     A pass that goes through memory in order, apply alone to runs, may have twice the traffic: a reader of y that has as
     many threads and goes in order too finds much of it still there. Measured, docs/performance.md.
     """
@@ -366,6 +349,7 @@ cdef void choose_stores(Job *job) noexcept nogil:
     cdef bint in_order = job.sum_c == NULL and not job.apply.rows
     choose_prefetch(job)
     job.nontemporal = (traffic(job) // 2 if in_order else traffic(job)) >= nontemporal_bytes \
+        and not (job.apply.rows and job.selection != NULL and job.selection.mask.data != NULL) \
         and job.y.data != job.x.data and job.y.data != g and job.y.data != job.z.data
 
 
@@ -519,7 +503,7 @@ cdef void pipeline(Job *job, Py_ssize_t begin, Py_ssize_t end, int thread) noexc
         # Apply and the next reduction can be one call only if the tile before took `job.loops` too: the two tiles
         # share a cache line, which the later one writes. In a cache, one after the other is faster for short runs
         together = begin < tile < end and fit and (fit_before or job.copying) \
-            and (job.copying or job.reduction.rows or job.reduction.piece >= MEDIUM_RUN)
+            and not (job.reduction.rows and job.selection != NULL) and (job.copying or job.reduction.rows or job.reduction.piece >= MEDIUM_RUN)
         fit_before = fit
         for k in range(blocks):
             if tile > begin:
@@ -536,7 +520,10 @@ cdef void pipeline(Job *job, Py_ssize_t begin, Py_ssize_t end, int thread) noexc
             if tile < end:
                 r = rectangle(&job.reduction, item_of(&job.reduction, tile, k))
                 if k == 0 and not job.backward:
-                    choose_shifts(job, r.c, r.c + r.n_channels)
+                    if job.counts:
+                        choose_counted_shifts(job, r.c, r.c + r.n_channels)
+                    else:
+                        choose_shifts(job, r.c, r.c + r.n_channels)
                     if tile + 1 < end and job.prefetch:
                         fetch_samples(job, r.c + r.n_channels, min(r.c + 2 * r.n_channels, job.reduction.C))
                 reduction = tile_to_reduce(job, &r)
@@ -547,26 +534,30 @@ cdef void pipeline(Job *job, Py_ssize_t begin, Py_ssize_t end, int thread) noexc
                 loop(&applied if together else NULL, &reduction)
         if tile == end:
             return
-        todo = merge(job, IN_OWN_TYPE, r.c, r.c + r.n_channels)
+        todo = merge(job, first_reduction(job), r.c, r.c + r.n_channels)
         if todo:
             reduce_tile_again(job, tile, x_copy, todo)
         solve(job, r.c, r.c + r.n_channels)
         fit = job.element == F64 or (not job.in_float64 and channels_fit(job, r.c, r.c + r.n_channels))
 
 
+cdef int first_reduction(const Job *job) noexcept nogil:
+    """Which of the two a measurement begins with: 16-bit elements that are counted have float64 sums."""
+    return IN_FLOAT64 if job.counts and not job.backward and job.itemsize == 2 else IN_OWN_TYPE
+
+
 cdef void measure(Job *job) noexcept nogil:
     """Moments of all channels, or backward sums; once more with better shifts or float64 sums where that is needed."""
     cdef int threads = threads_of(job, job.n_bytes * (2 if job.backward else 1), &job.reduction)
-    cdef int todo = IN_OWN_TYPE
+    cdef int todo = first_reduction(job)
     cdef Py_ssize_t c
     share(&job.reduction, job.itemsize, threads)
     choose_prefetch(job)
-    if job.counts:
+    if job.counts and not job.backward:
         for c in range(job.reduction.C):
-            if job.weights.data == NULL:
+            if job.weights.data == NULL and job.selection == NULL:
                 job.count_c[c] = count(job)
         choose_counted_shifts(job, 0, job.reduction.C)
-        todo = IN_FLOAT64 if job.itemsize == 2 else IN_OWN_TYPE
     elif not job.backward and not is_integer(job):
         choose_shifts(job, 0, job.reduction.C)
     while todo:
@@ -590,6 +581,7 @@ cdef void apply_here(Job *job) noexcept nogil:
 cdef void measure_and_apply(Job *job) noexcept nogil:
     """Measure, merge, solve and apply: as a pipeline, or in two passes."""
     if job.fused:
+        job.sum_in_float64 = not first_reduction(job) & IN_OWN_TYPE
         run(pipeline, job, job.reduction.tiles, job.threads)
     else:
         measure(job)

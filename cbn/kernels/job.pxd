@@ -2,8 +2,8 @@
 from libc.math cimport INFINITY
 
 from .coefficients cimport all_fit
-from .kernels cimport cbn_act, cbn_conversion, cbn_isa, cbn_loop, cbn_loops, cbn_view
-from .partition cimport Grid
+from .kernels cimport CBN_COUNT_ROWS, cbn_act, cbn_conversion, cbn_isa, cbn_loop, cbn_loops, cbn_selection, cbn_view
+from .partition cimport Extents, Grid, rows_grid, runs_grid
 
 cdef enum Element:    # what an array holds
     F32, F64, F16, BF16, U8, I8, U16, I16, I32
@@ -59,8 +59,9 @@ cdef struct Job:
     bint fits                   # whether all coefficients are known to fit, see `all_fit`
     double *forward_c           # backward, activated: (4, C), see kernels.h
     Blend *blend                # forward; NULL: the statistics of the batch normalize
-    # A forward reduction in which not every value counts alike
-    bint counts
+    bint counts                 # not every value counts alike: count_c has what does
+    const cbn_selection *selection    # in a pass that normalizes, what; NULL: all
+    # In a forward reduction alone, if it counts
     bint skipna                 # NaN does not count
     cbn_view weights            # float64, contiguous along a run, and their sums are in count_c; data NULL: ones
     double *count_c             # C, what counts of each channel; NULL: N*S
@@ -72,6 +73,11 @@ cdef struct Job:
 cdef inline double count(const Job *job) noexcept nogil:
     """Values of a channel."""
     return <double>(job.reduction.N * job.reduction.S)
+
+
+cdef inline bint counts_rows(const Job *job) noexcept nogil:
+    """Whether the reduction is that of loops/counted.h, with more partial sums."""
+    return job.counts and job.partial_rows > 2
 
 
 cdef inline bint is_identity(cbn_act act) noexcept nogil:
@@ -99,3 +105,39 @@ cdef inline cbn_loop loop_of(const Job *job, const cbn_loops *loops, bint rows) 
     if job.backward:
         return loops.backward_rows if rows else loops.backward_runs
     return loops.forward_rows if rows else loops.forward_runs
+
+
+# ---- parts of a job ----
+
+cdef inline double vanishing(Element element) noexcept nogil:
+    """The largest value that rounds to zero in a 16-bit type, half of its smallest one; 0 for the others."""
+    if element == F16:
+        return 2.0 ** -25
+    return 2.0 ** -134 if element == BF16 else 0
+
+
+cdef inline void set_count(Job *job, bint skipna, cbn_view weights) noexcept nogil:
+    """Let a forward reduction of floats count. It needs a count_c, with the sums of the weights if there are any."""
+    job.counts, job.skipna, job.weights = True, skipna, weights
+    job.partial_rows = 2 + CBN_COUNT_ROWS
+
+
+cdef inline void set_selection(Job *job, const Extents *e, const cbn_selection *selection,
+                               double *count_c) noexcept nogil:
+    """Let a pass that normalizes, forward unless `job.backward`, leave out what does not count.
+
+    count_c has the sums of the weights of what does. No rows are joined, nor short runs of neighbouring channels: a
+    selection is of the runs, or rows, of the array. Rows have weights in any case.
+    """
+    job.counts, job.selection, job.count_c = True, selection, count_c
+    job.reduction = rows_grid(e, job.itemsize, False) if e.rows else runs_grid(e, True)
+    if e.rows and not job.backward:
+        job.weights.data, job.weights.n, job.weights.c = <char *>selection.weight_n, 1, 0
+        job.partial_rows = 2 + CBN_COUNT_ROWS
+
+
+cdef inline void set_epilogue(Job *job, cbn_view z, cbn_act act) noexcept nogil:
+    """Let act(. + z) follow the normalization; z.data may be NULL."""
+    job.activated = z.data != NULL or not is_identity(act)
+    job.act = act
+    job.z = z

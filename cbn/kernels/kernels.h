@@ -73,6 +73,14 @@ typedef struct {
     double slope, low, high;
 } cbn_act;
 
+/* Which values of an array count, and how much; of all its runs or rows. */
+typedef struct {
+    cbn_view mask;             /* bytes, -1 for what counts and 0 for what does not; data NULL: all counts */
+    const ptrdiff_t *length_n; /* runs: so many elements count of each, from its beginning on; NULL: all.
+                                * With a mask it is 0 or all */
+    const double *weight_n;    /* of each run or row; a row of weight 0 does not count, and no run has it; NULL: ones */
+} cbn_selection;
+
 /* What coefficients are applied to, or what is reduced. The two of a loop that does both have one n_runs and length. */
 typedef struct {
     cbn_view x, g; /* input; backward: gradient of the output, dy for a reduction and dh for apply */
@@ -104,6 +112,8 @@ typedef struct {
     cbn_view w;                /* the same: float64 weights, contiguous along a run; data NULL: ones */
     int skipna;                /* the same: NaN does not count */
     int extremes;              /* the same, and of integers: the smallest and the largest are wanted */
+    const cbn_selection *selection; /* NULL: all values count alike */
+    ptrdiff_t run, channel, element; /* with a selection: where the tile begins in the array */
     cbn_view x_copy;           /* runs, reduction: where to put what it reads; data NULL: nowhere, no apply beside it */
     cbn_view dh;               /* backward reduction: where to put dh, if there is an x_copy or if it is activated.
                                 * Second, apply: where to put the gradient of x; data NULL: it is not wanted */

@@ -12,6 +12,10 @@ cdef extern from "kernels.h" nogil:
         Py_ssize_t n, c
     ctypedef struct cbn_act:
         double slope, low, high
+    ctypedef struct cbn_selection:
+        cbn_view mask
+        const Py_ssize_t *length_n
+        const double *weight_n
     ctypedef struct cbn_tile:
         cbn_view x, g, z, y
         bint activated, checked
@@ -28,6 +32,8 @@ cdef extern from "kernels.h" nogil:
         double *count_c
         cbn_view w
         bint skipna, extremes
+        const cbn_selection *selection
+        Py_ssize_t run, channel, element
         cbn_view x_copy, dh
     ctypedef void (*cbn_loop)(const cbn_tile *apply, const cbn_tile *reduction) noexcept nogil
     ctypedef void (*cbn_conversion)(const void *source, void *to, Py_ssize_t n) noexcept nogil

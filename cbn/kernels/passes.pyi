@@ -5,6 +5,7 @@ from typing import Any, SupportsIndex, final
 import numpy as np
 import numpy.typing as npt
 
+from ..masked import Selection
 from .arrays import Layout
 
 _Array = npt.NDArray[Any]
@@ -17,6 +18,7 @@ def moments(
     weights: _Doubles | None = None,
     count: _Doubles | None = None,
     extrema: bool = False,
+    selection: Selection | None = None,
 ) -> tuple[_Doubles, _Doubles, _Doubles, Any, Any]: ...
 def merge_moments(
     a: tuple[_Doubles, _Doubles, _Doubles, _Doubles], b: tuple[_Doubles, _Doubles, _Doubles, _Doubles]
@@ -33,6 +35,7 @@ def apply(
     in_float64: bool = False,
     residual: _Array | None = None,
     act: tuple[float, float, float] | None = None,
+    selection: Selection | None = None,
 ) -> None: ...
 def convert(
     layout: Layout,
@@ -56,6 +59,7 @@ def normalize(
     residual: _Array | None = None,
     act: tuple[float, float, float] | None = None,
     blend: tuple[_Doubles, _Doubles, float, float, float] | None = None,
+    selection: Selection | None = None,
 ) -> tuple[_Doubles, _Doubles, _Doubles]: ...
 def grad_moments(
     layout: Layout,
@@ -70,6 +74,7 @@ def grad_moments(
     act: tuple[float, float, float] | None = None,
     dh: _Array | None = None,
     y_dtype: np.dtype[Any] | None = None,
+    selection: Selection | None = None,
 ) -> tuple[_Doubles, _Doubles, _Doubles]: ...
 def gradients(
     layout: Layout,
@@ -86,6 +91,7 @@ def gradients(
     dh: _Array | None = None,
     keeps_dh: bool = False,
     y_dtype: np.dtype[Any] | None = None,
+    selection: Selection | None = None,
 ) -> tuple[_Doubles, _Doubles, _Doubles]: ...
 def grad_coefficients(
     mean: _Doubles,

@@ -37,15 +37,25 @@ from .engine cimport (
     make_job,
     measure,
     set_coefficients,
-    set_epilogue,
     set_output,
     choose_stores,
     set_conversion,
+)
+from .job cimport (
+    BF16,
+    F16,
+    F32,
+    Blend,
+    Element,
+    Job,
+    count as count_of,
+    is_integer,
     set_count,
+    set_epilogue,
+    set_selection,
     vanishing,
 )
-from .job cimport BF16, F16, F32, Blend, Element, Job, count as count_of, is_integer
-from .kernels cimport CBN_2_ROWS, CBN_SECOND_SHIFTS, cbn_view
+from .kernels cimport CBN_2_ROWS, CBN_SECOND_SHIFTS, cbn_selection, cbn_view
 from .partition cimport Extents
 from .second cimport apply_second, measure_second, second_doubles
 from .statistics cimport cbn_merge_moments
@@ -101,7 +111,7 @@ cdef cnp.ndarray new_coefficients(Py_ssize_t rows, Py_ssize_t C):
 # ---- forward ---------------------------------------------------------------------------------------------------
 
 def moments(Layout layout, cnp.ndarray x, bint skipna=False, cnp.ndarray weights=None, cnp.ndarray count=None,
-            bint extrema=False):
+            bint extrema=False, selection=None):
     """(mean, m2 = S((x - mean)^2), low, min, max) of every channel; min and max are None without `extrema`.
 
     The mean is mean + low, of which float64 holds the first.
@@ -109,8 +119,10 @@ def moments(Layout layout, cnp.ndarray x, bint skipna=False, cnp.ndarray weights
     x may be integers of 8 or 16 bits, or int32: then the sums are exact, and those of `count` values of each channel if
     there is one, where zeros stand for the others. Of floats, with `skipna` NaN are missing, and
     `count` (C,) gets the number of what counts; or `weights`, of (N, S) or (N, C, S) contiguous values as `Layout`
-    orders them, weigh the values, and `count` has their sums, or gets those of what is not missing.
+    orders them, weigh the values, and `count` has their sums, or gets those of what is not missing. A `selection`
+    (cbn.masked) takes the place of these.
     """
+    cdef cbn_selection selected
     cdef Job job = job_of(layout, x, False)
     cdef Py_ssize_t C = layout.extents.C
     cdef cnp.ndarray mean = new_doubles(C), m2 = new_doubles(C), low = new_doubles(C)
@@ -119,6 +131,9 @@ def moments(Layout layout, cnp.ndarray x, bint skipna=False, cnp.ndarray weights
         count = new_doubles(C) if count is None else count
         set_count(&job, skipna, weights_view(layout, weights))
     job.count_c = doubles(count, C)
+    if selection is not None:
+        selected = selection_of(layout, selection)
+        set_selection(&job, &layout.extents, &selected, doubles(selection[3], C))
     if extrema:
         least, largest = new_doubles(C), new_doubles(C)
     room = new_doubles(measure_doubles(&job))
@@ -151,6 +166,28 @@ cdef cbn_view weights_view(Layout layout, cnp.ndarray weights) except *:
         w.n, w.c = e.C * e.S, e.S
     w.data = <char *>doubles(weights, e.N * (e.S if w.c == 0 else w.n))
     return w
+
+
+cdef cbn_selection selection_of(Layout layout, given) except *:
+    """`cbn.masked.Selection`, for as long as it lives."""
+    cdef cbn_selection s
+    cdef const Extents *e = &layout.extents
+    cdef cnp.ndarray mask = given[0], lengths = given[1], weights = given[2]
+    s.mask.data, s.length_n, s.weight_n = NULL, NULL, doubles(weights, e.N)
+    s.mask.n, s.mask.c = e.S, 0
+    if mask is not None:
+        if e.rows:
+            s.mask.n, s.mask.c = e.C, 1
+        elif cnp.PyArray_SIZE(mask) != e.N * e.S:
+            s.mask.n, s.mask.c = e.C * e.S, e.S
+        if mask.dtype != np.int8 or cnp.PyArray_SIZE(mask) != e.N * s.mask.n or not cnp.PyArray_IS_C_CONTIGUOUS(mask):
+            raise ValueError(f"there is a mask of {mask.dtype} and shape {np.shape(mask)} for {layout!r}")
+        s.mask.data = <char *>cnp.PyArray_DATA(mask)
+    if lengths is not None:
+        if lengths.dtype != np.intp or cnp.PyArray_SIZE(lengths) != e.N or not cnp.PyArray_IS_C_CONTIGUOUS(lengths):
+            raise ValueError(f"there are lengths of {lengths.dtype} and shape {np.shape(lengths)} for {layout!r}")
+        s.length_n = <const Py_ssize_t *>cnp.PyArray_DATA(lengths)
+    return s
 
 
 def inverse_std(cnp.ndarray var, double eps):
@@ -188,12 +225,16 @@ def fits_float32(cnp.ndarray coef):
 
 
 def apply(Layout layout, cnp.ndarray x, cnp.ndarray y, cnp.ndarray coef, bint in_float64=False,
-          cnp.ndarray residual=None, act=None):
-    """y = act((x - mean)*scale + offset + residual) with these `coefficients`.
+          cnp.ndarray residual=None, act=None, selection=None):
+    """y = act((x - mean)*scale + offset + residual) with these `coefficients`; 0 outside a `selection` (cbn.masked).
 
     x may be uint8 or int8: then y and the residual are float32 or bfloat16, and coef `fits_float32`.
     """
+    cdef cbn_selection selected
     cdef Job job = job_of(layout, x, in_float64)
+    if selection is not None:
+        selected = selection_of(layout, selection)
+        set_selection(&job, &layout.extents, &selected, doubles(selection[3], layout.extents.C))
     check_coefficients(coef, FORWARD_ROWS, layout)
     set_coefficients(&job, <double *>cnp.PyArray_DATA(coef))
     follow_with(&job, layout, residual, act)
@@ -230,16 +271,22 @@ cdef Blend blend_of(tuple given, Py_ssize_t C) except *:
 
 
 def normalize(Layout layout, cnp.ndarray x, cnp.ndarray y, cnp.ndarray weight, cnp.ndarray bias, double eps,
-              bint in_float64=False, cnp.ndarray residual=None, act=None, tuple blend=None):
+              bint in_float64=False, cnp.ndarray residual=None, act=None, tuple blend=None, selection=None):
     """(mean, m2, invstd) of the batch, and y = act((x - mean)*invstd*weight + bias + residual).
 
     With a `blend`, (running mean, running variance, mix, r_max, d_max), not of the batch alone, as coefficients.h has
     it. The two arrays are written over: with `mix`, where r_max is 0, by the mean and the variance that normalize, and
     invstd belongs to these; else by d and r, and weight and bias by those of y.
+
+    With a `selection` (cbn.masked) of what counts; the rest of y is 0.
     """
     cdef Job job = job_of(layout, x, in_float64)
     cdef Blend of_blend
+    cdef cbn_selection selected
     cdef Py_ssize_t C = layout.extents.C
+    if selection is not None:
+        selected = selection_of(layout, selection)
+        set_selection(&job, &layout.extents, &selected, doubles(selection[3], C))
     mean, m2, invstd = new_doubles(C), new_doubles(C), new_doubles(C)
     room = new_room(&job)
     divide_scratch(&job, doubles(room, room.size))
@@ -259,7 +306,8 @@ def normalize(Layout layout, cnp.ndarray x, cnp.ndarray y, cnp.ndarray weight, c
 
 cdef tuple backward(Layout layout, cnp.ndarray dy, cnp.ndarray x, cnp.ndarray dx, cnp.ndarray mean, cnp.ndarray invstd,
                     cnp.ndarray weight, cnp.ndarray bias, bint in_float64, cnp.ndarray residual, act,
-                    cnp.ndarray dh, bint keeps_dh, y_dtype):
+                    cnp.ndarray dh, bint keeps_dh, y_dtype, selection):
+    cdef cbn_selection selected
     cdef Job job = job_of(layout, x, in_float64)
     cdef Py_ssize_t c, C = layout.extents.C
     cdef cnp.ndarray forward
@@ -267,9 +315,12 @@ cdef tuple backward(Layout layout, cnp.ndarray dy, cnp.ndarray x, cnp.ndarray dx
     # Before the pass, which may overwrite x: nothing behind it takes memory
     sums, products, dweight = new_doubles(C), new_doubles(C), new_doubles(C)
     dweight_c = doubles(dweight, C)
+    job.backward = True
+    if selection is not None:
+        selected = selection_of(layout, selection)
+        set_selection(&job, &layout.extents, &selected, doubles(selection[3], C))
     room = new_room(&job)
     divide_scratch(&job, doubles(room, room.size))
-    job.backward = True
     job.shift_c, job.invstd_c = doubles(mean, C), doubles(invstd, C)
     job.weight_c, job.bias_c = doubles(weight, C), doubles(bias, C)
     job.sum_c, job.square_c = doubles(sums, C), doubles(products, C)
@@ -295,23 +346,24 @@ cdef tuple backward(Layout layout, cnp.ndarray dy, cnp.ndarray x, cnp.ndarray dx
 
 def grad_moments(Layout layout, cnp.ndarray dy, cnp.ndarray x, cnp.ndarray mean, cnp.ndarray invstd,
                  cnp.ndarray weight=None, cnp.ndarray bias=None, bint in_float64=False, cnp.ndarray residual=None,
-                 act=None, cnp.ndarray dh=None, y_dtype=None):
+                 act=None, cnp.ndarray dh=None, y_dtype=None, selection=None):
     """(S(dh), S(dh*(x - mean)), S(dh*(x - mean))*invstd) of every channel: dbias, dweight/invstd, dweight.
 
     Without `dh` the forward pass had no activation, and dh is dy. Else act(. + residual) followed its normalization
     with mean, invstd, weight and bias, and dh = dy times the slope of act is put there; `dh` may be dy. `y_dtype` is
-    that of the forward pass where x is a wider copy of its input.
+    that of the forward pass where x is a wider copy of its input. The sums are over a `selection` (cbn.masked), and the
+    rest of dh is 0.
     """
     return backward(layout, dy, x, None, mean, invstd, weight, bias, in_float64, residual, act, dh, True,
-                    y_dtype)
+                    y_dtype, selection)
 
 
 def gradients(Layout layout, cnp.ndarray dy, cnp.ndarray x, cnp.ndarray dx, cnp.ndarray mean, cnp.ndarray invstd,
               cnp.ndarray weight=None, cnp.ndarray bias=None, bint in_float64=False, cnp.ndarray residual=None,
-              act=None, cnp.ndarray dh=None, bint keeps_dh=False, y_dtype=None):
+              act=None, cnp.ndarray dh=None, bint keeps_dh=False, y_dtype=None, selection=None):
     """`grad_moments`, and dx through the statistics of the batch. `dh` may be dx; it is filled if `keeps_dh`."""
     return backward(layout, dy, x, dx, mean, invstd, weight, bias, in_float64, residual, act, dh, keeps_dh,
-                    y_dtype)
+                    y_dtype, selection)
 
 
 def grad_coefficients(cnp.ndarray mean, cnp.ndarray invstd, cnp.ndarray weight, cnp.ndarray sum_dh,

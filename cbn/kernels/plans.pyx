@@ -24,10 +24,9 @@ from .engine cimport (
     choose_and_apply,
     make_job,
     set_coefficients,
-    set_epilogue,
     set_output,
 )
-from .job cimport Job
+from .job cimport Job, set_epilogue
 from .kernels cimport cbn_isa
 
 import inspect

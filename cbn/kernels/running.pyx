@@ -11,8 +11,8 @@ from libc.string cimport memcpy
 from .arrays cimport NPY_HALF, doubles, element_of, empty_like, give_memory, is_usual, new_doubles, take_memory
 from .calls cimport Prepared, copied, is_epsilon, is_per_channel, prepared_for, set_arrays
 from .coefficients cimport FORWARD_ROWS, solve_standard
-from .engine cimport SMALL, choose_and_apply, make_job, measure, set_coefficients, set_count
-from .job cimport Job, is_integer
+from .engine cimport SMALL, choose_and_apply, make_job, measure, set_coefficients
+from .job cimport Job, is_integer, set_count
 from .kernels cimport cbn_act, cbn_view
 from .partition cimport Extents
 from .scratch cimport divide_measure, measure_doubles

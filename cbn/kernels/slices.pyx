@@ -6,8 +6,8 @@ from libc.stdlib cimport free, malloc
 
 from .arrays cimport Layout, act_of, doubles, element_of, new_doubles
 from .coefficients cimport REREAD_ROWS
-from .engine cimport choose_stores, make_job, run, set_epilogue, set_output, threads_for
-from .job cimport Job
+from .engine cimport choose_stores, make_job, run, set_output, threads_for
+from .job cimport Job, set_epilogue
 from .scratch cimport divide_scratch, go_back_through, measure_and_apply_as_chosen, scratch_doubles
 from .statistics cimport cbn_merge_moments
 

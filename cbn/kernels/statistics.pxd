@@ -6,13 +6,15 @@ from libc.stdint cimport uint16_t
 from libc.string cimport memcpy
 
 from .coefficients cimport finite, inverse_std, mix_running, renorm, solve_backward, solve_forward
-from .job cimport BF16, F16, F32, F64, Blend, Job, count, is_integer
-from .kernels cimport CBN_COUNT, CBN_MAX, CBN_MIN
+from .job cimport BF16, F16, F32, F64, Blend, Job, count, counts_rows, is_integer
+from .kernels cimport CBN_COUNT, CBN_MAX, CBN_MIN, cbn_selection
 from .partition cimport n_partials
 
 cdef extern from "half.h" nogil:
     float cbn_from_f16(uint16_t e)
     float cbn_from_bf16(uint16_t e)
+    uint16_t cbn_to_f16(float a)
+    uint16_t cbn_to_bf16(float a)
     float cbn_with_digits_of_f16(float a)
     float cbn_finite_f16(uint16_t e)
 
@@ -64,8 +66,14 @@ cdef inline double shift_for_loops(const Job *job, double shift) noexcept nogil:
     """A shift as the loops have it: of 16-bit elements a float32, for float16 with no more digits than its own numbers.
 
     Then most differences from it and their squares are exact. It is at most std further from the mean, since values on
-    both sides of it are no nearer to each other.
+    both sides of it are no nearer to each other. With a selection it is an element, for that reason too: it takes the
+    place of those that do not count.
     """
+    if job.selection != NULL and job.element != F64:
+        if job.element == F32:
+            return <float>shift
+        return cbn_from_f16(cbn_to_f16(<float>shift)) if job.element == F16 \
+            else cbn_from_bf16(cbn_to_bf16(<float>shift))
     if job.itemsize == 2:
         return cbn_with_digits_of_f16(<float>shift) if job.element == F16 else <float>shift
     return shift
@@ -103,6 +111,15 @@ cdef inline double value_at(const Job *job, Py_ssize_t i) noexcept nogil:
     return cbn_from_bf16((<uint16_t *>job.x.data)[i])
 
 
+cdef inline bint is_selected(const cbn_selection *s, Py_ssize_t n, Py_ssize_t c, Py_ssize_t i) noexcept nogil:
+    """Whether element i of run n of a channel counts."""
+    if s.weight_n != NULL and s.weight_n[n] == 0:
+        return False
+    if s.length_n != NULL and i >= s.length_n[n]:
+        return False
+    return s.mask.data == NULL or s.mask.data[n * s.mask.n + c * s.mask.c + i] != 0
+
+
 cdef inline double shift_of(const Job *job, Py_ssize_t c) noexcept nogil:
     """A shift for a channel of which not every value counts: from those of the samples that do.
 
@@ -118,6 +135,8 @@ cdef inline double shift_of(const Job *job, Py_ssize_t c) noexcept nogil:
         if k >= SAMPLES and found >= ENOUGH_SAMPLES:
             break
         at = position(job, k) if k < SAMPLES else (2 * k + 1) * n // (2 * MORE_SAMPLES)
+        if job.selection != NULL and not is_selected(job.selection, at // job.reduction.S, c, at % job.reduction.S):
+            continue
         if w != NULL and w[at // job.reduction.S * job.weights.n + at % job.reduction.S + c * job.weights.c] == 0:
             continue
         v = value_at(job, at // job.reduction.S * job.x.n + at % job.reduction.S + c * job.x.c)
@@ -191,7 +210,7 @@ cdef inline void choose_shifts(Job *job, Py_ssize_t first, Py_ssize_t end) noexc
 cdef inline void choose_counted_shifts(Job *job, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
     """`choose_shifts` where not every value counts alike."""
     cdef Py_ssize_t c
-    if job.weights.data == NULL and job.itemsize > 2:
+    if job.weights.data == NULL and job.selection == NULL and job.itemsize > 2:
         choose_shifts(job, first, end)
         return
     for c in range(first, end):
@@ -206,7 +225,7 @@ cdef inline void merge_two(Job *job, double *to, double *other, Py_ssize_t first
         return
     cbn_add(to, other, first, end)
     cbn_add(to + C, other + C, first, end)
-    if job.counts:
+    if counts_rows(job):
         to, other = to + 2 * C, other + 2 * C
         cbn_add(to + CBN_COUNT * C, other + CBN_COUNT * C, first, end)
         cbn_take_smaller(to + CBN_MIN * C, other + CBN_MIN * C, first, end)
@@ -259,7 +278,7 @@ cdef inline void merge_partials(Job *job, Py_ssize_t first, Py_ssize_t end) noex
         cbn_moments_of_integers(job.sum_c, job.low_c, job.square_c, job.min_c, job.max_c, sums, C,
                                 job.reduction.N * job.reduction.S, job.count_c, first, end)
         return
-    if job.counts:
+    if counts_rows(job):
         take_counts(job, sums, first, end)
     if job.backward or job.element != BF16:
         memcpy(job.sum_c + first, sums + first, (end - first) * sizeof(double))
@@ -308,12 +327,21 @@ cdef inline bint moments_from_sums(Job *job, Py_ssize_t first, Py_ssize_t end) n
 
 cdef inline void solve(Job *job, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
     """Make the coefficients of some channels from their statistics: moments, or backward the sums of gradients."""
-    cdef Py_ssize_t C = job.reduction.C
+    cdef Py_ssize_t c, C = job.reduction.C
     if job.backward:
-        solve_backward(job.coef_c, C, first, end, job.shift_c, job.invstd_c, job.weight_c, job.sum_c, job.square_c,
-                       count(job))
+        if job.counts:
+            for c in range(first, end):
+                solve_backward(job.coef_c, C, c, c + 1, job.shift_c, job.invstd_c, job.weight_c, job.sum_c,
+                               job.square_c, job.count_c[c])
+        else:
+            solve_backward(job.coef_c, C, first, end, job.shift_c, job.invstd_c, job.weight_c, job.sum_c,
+                           job.square_c, count(job))
     else:
-        inverse_std(job.invstd_c, job.square_c, count(job), job.eps, first, end)
+        if job.counts:
+            for c in range(first, end):
+                inverse_std(job.invstd_c, job.square_c, job.count_c[c], job.eps, c, c + 1)
+        else:
+            inverse_std(job.invstd_c, job.square_c, count(job), job.eps, first, end)
         if job.blend != NULL:
             solve_blend(job, first, end)
         else:
@@ -323,12 +351,17 @@ cdef inline void solve(Job *job, Py_ssize_t first, Py_ssize_t end) noexcept nogi
 cdef inline void solve_blend(Job *job, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
     """The same from the statistics of the batch and the running ones."""
     cdef Blend *b = job.blend
+    cdef Py_ssize_t c
     cdef double *mean_c = job.sum_c
     if b.r_max != 0:
         renorm(job.weight_c, job.bias_c, b.var_c, b.mean_c, job.sum_c, job.invstd_c, job.eps, b.r_max, b.d_max, first,
                end)
     else:
-        mix_running(b.mean_c, b.var_c, job.sum_c, job.square_c, count(job), b.mix, first, end)
+        if job.counts:
+            for c in range(first, end):
+                mix_running(b.mean_c, b.var_c, job.sum_c, job.square_c, job.count_c[c], b.mix, c, c + 1)
+        else:
+            mix_running(b.mean_c, b.var_c, job.sum_c, job.square_c, count(job), b.mix, first, end)
         inverse_std(job.invstd_c, b.var_c, 1, job.eps, first, end)
         mean_c = b.mean_c
     solve_forward(job.coef_c, job.reduction.C, first, end, mean_c, job.invstd_c, job.weight_c, job.bias_c)

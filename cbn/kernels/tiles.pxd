@@ -2,7 +2,7 @@
 from libc.math cimport fabs, sqrt
 
 from .coefficients cimport CBN_SMALL_DOUBLE, CBN_SMALL_FLOAT, takes_float64
-from .job cimport F16, Job, channels_fit, loop_of
+from .job cimport F16, Job, channels_fit, counts_rows, loop_of
 from .kernels cimport CBN_MEAN, CBN_SCALE, cbn_tile, cbn_view
 from .partition cimport CACHE_LINE, Rectangle, ceil_div
 
@@ -23,6 +23,8 @@ cdef inline cbn_view in_copy(const Job *job, cbn_view copy, const Rectangle *r) 
 
 cdef inline cbn_tile tile_of(const Job *job, const Rectangle *r) noexcept nogil:
     cdef cbn_tile t
+    t.selection = job.selection
+    t.run, t.channel, t.element = r.n, r.c, r.s
     t.n_runs, t.n_channels, t.length, t.copies = r.n_runs // r.copies, r.n_channels, r.length, r.copies
     t.pitch = job.reduction.C
     t.skip = t.drop = 0
@@ -48,7 +50,7 @@ cdef inline cbn_tile tile_to_reduce(const Job *job, const Rectangle *r) noexcept
     t.square_c = t.sum_c + t.pitch
     t.prefetch, t.sum_in_float64 = job.prefetch, job.sum_in_float64
     t.extremes = job.min_c != NULL
-    if job.counts:
+    if counts_rows(job):
         t.count_c, t.skipna, t.w = t.sum_c + 2 * t.pitch, job.skipna, job.weights
         if t.w.data != NULL:
             t.w.data += (r.c * t.w.c + r.n * t.w.n + r.s) * <Py_ssize_t>sizeof(double)
@@ -75,14 +77,14 @@ cdef inline bint may_overflow(const Job *job, Py_ssize_t first, Py_ssize_t end) 
     """Whether a normalized value of some channels may be too large for the arithmetic of the forward pass.
 
     By the batch's own statistics it is not larger than sqrt(n)*weight + bias, where weight and bias are those of batch
-    renormalization too; by others anything, unless x is float16.
+    renormalization too; by others, and where the values have weights, anything, unless x is float16.
     """
     cdef Py_ssize_t c, C = job.reduction.C
     cdef double *scale = job.coef_c + CBN_SCALE * C
     cdef double limit = CBN_SMALL_DOUBLE if job.itemsize == 8 else CBN_SMALL_FLOAT
     cdef double root = sqrt(<double>(job.reduction.N * job.reduction.S))
-    cdef bint may = False
-    if job.invstd_c != NULL and (job.blend == NULL or job.blend.r_max != 0):
+    cdef bint may = False, weighs = job.selection != NULL and job.selection.weight_n != NULL
+    if job.invstd_c != NULL and not weighs and (job.blend == NULL or job.blend.r_max != 0):
         for c in range(first, end):
             may |= not fabs(scale[c]) * root < limit * job.invstd_c[c]
     elif job.element == F16:
@@ -108,6 +110,7 @@ cdef inline void to_cache_lines(const Job *job, cbn_tile *t, bint first, bint la
     t.skip = channels * t.length - lead
     t.n_channels += channels
     t.coef_c -= channels
+    t.channel -= channels
     before = channels * t.length
     t.x.data -= before * job.itemsize
     t.g.data -= before * job.itemsize
@@ -134,6 +137,7 @@ cdef inline void apply_tile(const Job *job, cbn_tile *t, bint rows) noexcept nog
         part.skip = part.drop = 0    # what is written twice gets the same bits
         part.n_channels = n
         part.coef_c += c - first
+        part.channel += c - first
         part.copies = 1
         # A row of several copies is as many rows
         part.n_runs *= t.copies

@@ -183,7 +183,7 @@ INLINE void LOOP(inputs_of_line)(LOOP(source) p, LOOP(steps) step, ptrdiff_t hei
 INLINE void LOOP(spread_forward)(const cbn_tile *r, LOOP(columns) *k)
 {
     const ptrdiff_t columns = r->copies * r->n_channels * r->length;
-    LOOP(factors)(r->forward_c, r->pitch, r->n_channels, k->of_forward[0], ROOM, 0);
+    LOOP(factors)(r->forward_c, r->pitch, r->n_channels, k->of_forward[0], ROOM, 1, 0);
     for (int i = 0; i < SLOPE; i++) {
         SPREAD(r, k->of_forward[i]);
         memset(k->of_forward[i] + columns, 0, LINE_ELEMS * sizeof(real));

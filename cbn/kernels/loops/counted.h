@@ -130,7 +130,7 @@ INLINE void LOOP(count_runs)(const cbn_tile *r, const int what)
                         LOOP(count_piece)(x, i, MIN(i + PIECE, length), shift, w, &s, k, what);
                     }
                     if (MIN(i, length) >= next_flush) {
-                        LOOP(flush)(&s, &totals[c - first], (n * length + next_flush) % (PARTS * FLUSH) == 0);
+                        LOOP(flush)(&s, &totals[c - first], (n * length + next_flush) % (PARTS * FLUSH) == 0, NULL);
                         next_flush += FLUSH;
                     }
                 }
@@ -199,6 +199,13 @@ INLINE void LOOP(count_columns)(LOOP(counted_columns) *k, const elem *x, ptrdiff
 /* The weight of each column of row n. */
 INLINE void LOOP(weights_of_row)(const cbn_tile *r, ptrdiff_t n, double *weight)
 {
+    if (r->selection) {
+        const int8_t *mask = LOOP(counting_of)(r, n, 0).mask;
+        const double w = ((const double *)r->w.data)[n];
+        for (ptrdiff_t c = 0; c < r->n_channels; c++)
+            weight[c] = mask[c] ? w : 0;
+        return;
+    }
     for (ptrdiff_t copy = 0; copy < r->copies; copy++) {
         const double *w = (const double *)r->w.data + (n * r->copies + copy) * r->w.n;
         if (r->w.c == 0 && r->length == 1) {
@@ -235,7 +242,8 @@ INLINE void LOOP(count_rows)(const cbn_tile *r, const int what)
 {
     const ptrdiff_t columns = r->copies * r->n_channels * r->length, all_rows = FLUSH_ROWS;
     /* Whether each row has one weight, one behind the other */
-    const int of_rows = what & WEIGHING && r->copies == 1 && r->length == 1 && r->w.c == 0 && r->w.n == 1;
+    const int of_rows = what & WEIGHING && r->copies == 1 && r->length == 1 && r->w.c == 0 && r->w.n == 1 &&
+                        !(r->selection && r->selection->mask.data);
     const ptrdiff_t rows = what & WEIGHING && !of_rows ? 1 : all_rows;
     const LOOP(activation) plain = {.kind = PLAIN};
     LOOP(counted_columns) k __attribute__((aligned(CACHE_LINE)));

@@ -35,19 +35,21 @@ INLINE double LOOP(low_part)(double mean)
     return high - high == 0 ? mean - high : 0;
 }
 
-/* The factors of some channels, from their coefficients; out[i*out_pitch + c] is factor i of channel c. */
+/* The factors of some channels, from their coefficients; out[i*out_pitch + c] is factor i of channel c. `weight` is
+ * that of the values (masked.h). */
 INLINE void LOOP(factors)(const double *coef_c, ptrdiff_t pitch, ptrdiff_t n_channels, real *out, ptrdiff_t out_pitch,
-                          const int backward)
+                          const double weight, const int backward)
 {
     const double *mean_c = coef_c + CBN_MEAN * pitch, *scale_c = coef_c + CBN_SCALE * pitch;
     const double *third_c = coef_c + (backward ? CBN_GRAD_MEAN : CBN_OFFSET) * pitch;
     const double *slope_c = coef_c + CBN_SLOPE * pitch;
     for (ptrdiff_t c = 0; c < n_channels; c++) {
-        const double low = LOOP(low_part)(mean_c[c]), scale = scale_c[c], third = third_c[c];
+        const double low = LOOP(low_part)(mean_c[c]), scale = scale_c[c];
+        const double third = backward ? third_c[c] * weight : third_c[c];
         out[HIGH * out_pitch + c] = quiet((real)mean_c[c]);
         out[SCALE * out_pitch + c] = quiet((real)scale);
         if (backward) {
-            const double slope = slope_c[c], glow = LOOP(low_part)(third);
+            const double slope = slope_c[c] * weight, glow = LOOP(low_part)(third);
             out[TERM * out_pitch + c] = quiet((real)((low != 0 ? low * slope : 0) - (glow != 0 ? glow * scale : 0)));
             out[SLOPE * out_pitch + c] = quiet((real)-slope);
             out[GHIGH * out_pitch + c] = quiet((real)third);

@@ -37,6 +37,7 @@
 
 #include "formulas.h"
 #include "prefetch.h"
+#include "masked.h"
 #include "stream.h"
 #include "runs.h"
 #include "columns.h"
@@ -46,20 +47,43 @@
 
 /* ---- entries: the constants of the bodies ------------------------------------------------------------ */
 
+INLINE void LOOP(selected_runs)(const cbn_tile *m, const cbn_tile *r, const int backward)
+{
+#if BYTE
+    (void)m, (void)r, (void)backward;
+#else
+    (void)r;
+#if SUMS
+    if (r && backward)
+        LOOP(backward_selected_runs)(m, r);
+    else if (r)
+        LOOP(forward_selected_runs)(m, r);
+    else
+#endif
+        if (backward)
+        LOOP(backward_selected)(m);
+    else
+        LOOP(forward_selected)(m);
+#endif
+}
+
 INLINE void LOOP(any_runs)(const cbn_tile *m, const cbn_tile *r, const int plain, const int backward)
 {
     /* Backward, apply may be CHECKED for float64 elements alone */
     const int bare = plain || (backward && !ELEM_IS_DOUBLE);
     (void)r;
+    if (!BYTE && (m ? m : r)->selection)
+        LOOP(selected_runs)(m, r, backward);
+    else
 #if SUMS
-    if (m && r)
-        LOOP(runs)(m, r, plain, backward, 1);
+        if (m && r)
+        LOOP(runs)(m, r, plain, backward, 1, 0);
     else if (r && !backward && r->count_c)
         LOOP(count_runs_of)(r);
     else if (r && plain && LOOP(is_simple)(r, backward))
         LOOP(reduce_channels)(r, (LOOP(activation)){.kind = PLAIN}, backward);
     else if (r)
-        LOOP(runs)(m, r, plain, backward, 0);
+        LOOP(runs)(m, r, plain, backward, 0, 0);
     else
 #endif
         LOOP(apply_runs)(m, bare, backward);
@@ -72,7 +96,7 @@ INLINE void LOOP(any_rows)(const cbn_tile *m, const cbn_tile *r, const int plain
     /* Whether rows of y begin alike in their cache lines. */
     const int together = m && (!m->nontemporal || m->y.n * (ptrdiff_t)sizeof(elem_out) % CACHE_LINE == 0);
 #if SUMS
-    if (together && r && !backward && !HALF) { /* else factors and sums do not fit L1: one after the other is faster */
+    if (together && r && !backward && !HALF && !m->selection) { /* else factors and sums do not fit L1: one after the other is faster */
         LOOP(rows)(m, r, plain, backward, 1, 1, ROWS);
         r = NULL;
     } else

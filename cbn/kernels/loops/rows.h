@@ -116,7 +116,7 @@ INLINE int LOOP(downwards)(const cbn_tile *m, const cbn_tile *r, const int backw
  * own. */
 INLINE int LOOP(wraps)(const cbn_tile *m, ptrdiff_t columns, const int backward)
 {
-    return m->skip == 0 && columns % LINE_ELEMS == 0 && m->y.n == columns && m->x.n == columns &&
+    return !m->selection && m->skip == 0 && columns % LINE_ELEMS == 0 && m->y.n == columns && m->x.n == columns &&
            (!backward || m->g.n == columns) && (!m->z.data || m->z.n == columns);
 }
 
@@ -126,9 +126,22 @@ typedef struct {
     real (*factors)[ROOM];
     ptrdiff_t columns, skip, head; /* whole cache lines begin at `head` */
     int nontemporal, fetching, normal, wraps;
+    double weight; /* of the rows that the factors are for (masked.h) */
 } LOOP(apply_rows);
 
-/* The factors of all columns, in `room`. */
+/* The factors of all columns, for rows of this weight (masked.h). */
+INLINE void LOOP(set_factors)(LOOP(apply_rows) *a, const cbn_tile *m, double weight, const int backward)
+{
+    LOOP(factors)(m->coef_c, m->pitch, m->n_channels, a->factors[0], ROOM, weight, backward);
+    a->normal = 1;
+    a->weight = weight;
+    for (ptrdiff_t c = 0; c < m->n_channels; c++)
+        a->normal &= LOOP(stays_normal)(m, a->factors[TERM][c], a->act, backward);
+    for (int i = 0; i < FACTORS(backward); i++)
+        SPREAD(m, a->factors[i]);
+}
+
+/* The same, and the rest, in `room`. */
 INLINE void LOOP(begin_apply_rows)(LOOP(apply_rows) *a, const cbn_tile *m, real (*room)[ROOM], const int backward,
                                    const int reducing, const ptrdiff_t rows)
 {
@@ -142,12 +155,7 @@ INLINE void LOOP(begin_apply_rows)(LOOP(apply_rows) *a, const cbn_tile *m, real 
         a->head = MIN(a->skip + TO_LINE((elem_out *)m->y.data + a->skip), a->columns);
     /* A vector of factors is aligned where a cache line of y begins */
     a->factors = (void *)(room[0] + (-a->head & (LINE_ELEMS - 1)));
-    a->normal = 1;
-    LOOP(factors)(m->coef_c, m->pitch, m->n_channels, a->factors[0], ROOM, backward);
-    for (ptrdiff_t c = 0; c < m->n_channels; c++)
-        a->normal &= LOOP(stays_normal)(m, a->factors[TERM][c], a->act, backward);
-    for (int i = 0; i < FACTORS(backward); i++)
-        SPREAD(m, a->factors[i]);
+    LOOP(set_factors)(a, m, 1, backward);
     a->wraps = a->nontemporal && !reducing && !RARE && rows > 1 && LOOP(wraps)(m, a->columns, backward);
     for (int i = 0; a->wraps && i < FACTORS(backward); i++)
         memcpy(a->factors[i] + a->columns, a->factors[i], (size_t)a->head * sizeof(real));
@@ -187,6 +195,81 @@ INLINE void LOOP(apply_columns)(const LOOP(apply_rows) *a, const cbn_tile *m, LO
             LOOP(apply_line)(LOOP(row_at)(m, row), 1, j, factors, act, act.kind, backward, nontemporal, 0, normal);
 }
 
+/* ---- where not every value counts ---- */
+
+/* How many rows from the n-th on have one weight, or one other than 0 if it need not be the same; of these `rows` at
+ * most. */
+INLINE ptrdiff_t LOOP(rows_alike)(const cbn_tile *t, ptrdiff_t n, ptrdiff_t rows, const int same, double *weight)
+{
+    const double *w = t->selection->weight_n + t->run + n;
+    const ptrdiff_t most = w[0] == 0 ? t->n_runs - n : MIN(rows, t->n_runs - n);
+    ptrdiff_t height = 1;
+    *weight = w[0];
+    while (height < most && (same ? w[height] == w[0] : (w[height] == 0) == (w[0] == 0)))
+        height++;
+    return height;
+}
+
+/* Columns begin to end of some rows of y. */
+INLINE void LOOP(zero_rows)(cbn_view y, ptrdiff_t n, ptrdiff_t height, ptrdiff_t begin, ptrdiff_t end,
+                            const int nontemporal)
+{
+    for (ptrdiff_t row = n; row < n + height; row++) {
+        elem_out *p = Y_AT(y, row, 0) + begin;
+        const ptrdiff_t n = end - begin, head = nontemporal ? MIN(TO_LINE(p), n) : n;
+        const ptrdiff_t whole = head + (n - head) / LINE_ELEMS * LINE_ELEMS;
+        LOOP(zero)(p, head);
+        for (ptrdiff_t i = head; i < whole; i += LANES)
+            store_nontemporal(p + i, (vec){0});
+        LOOP(zero)(p + whole, n - whole);
+    }
+}
+
+/* Zeros in the columns of some rows that do not count; nothing where rows count as a whole. */
+INLINE void LOOP(zero_columns)(const cbn_tile *m, ptrdiff_t n, ptrdiff_t height, ptrdiff_t begin, ptrdiff_t end)
+{
+    for (ptrdiff_t row = n; m->selection->mask.data && row < n + height; row++) {
+        const int8_t *mask = LOOP(counting_of)(m, row, 0).mask;
+        elem_out *y = Y_AT(m->y, row, 0);
+        for (ptrdiff_t j = begin; j < end; j++)
+            y[j] = mask[j] ? y[j] : 0;
+    }
+}
+
+/* Where the n-th row does not count: skips the rows up to the next one that does. Else finds how many, of `rows`, go
+ * together, and sets the factors for their weight. */
+INLINE int LOOP(skip_rows)(LOOP(apply_rows) *a, const cbn_tile *m, const cbn_tile *r, ptrdiff_t n, ptrdiff_t *height,
+                           ptrdiff_t rows, ptrdiff_t columns, const int plain, const int backward, const int applying)
+{
+    double weight;
+    *height = LOOP(rows_alike)(applying ? m : r, n, rows, applying && backward, &weight);
+    if (weight == 0 && applying)
+        LOOP(zero_rows)(m->y, n, *height, a->skip, a->columns, a->nontemporal);
+    else if (weight == 0 && !plain && r->activated)
+        LOOP(zero_rows)(r->dh, n, *height, 0, columns, 0);
+    else if (weight != 0 && applying && backward && weight != a->weight)
+        LOOP(set_factors)(a, m, weight, backward);
+    return weight == 0;
+}
+
+#if SUMS
+/* Backward, some rows for a reduction in a tile of their own: copies with zeros in what does not count. */
+INLINE void LOOP(copy_rows)(const cbn_tile *r, ptrdiff_t n, ptrdiff_t height, elem (*x)[ROOM], elem (*g)[ROOM],
+                            cbn_tile *copies)
+{
+    *copies = *r;
+    copies->x = (cbn_view){(char *)x[0], ROOM, 1};
+    copies->g = (cbn_view){(char *)g[0], ROOM, 1};
+    copies->dh.data = (char *)AT(r->dh, n, 0);
+    copies->z.data = r->z.data ? (char *)AT(r->z, n, 0) : NULL;
+    for (ptrdiff_t row = 0; row < height; row++) {
+        const int8_t *mask = LOOP(counting_of)(r, n + row, 0).mask;
+        LOOP(copy_counted)(x[row], AT(r->x, n + row, 0), r->n_channels, mask, 0);
+        LOOP(copy_counted)(g[row], AT(r->g, n + row, 0), r->n_channels, mask, 0);
+    }
+}
+#endif
+
 /* ---- both ---- */
 
 INLINE void LOOP(rows)(const cbn_tile *m, const cbn_tile *r, const int plain, const int backward, const int applying,
@@ -204,7 +287,7 @@ INLINE void LOOP(rows)(const cbn_tile *m, const cbn_tile *r, const int plain, co
 #if SUMS
     LOOP(columns) of_column __attribute__((aligned(CACHE_LINE)));
     const LOOP(activation) act_r = plain ? (LOOP(activation)){.kind = PLAIN} : LOOP(activation_of)(reducing ? r : m);
-    const LOOP(steps) step = reducing ? (LOOP(steps)){r->x.n, r->g.n, r->z.n, r->dh.n} : (LOOP(steps)){0, 0, 0, 0};
+    LOOP(steps) step = reducing ? (LOOP(steps)){r->x.n, r->g.n, r->z.n, r->dh.n} : (LOOP(steps)){0, 0, 0, 0};
     const int sum_in_float64 = backward || !HALF || (reducing && r->sum_in_float64);
     const int flushing = !backward && sum_in_float64;
     const ptrdiff_t r_columns = reducing ? r->copies * r->n_channels * r->length : 0;
@@ -212,10 +295,15 @@ INLINE void LOOP(rows)(const cbn_tile *m, const cbn_tile *r, const int plain, co
         LOOP(begin_reduce_rows)(&of_column, r, r_columns, act_r, backward);
     columns = MAX(columns, r_columns);
 #endif
+    const cbn_selection *selection = BYTE ? NULL : (applying ? m : r)->selection;
+    int begun = 0; /* the sums */
+    (void)begun;
     ptrdiff_t height = 0;
     for (ptrdiff_t n = 0; n < n_runs; n += height) {
         const int wrapped = a.wraps && n < n_runs - 1;
         height = MIN(rows, wrapped ? n_runs - 1 - n : n_runs - n);
+        if (selection && LOOP(skip_rows)(&a, m, r, n, &height, rows, columns, plain, backward, applying))
+            continue;
         const ptrdiff_t end = a.columns + (wrapped ? a.head : 0);
         if (a.nontemporal && rows == 1 && !RARE)
             a.head = MIN(TO_LINE(Y_AT(m->y, n, 0)), a.columns);
@@ -223,8 +311,20 @@ INLINE void LOOP(rows)(const cbn_tile *m, const cbn_tile *r, const int plain, co
             LOOP(apply_part)(m, n, a.wraps ? 1 : height, a.skip, a.head, a.factors, a.act, backward);
         const LOOP(row_of) at = LOOP(row_at)(applying ? m : r, n);
 #if SUMS
-        const LOOP(source) source = LOOP(row_source)(reducing ? r : m, n, act_r, backward);
-        const LOOP(turn) turn = LOOP(turn_of)(n, height, n_runs, flushing);
+        const cbn_tile *of_rows = reducing ? r : m; /* where row `at_n` is row n of the tile */
+        ptrdiff_t at_n = n;
+        elem x_room[ROWS][ROOM], g_room[ROWS][ROOM];
+        cbn_tile copies;
+        if (reducing && backward && selection && selection->mask.data) {
+            LOOP(copy_rows)(r, n, height, x_room, g_room, &copies);
+            of_rows = &copies;
+            step.x = step.g = ROOM;
+            at_n = 0;
+        }
+        const LOOP(source) source = LOOP(row_source)(of_rows, at_n, act_r, backward);
+        LOOP(turn) turn = LOOP(turn_of)(n, height, n_runs, flushing);
+        turn.begin = selection ? !begun : turn.begin;
+        begun = 1;
         const LOOP(distance) ahead = LOOP(row_distance)(reducing ? r : m, n, rows, n_runs, r_columns);
 #endif
         for (ptrdiff_t k = 0; k < columns; k += LINE_ELEMS) {
@@ -233,12 +333,16 @@ INLINE void LOOP(rows)(const cbn_tile *m, const cbn_tile *r, const int plain, co
                 LOOP(apply_columns)(&a, m, at, n, height, a.head + j, end, bare, backward, rows);
 #if SUMS
             if (reducing)
-                LOOP(reduce_columns)(&of_column, r, source, step, n, height, j, r_columns, ahead, act_r, turn, plain,
-                                     backward, sum_in_float64, rows);
+                LOOP(reduce_columns)(&of_column, of_rows, source, step, at_n, height, j, r_columns, ahead, act_r, turn,
+                                     plain, backward, sum_in_float64, rows);
 #endif
         }
+        if (applying && selection)
+            LOOP(zero_columns)(m, n, height, a.skip, a.columns);
     }
 #if SUMS
+    for (ptrdiff_t j = 0; reducing && !begun && j < r_columns; j++)
+        of_column.sum[j] = of_column.square[j] = 0;
     if (reducing)
         LOOP(end_reduce_rows)(&of_column, r, r_columns, flushing);
 #endif

@@ -32,8 +32,8 @@ INLINE void LOOP(deliver)(LOOP(shared) *s)
 
 /* Elements begin to end of a run, less than a cache line. */
 INLINE void LOOP(apply_shared)(const elem *x, const elem *g, const elem_out *z, elem_out *y, ptrdiff_t begin,
-                               ptrdiff_t end, const vec *f, LOOP(activation) act, LOOP(shared) *s, const int kind,
-                               const int backward)
+                               ptrdiff_t end, const vec *f, LOOP(activation) act, LOOP(counting) k, LOOP(shared) *s,
+                               const int kind, const int backward, const int selects)
 {
     const ptrdiff_t at = (ptrdiff_t)((uintptr_t)(y + begin) % CACHE_LINE / sizeof(elem_out));
     if (begin == end)
@@ -45,10 +45,18 @@ INLINE void LOOP(apply_shared)(const elem *x, const elem *g, const elem_out *z, 
     }
     s->end = at + end - begin;
     UNROLLED for (int v = 0; v < LINE_ELEMS / LANES; v++) {
-        const ptrdiff_t from = MAX(at - v * LANES, 0), to = MIN(s->end - v * LANES, LANES);
-        if (from < to)
-            s->value[v] = blend(LOOP(value)(x, g, z, begin - at + v * LANES, from, to, f, act, kind, backward),
-                                s->value[v], from, to);
+        const ptrdiff_t from = MAX(at - v * LANES, 0), to = MIN(s->end - v * LANES, LANES), i = begin - at + v * LANES;
+        const ptrdiff_t stop = selects ? MIN(to, k.end - i) : to;
+        vec value = {0};
+        if (from >= to)
+            continue;
+        if (!selects || from < stop)
+            value = LOOP(value)(x, g, z, i, from, stop, f, act, kind, backward);
+        if (selects && k.mask)
+            value = LOOP(counted)(value, k.mask, i, from, to);
+        if (selects && stop < to)
+            value = blend(value, (vec){0}, from, stop);
+        s->value[v] = blend(value, s->value[v], from, to);
     }
     if (s->end == LINE_ELEMS)
         LOOP(deliver)(s);
@@ -62,45 +70,55 @@ typedef struct {
     vec f[ALL_FACTORS];
     ptrdiff_t head, whole; /* whole cache lines lie between these */
     int normal;
+    LOOP(counting) k;
 } LOOP(apply_run);
 
 /* Sets it up, and applies to the elements before the first whole cache line. */
 INLINE void LOOP(begin_apply)(LOOP(apply_run) *a, const cbn_tile *m, ptrdiff_t n, ptrdiff_t c,
                               const real (*factors)[GROUP], ptrdiff_t column, LOOP(activation) act,
-                              LOOP(shared) *shared, const int backward, const int nontemporal)
+                              LOOP(shared) *shared, const int backward, const int nontemporal, const int selects)
 {
     const ptrdiff_t length = m->length;
+    if (selects)
+        a->k = LOOP(counting_of)(m, n, c);
     a->x = AT(m->x, n, c), a->g = AT(m->g, n, c), a->y = Y_AT(m->y, n, c);
     a->z = m->z.data ? Y_AT(m->z, n, c) : NULL;
     for (int i = 0; i < FACTORS(backward); i++)
         a->f[i] = splat(factors[i][column]);
+    if (selects && backward && m->selection->weight_n)
+        LOOP(weigh)(a->f, m, n, c);
     a->normal = LOOP(stays_normal)(m, factors[TERM][column], act, backward);
-    if (nontemporal || length >= LONG)
+    if (nontemporal || (!selects && length >= LONG))
         a->head = MIN(TO_LINE(a->y), length);
     if (nontemporal) {
         a->whole = a->head + (length - a->head) / LINE_ELEMS * LINE_ELEMS;
-        LOOP(apply_shared)(a->x, a->g, a->z, a->y, 0, a->head, a->f, act, shared, act.kind, backward);
-    } else
-        LOOP(apply_piece)(a->x, a->g, a->z, a->y, 0, a->head, a->f, act, act.kind, backward, 0, a->normal);
+        LOOP(apply_shared)(a->x, a->g, a->z, a->y, 0, a->head, a->f, act, a->k, shared, act.kind, backward, selects);
+    } else if (!selects)
+        LOOP(apply_piece)(a->x, a->g, a->z, a->y, 0, a->head, a->f, act, NULL, act.kind, backward, 0, a->normal);
 }
 
 /* The piece that begins i elements behind `head`; `bare`: nothing follows the normalization. */
 INLINE void LOOP(apply_at)(const LOOP(apply_run) *a, ptrdiff_t i, ptrdiff_t length, LOOP(activation) act,
-                           LOOP(shared) *shared, const int bare, const int backward, const int nontemporal)
+                           LOOP(shared) *shared, const int bare, const int backward, const int nontemporal,
+                           const int selects)
 {
+    const ptrdiff_t begin = MIN(a->head + i, a->whole), end = MIN(a->head + i + PIECE, a->whole);
     /* A body each: the bare one has no branches */
-    if (bare)
-        LOOP(apply_piece)(a->x, a->g, a->z, a->y, MIN(a->head + i, a->whole), MIN(a->head + i + PIECE, a->whole), a->f,
-                          act, PLAIN, backward, nontemporal, a->normal);
+    if (selects)
+        LOOP(apply_counted)(a->x, a->g, a->z, a->y, begin, end, a->f, act, a->k, backward, nontemporal, a->normal);
+    else if (bare)
+        LOOP(apply_piece)(a->x, a->g, a->z, a->y, begin, end, a->f, act, NULL, PLAIN, backward, nontemporal,
+                          a->normal);
     else if (!backward && act.kind == ACTIVATED)
-        LOOP(apply_piece)(a->x, a->g, a->z, a->y, MIN(a->head + i, a->whole), MIN(a->head + i + PIECE, a->whole), a->f,
-                          act, ACTIVATED, backward, nontemporal, a->normal);
+        LOOP(apply_piece)(a->x, a->g, a->z, a->y, begin, end, a->f, act, NULL, ACTIVATED, backward, nontemporal,
+                          a->normal);
     else
-        LOOP(apply_piece)(a->x, a->g, a->z, a->y, MIN(a->head + i, a->whole), MIN(a->head + i + PIECE, a->whole), a->f,
-                          act, CHECKED, backward, nontemporal, a->normal);
+        LOOP(apply_piece)(a->x, a->g, a->z, a->y, begin, end, a->f, act, NULL, CHECKED, backward, nontemporal,
+                          a->normal);
     /* What is left, once, before the copy of what is reduced takes its place */
     if (nontemporal && a->head + i + PIECE >= a->whole && (i == 0 || a->head + i < a->whole))
-        LOOP(apply_shared)(a->x, a->g, a->z, a->y, a->whole, length, a->f, act, shared, act.kind, backward);
+        LOOP(apply_shared)(a->x, a->g, a->z, a->y, a->whole, length, a->f, act, a->k, shared, act.kind, backward,
+                           selects);
 }
 
 /* ---- reduction ---- */
@@ -121,10 +139,12 @@ typedef struct {
 #define FLUSH ((ELEM_IS_DOUBLE ? 8 : 256) * UNROLL * DLANES)
 #define PARTS 8 /* sums to a part, which is then added exactly */
 
-INLINE void LOOP(flush)(LOOP(sums) *s, LOOP(totals) *t, const int exactly)
+INLINE void LOOP(flush)(LOOP(sums) *s, LOOP(totals) *t, const int exactly, const double *weight)
 {
-    t->part_sum += (s->sum[0] + s->sum[1]) + (s->sum[2] + s->sum[3]);
-    t->part_square += (s->square[0] + s->square[1]) + (s->square[2] + s->square[3]);
+    const dvec sum = (s->sum[0] + s->sum[1]) + (s->sum[2] + s->sum[3]);
+    const dvec square = (s->square[0] + s->square[1]) + (s->square[2] + s->square[3]);
+    t->part_sum += weight ? sum * *weight : sum;
+    t->part_square += weight ? square * *weight : square;
     for (int u = 0; u < UNROLL; u++)
         s->sum[u] = s->square[u] = (dvec){0};
     if (!exactly)
@@ -247,24 +267,28 @@ INLINE const elem *LOOP(next_run)(cbn_view v, LOOP(place) at)
 
 /* A run that is reduced; its sums are apart, and stay in registers. */
 typedef struct {
-    LOOP(source) p, next; /* of `next` what is fetched */
+    LOOP(source) p, ahead, next; /* of `ahead` and `next` what is fetched */
+    ptrdiff_t distance;          /* how far ahead, in elements of `ahead` */
     dvec shift;
     LOOP(forward) f;
 } LOOP(reduced_run);
 
 INLINE void LOOP(begin_reduction)(LOOP(reduced_run) *b, const cbn_tile *r, LOOP(place) at,
-                                  const real (*of_forward)[GROUP], LOOP(activation) act, const int backward,
-                                  const int copying)
+                                  const real (*of_forward)[GROUP], LOOP(activation) act, ptrdiff_t distance,
+                                  const int backward, const int copying)
 {
     b->p.x = AT(r->x, at.n, at.c), b->p.g = AT(r->g, at.n, at.c);
+    b->ahead = b->p;
     b->next.x = LOOP(next_run)(r->x, at);
     b->next.g = LOOP(next_run)(r->g, at);
+    b->distance = distance;
     if (copying)
         b->p.x_copy = AT(r->x_copy, at.n, at.c);
     if (backward && (copying || act.kind != PLAIN))
         b->p.dh = AT(r->dh, at.n, at.c);
     if (backward && act.kind != PLAIN) {
         b->p.z = r->z.data ? AT(r->z, at.n, at.c) : NULL;
+        b->ahead.z = b->p.z;
         b->next.z = b->p.z ? LOOP(next_run)(r->z, at) : NULL;
         for (int i = 0; i < SLOPE; i++)
             b->f.factors[i] = splat(of_forward[i][at.c - at.first]);
@@ -275,22 +299,76 @@ INLINE void LOOP(begin_reduction)(LOOP(reduced_run) *b, const cbn_tile *r, LOOP(
     b->shift = splat_d(r->shift_c[at.c]);
 }
 
-/* The piece that begins at i. */
-INLINE void LOOP(reduce_at)(const LOOP(reduced_run) *b, ptrdiff_t i, ptrdiff_t length, ptrdiff_t distance,
-                            LOOP(activation) act, LOOP(sums) *s, const int plain,
-                            const int backward, const int copying, const int sum_in_float64)
+/* Fetch ahead by what counts: that many elements may be several runs, of which `count` elements count each. */
+INLINE void LOOP(look_ahead)(LOOP(reduced_run) *b, const cbn_tile *r, LOOP(place) at, ptrdiff_t count)
 {
-    if (distance)
-        LOOP(fetch_piece)(b->p.x, b->next.x, i, distance, length);
-    if (distance && backward)
-        LOOP(fetch_piece)(b->p.g, b->next.g, i, distance, length);
-    if (distance && backward && b->p.z)
-        LOOP(fetch_piece)(b->p.z, b->next.z, i, distance, length);
+    LOOP(place) to = at;
+    if (!count)
+        return;
+    to.c += b->distance / count;
+    while (to.c >= to.last)
+        to.c -= to.last - to.first, to.n++;
+    b->distance %= count;
+    b->ahead.x = AT(r->x, to.n, to.c), b->ahead.g = AT(r->g, to.n, to.c);
+    b->next.x = LOOP(next_run)(r->x, to), b->next.g = LOOP(next_run)(r->g, to);
+    if (b->p.z)
+        b->ahead.z = AT(r->z, to.n, to.c), b->next.z = LOOP(next_run)(r->z, to);
+}
+
+/* What a later piece needs, for the one that begins at i. */
+INLINE void LOOP(fetch_for)(const LOOP(reduced_run) *b, ptrdiff_t i, ptrdiff_t length, const int backward)
+{
+    LOOP(fetch_piece)(b->ahead.x, b->next.x, i, b->distance, length);
+    if (backward)
+        LOOP(fetch_piece)(b->ahead.g, b->next.g, i, b->distance, length);
+    if (backward && b->p.z)
+        LOOP(fetch_piece)(b->ahead.z, b->next.z, i, b->distance, length);
+}
+
+/* The piece that begins at i. */
+INLINE void LOOP(reduce_at)(const LOOP(reduced_run) *b, ptrdiff_t i, ptrdiff_t length, LOOP(activation) act,
+                            LOOP(sums) *s, const int fetching, const int plain, const int backward, const int copying,
+                            const int sum_in_float64)
+{
+    if (fetching)
+        LOOP(fetch_for)(b, i, length, backward);
     const ptrdiff_t end = MIN(i + PIECE, length);
     if (backward && !plain && (!ELEM_IS_DOUBLE || act.kind != PLAIN))
         LOOP(reduce_piece)(b->p, i, end, b->shift, &b->f, act, s, 1, backward, copying, sum_in_float64);
     else
         LOOP(reduce_piece)(b->p, i, end, b->shift, &b->f, act, s, 0, backward, copying, sum_in_float64);
+}
+
+/* The same where not every value counts: of those that do, in a copy. */
+INLINE void LOOP(reduce_counted)(const LOOP(reduced_run) *b, LOOP(counting) k, ptrdiff_t i, ptrdiff_t length,
+                                 LOOP(activation) act, LOOP(sums) *s, const int fetching, const int backward,
+                                 const int copying, const int sum_in_float64)
+{
+    const int activated = backward && act.kind != PLAIN;
+    const ptrdiff_t n = MIN(i + PIECE, length) - i, stop = MIN(MAX(k.end, i), i + n);
+    elem x[PIECE], g[PIECE];
+    if (activated)
+        LOOP(zero)(b->p.dh + stop, i + n - stop);
+    if (stop == i)
+        return;
+    if (fetching)
+        LOOP(fetch_for)(b, i, k.end, backward);
+    if (!k.mask) {
+        LOOP(reduce_at)(b, i, stop, act, s, 0, !activated, backward, copying, sum_in_float64);
+        return;
+    }
+    const int8_t *mask = k.mask + i;
+    LOOP(source) p = {copying ? b->p.x_copy + i : x, copying && backward && !activated ? b->p.dh + i : g, NULL, NULL,
+                      NULL};
+    LOOP(copy_counted)((elem *)p.x, b->p.x + i, n, mask, backward ? 0 : LOOP(as_element)(b->shift[0]));
+    if (backward)
+        LOOP(copy_counted)((elem *)p.g, b->p.g + i, n, mask, 0);
+    if (activated) {
+        p.z = b->p.z ? b->p.z + i : NULL;
+        p.dh = b->p.dh + i;
+        LOOP(reduce_piece)(p, 0, n, b->shift, &b->f, act, s, 1, backward, 0, sum_in_float64);
+    } else
+        LOOP(reduce_piece)(p, 0, n, b->shift, &b->f, act, s, 0, backward, 0, sum_in_float64);
 }
 
 /* The sums of a channel, which wait since its run before the n-th. */
@@ -309,7 +387,7 @@ INLINE void LOOP(end_reduction)(const cbn_tile *r, ptrdiff_t c, LOOP(sums) *s, L
     if (more)
         *waiting = *s;
     else if (flushing) {
-        LOOP(flush)(s, t, 1);
+        LOOP(flush)(s, t, 1, NULL);
         r->sum_c[c] = total(LOOP(in_one)(t->sum, t->sum_low));
         r->square_c[c] = total(LOOP(in_one)(t->square, t->square_low));
     } else {
@@ -348,7 +426,8 @@ INLINE int LOOP(is_simple)(const cbn_tile *r, const int backward)
 
 /* ---- both ---- */
 
-INLINE void LOOP(runs)(const cbn_tile *m, const cbn_tile *r, const int plain, const int backward, const int applying)
+INLINE void LOOP(runs)(const cbn_tile *m, const cbn_tile *r, const int plain, const int backward, const int applying,
+                       const int selects)
 {
     const int nontemporal = applying && m->nontemporal, copying = r->x_copy.data != NULL;
     const ptrdiff_t length = r->length, n_runs = r->n_runs;
@@ -362,29 +441,40 @@ INLINE void LOOP(runs)(const cbn_tile *m, const cbn_tile *r, const int plain, co
     /* Backward, apply may be CHECKED for float64 elements alone */
     const int bare = plain || (backward && !ELEM_IS_DOUBLE);
     const LOOP(activation) act = bare ? (LOOP(activation)){.kind = PLAIN} : LOOP(activation_of)(applying ? m : r);
+    const double *weight_n = selects && !backward ? r->selection->weight_n : NULL;
     const LOOP(activation) act_r = plain ? (LOOP(activation)){.kind = PLAIN} : LOOP(activation_of)(r);
-    const int flushing = !backward && (!HALF || r->sum_in_float64) && n_runs * length > FLUSH;
+    /* At the end of each run too, if it has a weight of its own */
+    const int flushing = weight_n || (!backward && (!HALF || r->sum_in_float64) && n_runs * length > FLUSH);
     for (ptrdiff_t first = 0; first < n_channels; first += GROUP) {
         const ptrdiff_t last = MIN(first + GROUP, n_channels);
         if (applying)
-            LOOP(factors)(m->coef_c + first, m->pitch, MIN(last, m_channels) - first, factors[0], GROUP, backward);
+            LOOP(factors)(m->coef_c + first, m->pitch, MIN(last, m_channels) - first, factors[0], GROUP, 1, backward);
         if (backward && act_r.kind != PLAIN)
-            LOOP(factors)(r->forward_c + first, r->pitch, MIN(last, r_channels) - first, of_forward[0], GROUP, 0);
+            LOOP(factors)(r->forward_c + first, r->pitch, MIN(last, r_channels) - first, of_forward[0], GROUP, 1, 0);
         for (ptrdiff_t n = 0; n < n_runs; n++)
             for (ptrdiff_t c = first; c < last; c++) {
                 const int applies = applying && c < m_channels, reduces = c < r_channels;
                 const LOOP(place) at = {n, c, first, last};
                 LOOP(apply_run) a = {.whole = length};
                 LOOP(reduced_run) b = {.f.in_float64 = 0};
+                LOOP(counting) k = {NULL, length};
+                const double *weight = weight_n ? &weight_n[n + r->run] : NULL;
+                const ptrdiff_t before = weight ? 0 : n * length; /* elements since the sums began, at most */
                 LOOP(sums) s;
                 ptrdiff_t next_flush = PTRDIFF_MAX; /* elements of the run until then */
                 if (applies)
-                    LOOP(begin_apply)(&a, m, n, c, factors, c - first, act, &shared, backward, nontemporal);
+                    LOOP(begin_apply)(&a, m, n, c, factors, c - first, act, &shared, backward, nontemporal, selects);
                 const elem *z_next = a.z ? LOOP(next_run)(m->z, at) : NULL;
+                if (selects)
+                    LOOP(begin_sums)(&s, NULL, 0);
                 if (reduces) {
-                    LOOP(begin_reduction)(&b, r, at, of_forward, act_r, backward, copying);
-                    LOOP(begin_sums)(&s, &sums[c - first], n);
-                    next_flush = flushing ? FLUSH - n * length % FLUSH : PTRDIFF_MAX;
+                    LOOP(begin_reduction)(&b, r, at, of_forward, act_r, distance, backward, copying);
+                    LOOP(begin_sums)(&s, &sums[c - first], weight ? 0 : n);
+                    if (selects) {
+                        k = LOOP(counting_of)(r, n, c);
+                        LOOP(look_ahead)(&b, r, at, k.end);
+                    }
+                    next_flush = flushing ? FLUSH - before % FLUSH : PTRDIFF_MAX;
                     if (flushing && n == 0)
                         totals[c - first] = (LOOP(totals)){{0}, {0}, {0}, {0}, {0}, {0}};
                 }
@@ -394,20 +484,36 @@ INLINE void LOOP(runs)(const cbn_tile *m, const cbn_tile *r, const int plain, co
                         if (!backward && a.z)
                             LOOP(fetch_piece)(a.z, z_next, i, AHEAD, length);
                         if (applies)
-                            LOOP(apply_at)(&a, i, length, act, &shared, bare, backward, nontemporal);
-                        if (reduces)
-                            LOOP(reduce_at)(&b, i, length, distance, act_r, &s, plain, backward, copying,
+                            LOOP(apply_at)(&a, i, length, act, &shared, bare, backward, nontemporal, selects);
+                        if (reduces && selects)
+                            LOOP(reduce_counted)(&b, k, i, length, act_r, &s, distance != 0, backward, copying,
+                                                 r->sum_in_float64);
+                        else if (reduces)
+                            LOOP(reduce_at)(&b, i, length, act_r, &s, distance != 0, plain, backward, copying,
                                             r->sum_in_float64);
                     }
                     if (reduces && MIN(i, length) >= next_flush) {
-                        LOOP(flush)(&s, &totals[c - first], (n * length + next_flush) % (PARTS * FLUSH) == 0);
+                        LOOP(flush)(&s, &totals[c - first], (before + next_flush) % (PARTS * FLUSH) == 0, weight);
                         next_flush += FLUSH;
                     }
                 }
-                if (reduces)
+                if (reduces && weight)
+                    LOOP(flush)(&s, &totals[c - first], n % PARTS == PARTS - 1, weight);
+                if (reduces && (!weight || n == n_runs - 1))
                     LOOP(end_reduction)(r, c, &s, &sums[c - first], &totals[c - first], n < n_runs - 1, flushing);
             }
     }
     LOOP(deliver)(&shared);
 }
+
+/* The same with a selection, in a function of its own: the others have no branches for it. */
+#define SELECTED_RUNS(direction, backward)                                                                         \
+    TARGET static __attribute__((noinline)) void LOOP(direction##_selected_runs)(const cbn_tile *m,                \
+                                                                                  const cbn_tile *r)               \
+    {                                                                                                              \
+        LOOP(runs)(m, r, 0, backward, m != NULL, 1);                                                               \
+    }
+SELECTED_RUNS(forward, 0)
+SELECTED_RUNS(backward, 1)
+#undef SELECTED_RUNS
 #endif

@@ -61,6 +61,18 @@ INLINE vec clamped(vec v, vec low, vec high)
 #endif
 }
 
+#define HAVE_LANES_OF 1
+INLINE lane_bits lanes_of(const int8_t *p)
+{
+#if REAL_KIND == F64
+    int bytes;
+    memcpy(&bytes, p, sizeof bytes);
+    return (lane_bits)_mm256_cvtepi8_epi64(_mm_cvtsi32_si128(bytes));
+#else
+    return (lane_bits)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p));
+#endif
+}
+
 #define HAVE_PACK (Y_KIND != REAL_KIND && !(WIDENS && HALF))
 #if HAVE_PACK
 INLINE packed_out pack(vec v)

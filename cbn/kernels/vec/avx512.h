@@ -61,6 +61,16 @@ INLINE vec clamped(vec v, vec low, vec high)
 #endif
 }
 
+#define HAVE_LANES_OF 1
+INLINE lane_bits lanes_of(const int8_t *p)
+{
+#if REAL_KIND == F64
+    return (lane_bits)_mm512_cvtepi8_epi64(_mm_loadl_epi64((const __m128i *)p));
+#else
+    return (lane_bits)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p));
+#endif
+}
+
 #define HAVE_PACK (Y_KIND != REAL_KIND && !(WIDENS && HALF))
 #if HAVE_PACK
 INLINE packed_out pack(vec v)

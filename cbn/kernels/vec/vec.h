@@ -8,8 +8,8 @@
  * one), parts of a vector, and non-temporal stores.
  *
  * For the loops: elem, elem_out, real, vec, LANES, load, load_part, load_out, load_out_part, store, store_part,
- * store_nontemporal, store_two, STORE_FENCE, blend, select, clamped, load_real, splat, quiet, any_nan; with SUMS those of
- * sums.h.
+ * store_nontemporal, store_two, STORE_FENCE, blend, select, clamped, lanes_of, load_real, splat, quiet, any_nan; with
+ * SUMS those of sums.h.
  */
 #define elem LOOP(elem)
 #define elem_out LOOP(elem_out)
@@ -34,6 +34,7 @@
 #define store_two LOOP(store_two)
 #define select LOOP(select)
 #define clamped LOOP(clamped)
+#define lanes_of LOOP(lanes_of)
 #define some_lanes LOOP(some_lanes)
 #define blend LOOP(blend)
 #define load_real LOOP(load_real)
@@ -295,6 +296,17 @@ INLINE vec blend(vec a, vec b, ptrdiff_t begin, ptrdiff_t end)
 {
     return select(some_lanes(begin, end), a, b);
 }
+
+/* What holds in each lane, from a byte of each that is -1 or 0. */
+#if !HAVE_LANES_OF
+INLINE lane_bits lanes_of(const int8_t *p)
+{
+    lane_bits lanes = {0};
+    for (int i = 0; i < LANES; i++)
+        lanes[i] = p[i];
+    return lanes;
+}
+#endif
 
 INLINE vec load_real(const real *p)
 {
