@@ -137,6 +137,7 @@ def normalize(
     course, (_, given, mix, weights) = now.course, now.options
     in_slices = course.batch_statistics and now.ghost and given is None and not course.single and inp.layout is not None
     selection: Selection | None = None
+    moved: Moments | None
     if weights is not None and quantization is not None:
         raise ValueError(masked.NO_BYTES)
     if weights is not None and in_slices:
@@ -151,8 +152,8 @@ def normalize(
     if in_slices:
         if now.nonfinite == "raise":
             _refuse_nonfinite(measure(inp), now.nonfinite)
-        y, context, moved = ghost.forward(inp, now.affine, now.eps, now.epilogue, out, now.ghost)
-        return y, context, _move(moved, unbiased) if course.tracked else None
+        y, context, whole = ghost.forward(inp, now.affine, now.eps, now.epilogue, out, now.ghost)
+        return y, context, _move(whole, unbiased) if course.tracked else None
     if course.batch_statistics:
         y, context = _batch(inp, now, given, out, selection)
         moved = context.moments if given is None else given
@@ -168,7 +169,7 @@ def normalize(
             y, context = _fixed(inp, now, out, quantization, selection)
     if selection is not None:
         context.special = context.special._replace(weights=weights, selection=selection)
-    return y, context, _move(moved, unbiased) if course.tracked and counts else None
+    return y, context, _move(moved, unbiased) if moved is not None and course.tracked and counts else None
 
 
 def _weighted_slices(
@@ -237,7 +238,7 @@ def _batch(
     # One value is its own mean: y is the bias, and 0 as invstd gives no gradient
     invstd = np.zeros(inp.n_channels) if now.course.single else passes.inverse_std(given.var(), now.eps)
     y, context = steps.forward_given(inp, now.affine, invstd, given, now.epilogue, out, selection)
-    count = inp.count if selection is None else selection.count
+    count = inp.count if selection is None else selection.counts
     context.special = Special(of_others=not np.allclose(given.count, count, rtol=1e-12))
     return y, context
 

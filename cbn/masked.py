@@ -43,12 +43,12 @@ class Weights(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """What the values count, as the passes go through them: N runs of S, or N rows. See `cbn_selection` in kernels.h."""
+    """What the values count, as the passes go through them, N runs of S or N rows: `cbn_selection` of kernels.h."""
 
     mask: Array | None  # int8, -1 or 0: (N, S), (N, C, S) or of rows (N, C)
     lengths: Array | None  # intp (N,)
     weights: Doubles | None  # (N,)
-    count: Doubles  # (C,), the sums of the weights
+    counts: Doubles  # (C,), the sums of the weights
     values: Array | int  # how many values have one
 
 
@@ -75,7 +75,7 @@ def as_weights(
 
 def select(inp: Input, weights: Weights) -> tuple[Input, Selection]:
     """What counts, for the passes, and the input: in a copy, if samples of other weights share a run."""
-    axis, mask, sample = inp.axis, weights.mask, weights.sample_weight
+    axis, sample = inp.axis, weights.sample_weight
     rest = [i for i in range(inp.x.ndim) if i != axis]
     order = inp.layout.order
     k = order.index(axis)
@@ -119,7 +119,7 @@ def _of_rows(inp: Input, weights: Weights, rest: list[int], outer: list[int]) ->
     of_row = np.array(each.transpose([*outer, *(i for i in range(n) if i not in outer)]), dtype=np.float64).ravel()
     if not of_channels or weights.mask is None:
         count = np.full(inp.n_channels, of_row.sum())
-        return Selection(None, None, of_row, count, np.count_nonzero(of_row))
+        return Selection(None, None, of_row, count, int(np.count_nonzero(of_row)))
     order = [*outer, inp.axis]
     full = np.broadcast_to(weights.mask, shape).transpose([*order, *(i for i in range(n) if i not in order)])
     mask, _ = arrays.mask_bytes(full.reshape(of_row.size, inp.n_channels))
@@ -155,26 +155,26 @@ def _of_runs(inp: Input, weights: Weights, rest: list[int], outer: list[int], in
     ordered = full.transpose([*outer, inp.axis, *inner, *others])
     mask, found = arrays.mask_bytes(ordered.reshape(-1, layout.S))
     found = found.reshape(layout.N, -1)  # how many count of each run
-    lengths = None if of_run is None else np.where(of_run == 0, 0, layout.S).astype(np.intp)
-    count = np.broadcast_to(found.sum(axis=0) if of_run is None else of_run @ found, inp.n_channels)
+    whole = None if of_run is None else np.where(of_run == 0, 0, layout.S).astype(np.intp)
     values = found.sum(axis=0)
-    return Selection(mask, lengths, of_run, np.array(count, np.float64), values)
+    counts_c = np.broadcast_to(values if of_run is None else of_run @ found, inp.n_channels)
+    return Selection(mask, whole, of_run, np.array(counts_c, np.float64), values)
 
 
 def refuse_few(inp: Input, found: Selection) -> None:
     """PyTorch's error, for the channel of which the least counts."""
-    wrong = (np.asarray(found.values) < 2) | ~(found.count > 1)
+    wrong = (np.asarray(found.values) < 2) | ~(found.counts > 1)
     if wrong.any():
-        c = int(np.where(wrong, found.count, np.inf).argmin())
+        c = int(np.where(wrong, found.counts, np.inf).argmin())
         raise checks.ArgumentError(
-            f"Expected more than 1 value per channel when training, got weights that add up to {found.count[c]:g} in "
+            f"Expected more than 1 value per channel when training, got weights that add up to {found.counts[c]:g} in "
             f"channel {c}, input size {inp.x.shape}"
         )
 
 
 def scaled(found: Selection) -> Selection:
-    """The same with weights up to 1, times a power of 2: so no coefficient of a run is larger than that of its channel."""
+    """The same with weights up to 1, times a power of 2: no coefficient of a run is larger than that of its channel."""
     if found.weights is None:
         return found
     factor = 2.0 ** -math.frexp(float(found.weights.max(initial=0)))[1]
-    return found._replace(weights=found.weights * factor, count=found.count * factor)
+    return found._replace(weights=found.weights * factor, counts=found.counts * factor)

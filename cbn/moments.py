@@ -283,7 +283,7 @@ def measure(
         extremes = (np.full(shape, np.inf), np.full(shape, -np.inf)) if extrema else (None, None)
         return Moments._of(0, *np.zeros((3, *shape)), *extremes)
     if selection is not None:
-        return Moments._of(selection.count, *passes.moments(inp.layout, inp.x, selection=selection))
+        return Moments._of(selection.counts, *passes.moments(inp.layout, inp.x, selection=selection))
     integers = inp.x.dtype.kind in "biu"
     if inp.x.dtype == np.int32 and inp.count > MOST_INT32:
         return _measure_halves(inp, weights, extrema)

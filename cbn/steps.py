@@ -153,6 +153,8 @@ def forward_batch(
         mean, m2, invstd = np.zeros((3, inp.n_channels))
         return y, Context(inp, affine, epilogue, True, mean, invstd, m2)
     residual, act = epilogue
+    if selection is not None and residual is not None:
+        residual = inp.matched(residual)  # x may be a copy of its own
     y = inp.output(out, inp.x) if residual is None else inp.output(out, inp.x, residual)
     used, running = affine, None
     if blend is not None:  # the pass writes over what it gets
@@ -165,7 +167,7 @@ def forward_batch(
     mean, m2, invstd = passes.normalize(
         inp.layout, inp.x, y, used.weight, used.bias, eps, inp.in_float64, residual, act, running, selection
     )
-    count = inp.count if selection is None else selection.count
+    count = inp.count if selection is None else selection.counts
     context = Context(inp, used, epilogue, True, mean, invstd, m2, count)
     if running is not None and running[3:] != NO_RENORM:
         context.special = Special(Renorm(running[1], running[0], affine))
@@ -212,6 +214,8 @@ def forward_fixed(
     if inp.layout is None:
         return arrays.empty_like(inp.x, inp.y_dtype) if out is None else out
     residual, act = epilogue
+    if selection is not None and residual is not None:
+        residual = inp.matched(residual)  # x may be a copy of its own
     y = inp.output(out, inp.x) if residual is None else inp.output(out, inp.x, residual)
     passes.apply(inp.layout, inp.x, y, coef, inp.in_float64, residual, act, selection)
     return copied_into(y, out)
@@ -323,7 +327,7 @@ def _backward(
     """`backward` for dy and x with one dtype. `y_dtype` is the forward pass's if they are copies in a larger type."""
     inp, act, selection = context.inp, context.epilogue.act, context.special.selection
     if selection is not None and context.batch_statistics:
-        selection = scaled(selection._replace(count=np.array(np.broadcast_to(context.count, inp.n_channels), float)))
+        selection = scaled(selection._replace(counts=np.array(np.broadcast_to(context.count, inp.n_channels), float)))
     dy, residual, dx, dh, dresidual = gradient_arrays(dy, context, out, want_dx)
     forward = context.mean, context.invstd, *context.affine, inp.in_float64, residual, act, dh
     sums: Doubles | Any = None
@@ -361,10 +365,9 @@ def gradient_arrays(
             dh = dx
         else:
             dh = arrays.empty_like(inp.x)
-    elif residual is not None and context.special.selection is None:
-        dresidual = arrays.with_room(dy.copy, order="K")
     elif residual is not None:
-        dresidual = _selected(dy, inp, context.special.selection)
+        selection = context.special.selection
+        dresidual = arrays.with_room(dy.copy, order="K") if selection is None else _selected(dy, inp, selection)
     return dy, residual, dx, dh, dresidual
 
 

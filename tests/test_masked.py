@@ -10,7 +10,7 @@ import cbn
 from cbn import reference
 from cbn.kernels import engine
 
-from .paths import GRADIENT_LIMIT, INPUT_DTYPES, KNOBS, LARGE_RANGE, LIMIT, PARAMETERS, PATH_SHAPES, agree
+from .paths import DTYPES, GRADIENT_LIMIT, INPUT_DTYPES, KNOBS, LARGE_RANGE, LIMIT, PARAMETERS, PATH_SHAPES, agree
 
 
 def layer(rng, n, **kwargs):
@@ -127,6 +127,33 @@ def test_weights_and_masks_of_channels(rng, shape, per_channel, dtype):
     np.testing.assert_allclose(bn.running_var, 0.9 * before[1] + 0.1 * m2 / (n - 1), rtol=1e-12)
 
 
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("training", [True, False])
+def test_samples_that_share_a_run(rng, activation, training):
+    """Channels come first: x is arranged anew, and y and dx lie as x did."""
+    for shape in ((3, 8), (3, 8, 5)):
+        x, dy, z = rng.standard_normal((3, *shape))
+        weight = rng.uniform(0, 2, 8) * (rng.random(8) < 0.7)
+        weight[:2] = 1
+        bn = layer(rng, 3, channel_axis=0, activation=activation).train(training)
+        bn.train_parameters = True
+        other = copy.deepcopy(bn)
+        other._channel_axis = 1
+        places = (1, 0, *range(2, len(shape)))
+        x_, dy_, z_ = (np.ascontiguousarray(a.transpose(places)) for a in (x, dy, z))
+        y = bn(x, sample_weight=weight, residual=z)
+        expected = other(x_, sample_weight=weight, residual=z_)
+        np.testing.assert_array_equal(y, expected.transpose(places))
+        assert y.flags.c_contiguous
+        out = np.empty_like(x)
+        assert bn(x, sample_weight=weight, residual=z, out=out) is out
+        np.testing.assert_array_equal(out, y)
+        for found, part in zip(bn.backward(dy), other.backward(dy_), strict=True):
+            np.testing.assert_allclose(found, part.transpose(places), rtol=1e-13, atol=1e-14)
+        other(x_, sample_weight=weight, residual=z_)
+        np.testing.assert_allclose(bn.running_var, other.running_var, rtol=1e-14)
+
+
 def test_integer_weights_are_repeats(rng):
     x = rng.standard_normal((6, 3))
     times = np.array([1, 2, 0, 3, 1, 1])
@@ -170,6 +197,8 @@ def every_path():
     for i, (name, shape) in enumerate(PATH_SHAPES.items()):
         for j, dtype in enumerate(INPUT_DTYPES):
             for k, kind in enumerate(KINDS):
+                if np.prod(shape) > 1e5 and dtype not in DTYPES:
+                    continue
                 quick = (i + j + k) % len(KINDS) == 0 and np.prod(shape) < 1e5
                 marks = () if quick else pytest.mark.slow
                 yield pytest.param(shape, dtype, kind, marks=marks, id=f"{name}-{np.dtype(dtype)}-{kind}")
@@ -214,15 +243,17 @@ def test_every_path_gives_the_same_bits(isa, parallel, rng, dtype, shape, kind):
                         for a, b in zip(results(offset, activation), expected, strict=True):
                             assert a.tobytes() == b.tobytes(), (name, n_threads, offset, activation)
             if activation is None:
-                y, dx, *_, mean, var, dweight, dbias = expected
+                y, dx, *_, mean, _, dweight, dbias = expected
                 count, mean_, m2, *_ = reference.counted_moments(x, w, False, axis)
                 own = PARAMETERS[dtype]
                 with np.errstate(all="ignore"):
-                    of_y = reference.normalize(x, mean_, m2 / count, weight.astype(own), bias.astype(own), channel_axis=axis)
+                    of_y = reference.normalize(
+                        x, mean_, m2 / count, weight.astype(own), bias.astype(own), channel_axis=axis
+                    )
                     of_dx, of_weight, of_bias = reference.counted_backward(dy, x, w, weight.astype(own), 1e-5, axis)
                 agree(y, np.where(w > 0, of_y, 0), LIMIT[np.dtype(dtype)], kind, axis)
                 agree(dx, of_dx, GRADIENT_LIMIT[np.dtype(dtype)], kind, axis)
-                agree(mean, 0.1 * mean_, LIMIT[np.dtype(own)])
+                agree(mean, 0.1 * mean_, 100 * LIMIT[np.dtype(own)])  # beside a spread 1e4 times as large
                 agree(dweight, of_weight, GRADIENT_LIMIT[np.dtype(own)])
                 agree(dbias, of_bias, GRADIENT_LIMIT[np.dtype(own)])
 
