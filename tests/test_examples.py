@@ -27,6 +27,7 @@ from examples import (  # noqa: E402
     embed,
     four_steps,
     layers,
+    lengths,
     recalibration,
     report,
     sequences,
@@ -43,6 +44,7 @@ NAMES = (
     "binary_logits",
     "four_steps",
     "sequences",
+    "lengths",
     "recalibration",
     "tiny_batches",
     "adaptation",
@@ -569,6 +571,54 @@ def test_standard_errors_say_how_far_few_batches_are_off(averaged, tmp_path, cap
     rows = [line.count("|") for line in text.splitlines() if line.startswith("|")]
     assert rows == [7] * (2 + 2 + 9 + 2 + len(recalibration.COUNTS))
     assert png_size(tmp_path / "recalibration.png")[0] > 1000
+
+
+# ---- lengths -------------------------------------------------------------------------------------------------------
+
+
+def test_padding_is_nothing_to_a_network_with_lengths(rng):
+    """Outputs and gradients, in training and evaluation, for any padding; over the padding too they differ."""
+    data = lengths.written_digits()
+    assert {int(n) for n in np.count_nonzero(~np.isnan(data.x_train[:, 0]), axis=1)} == {8, 16, 24, 32}
+    x, y = data.x_train[:16], data.y_train[:16]
+    found = {}
+    for norm in lengths.COLORS:
+        for length in (None, 64):
+            network = lengths.Network(norm, length, np.random.default_rng(0))
+            z = network(x)
+            network.backward(layers.softmax_cross_entropy(z, y)[1])
+            gradients = [gradient.copy() for _, gradient in network.parameters()]
+            found[norm, length] = [z, *gradients, network.eval()(x)]
+    for norm in lengths.COLORS:
+        alike = [
+            np.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(found[norm, None], found[norm, 64], strict=True)
+        ]
+        assert all(alike) == (norm != lengths.PLAIN), norm
+
+
+def test_gradients_of_padded_sequences(rng):
+    """Against differences, of a network in float64."""
+    x, labels = lengths.written_digits().x_train[:6].astype(F64), np.arange(6)
+    network = lengths.Network(lengths.MASKED, None, rng)
+    for layer in network.layers:
+        vars(layer).update({k: v.astype(F64) for k, v in vars(layer).items() if getattr(v, "dtype", None) == np.float32})
+    value = network.layers[-1].weight
+    network.zero_grad()
+    network.backward(layers.softmax_cross_entropy(network(x), labels)[1])
+    wanted = central_differences(lambda: layers.softmax_cross_entropy(network(x), labels)[0], value[:2, :3], 1e-3)
+    np.testing.assert_allclose(network.layers[-1].weight_grad[:2, :3], wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_lengths(tmp_path, capsys):
+    results = lengths.run(seeds=1, epochs=3, batches=(16,))
+    assert len(results) == 6
+    loss = {key: metrics["test_loss"][0, -1] for key, metrics in results.items()}
+    for padding in lengths.PADDED:
+        assert loss[padding, 16, lengths.MASKED] < loss[padding, 16, lengths.WITHOUT] - 0.2
+    lengths.show(results, tmp_path)
+    text = capsys.readouterr().out
+    assert [line.count("|") for line in text.splitlines() if line.startswith("|")] == [8] * (2 + len(results))
+    assert png_size(tmp_path / "lengths.png")[0] > 500
 
 
 # ---- tiny_batches --------------------------------------------------------------------------------------------------
