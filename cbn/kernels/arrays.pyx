@@ -115,6 +115,13 @@ def empty_cache():
 
 
 cdef cnp.ndarray new_doubles(cnp.npy_intp n):
+    """n float64 values; many, as the statistics of ghost batches are, in memory that others have left."""
+    if pool_limit and n * <Py_ssize_t>sizeof(double) >= CBN_POOL_LEAST:
+        before = cnp.PyDataMem_SetHandler(pool_capsule)
+        try:
+            return cnp.PyArray_SimpleNew(1, &n, cnp.NPY_DOUBLE)
+        finally:
+            cnp.PyDataMem_SetHandler(before)
     try:
         return cnp.PyArray_SimpleNew(1, &n, cnp.NPY_DOUBLE)
     except MemoryError:
