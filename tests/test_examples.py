@@ -601,7 +601,8 @@ def test_gradients_of_padded_sequences(rng):
     x, labels = lengths.written_digits().x_train[:6].astype(F64), np.arange(6)
     network = lengths.Network(lengths.MASKED, None, rng)
     for layer in network.layers:
-        vars(layer).update({k: v.astype(F64) for k, v in vars(layer).items() if getattr(v, "dtype", None) == np.float32})
+        singles = [name for name, v in vars(layer).items() if getattr(v, "dtype", None) == np.float32]
+        vars(layer).update({name: vars(layer)[name].astype(F64) for name in singles})
     value = network.layers[-1].weight
     network.zero_grad()
     network.backward(layers.softmax_cross_entropy(network(x), labels)[1])

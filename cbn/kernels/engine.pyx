@@ -503,7 +503,8 @@ cdef void pipeline(Job *job, Py_ssize_t begin, Py_ssize_t end, int thread) noexc
         # Apply and the next reduction can be one call only if the tile before took `job.loops` too: the two tiles
         # share a cache line, which the later one writes. In a cache, one after the other is faster for short runs
         together = begin < tile < end and fit and (fit_before or job.copying) \
-            and not (job.reduction.rows and job.selection != NULL) and (job.copying or job.reduction.rows or job.reduction.piece >= MEDIUM_RUN)
+            and (job.copying or (job.reduction.rows and job.selection == NULL)
+                 or (not job.reduction.rows and job.reduction.piece >= MEDIUM_RUN))
         fit_before = fit
         for k in range(blocks):
             if tile > begin:
