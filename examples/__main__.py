@@ -21,6 +21,7 @@ from examples import (
     hosts,
     lengths,
     pipeline,
+    producer,
     recalibration,
     report,
     sequences,
@@ -37,6 +38,7 @@ EXAMPLES = {  # with the arguments that make it short
     recalibration: (*ONCE, "--draws", "2"),
     tiny_batches: ONCE,
     adaptation: ONCE,
+    producer: ("--rounds", "2"),
     embed: ("--seconds", "60", "--repeats", "2"),
     hosts: ("--quick",),
 }

@@ -20,7 +20,7 @@ for package in ("sklearn", "matplotlib", "tqdm"):
     )
 
 from examples import __main__ as demo  # noqa: E402
-from examples import (  # noqa: E402
+from examples import (
     adaptation,
     binary_logits,
     digits_mlp,
@@ -28,6 +28,7 @@ from examples import (  # noqa: E402
     four_steps,
     layers,
     lengths,
+    producer,
     recalibration,
     report,
     sequences,
@@ -45,6 +46,7 @@ NAMES = (
     "four_steps",
     "sequences",
     "lengths",
+    "producer",
     "recalibration",
     "tiny_batches",
     "adaptation",
@@ -620,6 +622,20 @@ def test_lengths(tmp_path, capsys):
     text = capsys.readouterr().out
     assert [line.count("|") for line in text.splitlines() if line.startswith("|")] == [8] * (2 + len(results))
     assert png_size(tmp_path / "lengths.png")[0] > 500
+
+
+# ---- producer ------------------------------------------------------------------------------------------------------
+
+
+def test_producer(tmp_path, capsys):
+    results = producer.run(rounds=1, widths=(96, 256))
+    for times in results.values():
+        assert float(times["difference"]) < 1e-5
+        assert all(times[key] > 0 for key in times if key != "difference")
+    producer.show(results, tmp_path, 1)
+    text = capsys.readouterr().out
+    assert [line.count("|") for line in text.splitlines() if line.startswith("|")] == [8] * (2 + len(results))
+    assert png_size(tmp_path / "producer.png")[0] > 500
 
 
 # ---- tiny_batches --------------------------------------------------------------------------------------------------
