@@ -101,7 +101,7 @@ def show(results, out, rounds):
         out,
         "producer",
         "Statistics from the product",
-        f"Milliseconds, the fastest of {rounds} rounds; the last column is the largest difference between the two outputs.",
+        f"Milliseconds, the fastest of {rounds} rounds; the last column is the largest difference of the two outputs.",
         report.table(["y", *columns, "difference"], rows),
     )
 

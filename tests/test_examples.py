@@ -20,7 +20,7 @@ for package in ("sklearn", "matplotlib", "tqdm"):
     )
 
 from examples import __main__ as demo  # noqa: E402
-from examples import (
+from examples import (  # noqa: E402
     adaptation,
     binary_logits,
     digits_mlp,
