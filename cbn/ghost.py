@@ -20,13 +20,18 @@ from .steps import Affine, Context, Epilogue, Gradients, Special, copied_into
 Cut = tuple[Layout, Layout, int, int, int]  # see kernels/slices.pyx
 
 
+def _count(inp: Input, size: int) -> int:
+    """How many slices. The last one may be shorter; one value per channel joins the slice before."""
+    n: int = inp.x.shape[_axis(inp)]
+    slices, rest = divmod(n, size)
+    joins = slices == 0 or rest == 0 or (rest == 1 and inp.count == n)
+    return max(slices, 1) if joins else slices + 1
+
+
 def bounds(inp: Input, size: int) -> list[slice]:
-    """The slices of the samples. The last one may be shorter; one value per channel joins the slice before."""
-    n = inp.x.shape[_axis(inp)]
-    edges = list(range(0, n, size)) or [0]
-    if len(edges) > 1 and n - edges[-1] == 1 and inp.count == n:
-        edges.pop()
-    return [slice(a, b) for a, b in zip(edges, [*edges[1:], n], strict=True)]
+    """The slices of the samples."""
+    edges = [k * size for k in range(_count(inp, size))]
+    return [slice(a, b) for a, b in zip(edges, [*edges[1:], inp.x.shape[_axis(inp)]], strict=True)]
 
 
 def _axis(inp: Input) -> int:
@@ -40,9 +45,10 @@ def _at(inp: Input, part: slice) -> tuple[slice, ...]:
 
 def _cut(inp: Input, size: int, *others: Array | None) -> Cut | None:
     """The slices for the compiled call; None if it cannot go through one of the arrays."""
-    parts, axis = bounds(inp, size), _axis(inp)
+    n, axis = _count(inp, size), _axis(inp)
+    last = (n - 1) * size
     layouts = []
-    for part in (parts[0], parts[-1]):
+    for part in (slice(0, size if n > 1 else None), slice(last, None)):
         at = _at(inp, part)
         one = Input(inp.x[at], inp.axis)
         if one.layout is None or not np.may_share_memory(one.x, inp.x[at]):
@@ -50,16 +56,15 @@ def _cut(inp: Input, size: int, *others: Array | None) -> Cut | None:
         if not all(one.layout.fits(a[at]) for a in others if a is not None):
             return None
         layouts.append(one.layout)
-    return layouts[0], layouts[1], axis, size, len(parts)
+    return layouts[0], layouts[1], axis, size, n
 
 
 def forward(
     inp: Input, affine: Affine, eps: float, epilogue: Epilogue, out: Array | None, size: int
 ) -> tuple[Array, Context, Moments]:
     """y, the context of backward, and the moments of the whole batch."""
-    parts = bounds(inp, size)
-    values = inp.count // inp.x.shape[_axis(inp)]
-    least = min(part.stop - part.start for part in parts) * values
+    n = inp.x.shape[_axis(inp)]
+    least = min(size, n - (_count(inp, size) - 1) * size) * (inp.count // n)
     if least < 2:
         raise checks.ArgumentError(
             f"Expected more than 1 value per channel when training, got {least} in a ghost batch: input size "
@@ -69,27 +74,27 @@ def forward(
     y = inp.output(out, inp.x) if residual is None else inp.output(out, inp.x, residual)
     cut = _cut(inp, size, y, residual)
     if cut is not None:
-        found = slices.normalize(cut, inp.x, y, affine.weight, affine.bias, eps, inp.in_float64, residual, act)
+        of_x = inp.x, y, affine.weight, affine.bias, eps, inp.count, inp.in_float64
+        mean, invstd, *merged = slices.normalize(cut, *of_x, residual, act)
+        whole = Moments._of(inp.count, *merged)
     else:
-        found = _forward_parts(inp, affine, eps, epilogue, y, parts)
-    mean, m2, invstd = found
-    last = parts[-1]
-    count, *whole = slices.merged(mean, m2, size * values, (last.stop - last.start) * values)
-    context = Context(inp, affine, epilogue, True, mean, invstd, m2, inp.count, special=Special(ghost=size))
-    return copied_into(y, out), context, Moments._of(count, *whole)
+        mean, invstd, whole = _forward_parts(inp, affine, eps, epilogue, y, bounds(inp, size))
+    context = Context(inp, affine, epilogue, True, mean, invstd, None, inp.count, special=Special(ghost=size))
+    return copied_into(y, out), context, whole
 
 
 def _forward_parts(
     inp: Input, affine: Affine, eps: float, epilogue: Epilogue, y: Array, parts: list[slice]
-) -> tuple[Any, Any, Any]:
-    rows = []
+) -> tuple[Any, Any, Moments]:
+    rows, moments = [], []
     for part in parts:
         at = _at(inp, part)
         one, of_part = _part(inp, at), None if epilogue.residual is None else epilogue.residual[at]
         _, context = steps.forward_batch(one, affine, eps, Epilogue(of_part, epilogue.act), y[at])
-        rows.append((context.mean, context.m2, context.invstd))
-    mean, m2, invstd = (np.array(column) for column in zip(*rows, strict=True))
-    return mean, m2, invstd
+        rows.append((context.mean, context.invstd))
+        moments.append(context.moments)
+    mean, invstd = (np.array(column) for column in zip(*rows, strict=True))
+    return mean, invstd, Moments.merge(moments)
 
 
 def _part(inp: Input, at: tuple[slice, ...]) -> Input:
@@ -109,8 +114,8 @@ def backward(dy: Array, context: Context, out: Array | None) -> Gradients:
     if cut is None:
         return _backward_parts(dy, context, out)
     of_forward = context.mean, context.invstd, *context.affine, inp.in_float64, residual, act, dh
-    sums, _, dweight = slices.gradients(cut, dy, inp.x, dx, *of_forward, dresidual is not None)
-    return Gradients(copied_into(dx, out), dresidual, dweight, sums.sum(axis=0))
+    dweight, dbias = slices.gradients(cut, dy, inp.x, dx, *of_forward, dresidual is not None)
+    return Gradients(copied_into(dx, out), dresidual, dweight, dbias)
 
 
 def _backward_parts(dy: Array, context: Context, out: Array | None) -> Gradients:

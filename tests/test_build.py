@@ -151,7 +151,8 @@ def test_cimports_run_one_way():
         "statistics": {"coefficients", "job", "kernels", "partition"},
         "conversion": {"job", "kernels", "partition", "tiles"},
         "tiles": {"coefficients", "job", "kernels", "partition"},
-        "engine": {"conversion", "job", "kernels", "partition", "statistics", "tiles"},
+        "at_once": {"coefficients", "job", "kernels", "partition", "tiles"},
+        "engine": {"at_once", "conversion", "job", "kernels", "partition", "statistics", "tiles"},
         "arrays": {"engine", "job", "kernels", "partition"},
         "passes": {
             *("arrays", "coefficients", "engine", "job", "kernels", "partition", "scratch", "second", "statistics"),
@@ -160,7 +161,7 @@ def test_cimports_run_one_way():
         "plans": {"arrays", "coefficients", "engine", "job", "kernels"},
         "channels": {"arrays"},
         "scratch": {"arrays", "coefficients", "engine", "job", "kernels", "partition"},
-        "slices": {"arrays", "coefficients", "engine", "job", "scratch", "statistics"},
+        "slices": {"arrays", "coefficients", "engine", "job", "partition", "scratch", "statistics"},
         "calls": {"arrays", "channels", "coefficients", "engine", "job", "kernels", "scratch"},
         "running": {
             *("arrays", "calls", "coefficients", "engine", "job", "kernels", "partition", "scratch", "statistics"),

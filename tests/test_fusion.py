@@ -1,5 +1,7 @@
 """Activation and residual: y = act(norm(x) + residual) in one pass, and its gradients."""
 
+import copy
+
 import numpy as np
 import pytest
 
@@ -110,6 +112,59 @@ def test_every_path_gives_the_same_bits_with_an_activation(isa, parallel, rng, d
         for n_threads, offset in ((1, 0), (2, 3)):
             with cbn.num_threads(n_threads):
                 assert results(offset) == first, (name, n_threads)
+
+
+def few_rows(rng, kind, n, n_channels, dtype):
+    """Rows whose channels need a second reduction, or float64 arithmetic, or are constant, or are not finite."""
+    x = (rng.standard_normal((n, n_channels + 3)) * 2 + 3).astype(dtype)[:, 3:]
+    tiny, huge = np.finfo(dtype).tiny, np.finfo(dtype).max
+    if kind == "far":
+        x += (1000 * rng.standard_normal(n_channels)).astype(dtype)
+        x[0] += dtype(1e6)
+    elif kind == "constant":
+        x[:], x[:, ::3] = dtype(1.1), 0
+    elif kind == "special":
+        x[rng.integers(n), :9], x[rng.integers(n), 5:20] = np.inf, np.nan
+    elif kind == "range":
+        x[:, 3], x[:, n_channels // 2], x[:, 9] = x[:, 3] * tiny, 100 * tiny, x[:, 9] * (huge / 100)
+    return x
+
+
+@pytest.mark.parametrize("n", [2, 3, 8, 17, 31, 32])
+@pytest.mark.parametrize("n_channels", [513, 777, 1024, 2100])
+@pytest.mark.parametrize("kind", ["usual", "far", "constant", "special", "range"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_few_rows_have_the_bits_of_the_other_loops(isa, rng, n, n_channels, kind, dtype):
+    """In place, the loop for few rows does not run."""
+    knobs = engine.tune(nontemporal_bytes=n % 2 << 40, bytes_per_thread=1 << 14)
+    activation, act = list(ACTIVATIONS.values())[(n + n_channels) % 4]
+    bn = layer(rng, dtype, n_channels, activation=activation)
+    bn.weight[:4] = 1e-42, 1e37, 0, -1
+    x, z = few_rows(rng, kind, n, n_channels, dtype), rng.standard_normal((n, n_channels)).astype(dtype)
+    z = z if n_channels % 2 else None
+    dy = rng.standard_normal((n, n_channels)).astype(dtype)
+    room = np.empty(n * n_channels + 16, dtype)
+    found = []
+    with np.errstate(all="ignore"), cbn.num_threads(1 + n % 3):
+        try:
+            for y in (None, room[5 : 5 + dy.size].reshape(dy.shape), x.copy()):
+                one, in_place = copy.deepcopy(bn), y is not None and y.base is not room
+                read = y if in_place else x
+                y = one(read, residual=z, out=y)
+                # Backward reads x: what has been overwritten comes from a new forward
+                if in_place:
+                    one(x, residual=z, update_stats=False)
+                dx = one.backward(dy, out=dy.copy() if in_place else None)
+                found.append([y, *(dx if z is not None else (dx,)), *one.state_dict().values()])
+                found[-1] += [one.weight_grad, one.bias_grad]
+        finally:
+            engine.tune(**knobs)
+    for other in found[:2]:
+        for a, b in zip(other, found[2], strict=True):
+            np.testing.assert_array_equal(a, b)
+    if kind == "usual" and dtype == np.float64:
+        y, *_ = expected(bn, x, dy, z, act, 1)
+        np.testing.assert_allclose(found[0][0][:, 2:], y[:, 2:], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("shape", [(8, 3, 128, 128), (4, 1, 256, 256), (8, 2, 128, 128), (32, 31, 32, 32)])

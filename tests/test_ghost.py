@@ -44,6 +44,7 @@ SHAPES = [
     ((6, 3, 30, 40), 1),
     ((3, 17), 0),
     ((70, 200), 1),
+    ((19, 1030), 1),  # few rows, of two tiles
 ]
 
 
@@ -77,12 +78,29 @@ def test_the_bits_of_slices(rng, isa, size, shape, axis, dtype, activation, with
         np.testing.assert_allclose(one.weight_grad, plain.weight_grad, rtol=1e-13, atol=1e-12)
         np.testing.assert_allclose(one.bias_grad, plain.bias_grad, rtol=1e-13, atol=1e-12)
         half = x.dtype.itemsize == 2  # its sums have the digits of float32
-        np.testing.assert_allclose(one.running_mean, expected[0], rtol=1e-7 if half else 1e-14)
+        np.testing.assert_allclose(one.running_mean, expected[0], rtol=1e-7 if half else 1e-14, atol=1e-15)
         np.testing.assert_allclose(one.running_var, expected[1], rtol=1e-6 if half else 1e-13)
         assert one.num_batches_tracked == 1
     for y, _, one in found[1:]:
         assert y.tobytes() == found[0][0].tobytes()
         assert all(np.array_equal(a, found[0][2].state_dict()[name]) for name, a in one.state_dict().items())
+
+
+@pytest.mark.parametrize(("n", "size"), [(2000, 3), (1100, 32), (130, 65), (64, 64), (65, 64), (400, 1000)])
+def test_the_whole_batch_out_of_groups_of_slices(rng, parallel, n, size):
+    """Running statistics of slices that come in groups, the last group and the last slice smaller than the others."""
+    x = rng.standard_normal((n, 5)) * [1, 1, 1e-3, 1e5, 1] + [0, 1e4, 1, 0, 0]
+    x[:, 4] = np.arange(n) // size  # slices that have a variance between them alone
+    bn = layer(rng, 5, ghost_batch_size=size, momentum=1.0)
+    bn(x)
+    whole = cbn.moments(x)
+    assert (abs(bn.running_mean - whole.mean) <= 1e-15 * (abs(whole.mean) + whole.std(1))).all()
+    np.testing.assert_allclose(bn.running_var, whole.var(1), rtol=1e-12)
+    x[n // 2, 0], x[1, 1] = np.inf, np.nan
+    bn(x)
+    assert bn.running_mean[0] == np.inf
+    assert np.isnan(bn.running_mean[1])
+    assert np.isnan(bn.running_var[:2]).all()
 
 
 @pytest.mark.parametrize("size", [2, 8])

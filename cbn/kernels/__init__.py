@@ -28,6 +28,7 @@ Where each line is, from a numpy array down to an instruction:
     coefficients.h    solve; whether float32 arithmetic does for a channel
     tiles.pxd         an item as the loops see it
     second.pxd        second derivatives: jobs over three arrays
+    at_once.pxd       few rows: a job that is one loop
     conversion.pxd    apply from and to other types than the arithmetic's
     kernels.h         the table of loops, and what a loop is given; kernels.pxd is the same for Cython
     select.c          which instruction sets there are, and which of them this processor runs
@@ -35,8 +36,8 @@ Where each line is, from a numpy array down to an instruction:
     types.h           the element types: a type is one word
     loops/            the loops, a template: formulas.h the arithmetic of an element, runs.h, rows.h and columns.h the
                       two layouts, stream.h apply alone to runs, counted.h reductions in which not every value counts
-                      alike, second.h second derivatives, prefetch.h what is fetched ahead, loops.h the entries;
-                      integers.h exact sums of integers
+                      alike, second.h second derivatives, few.h few rows, prefetch.h what is fetched ahead, loops.h
+                      the entries; integers.h exact sums of integers
     vec/              vectors: vec.h and sums.h for any size, and a header for what each set does better
     half.h            16-bit floats, one at a time
 

@@ -21,10 +21,6 @@ enum {
     CBN_BACKWARD_ROWS = 5,
 };
 
-/* A quarter of a unit in the last place of the largest values: added to one of them, less does not overflow */
-#define CBN_SMALL_FLOAT 0x1p102
-#define CBN_SMALL_DOUBLE 0x1p969
-
 /* Before a loop whose arrays are apart: more of them than the compiler would compare. */
 #if defined(__clang__)
 #define CBN_APART _Pragma("clang loop vectorize(assume_safety)")

@@ -5,6 +5,7 @@ from cython.parallel cimport prange
 from libc.math cimport INFINITY
 from libc.stdlib cimport labs
 
+from .at_once cimport few_rows, goes_at_once
 from .conversion cimport convert_rows, convert_runs, convert_with
 from .job cimport BF16, F16, F32, F64, U8, Element, Job, channels_fit, count, is_integer, loop_of, sums_of, vanishing
 from .kernels cimport CBN_COUNT_ROWS, cbn_built, cbn_highest, cbn_loop, cbn_tile, cbn_view
@@ -580,8 +581,13 @@ cdef void apply_here(Job *job) noexcept nogil:
 
 
 cdef void measure_and_apply(Job *job) noexcept nogil:
-    """Measure, merge, solve and apply: as a pipeline, or in two passes."""
-    if job.fused:
+    """Measure, merge, solve and apply: few rows at once, as a pipeline, or in two passes."""
+    cdef int threads
+    if goes_at_once(job):
+        threads = threads_of(job, traffic(job), &job.reduction)
+        share(&job.reduction, job.itemsize, threads)
+        run(few_rows, job, job.reduction.tiles, threads)
+    elif job.fused:
         job.sum_in_float64 = not first_reduction(job) & IN_OWN_TYPE
         run(pipeline, job, job.reduction.tiles, job.threads)
     else:

@@ -32,6 +32,10 @@
 #define CBN_KERNELS_H
 #include <stddef.h>
 
+/* A quarter of a unit in the last place of the largest values: added to one of them, less does not overflow */
+#define CBN_SMALL_FLOAT 0x1p102
+#define CBN_SMALL_DOUBLE 0x1p969
+
 enum { CBN_ROW_BYTES = 4096 }; /* the longest row: its coefficients stay on the stack of a loop, and in L1 */
 
 /* Rows of an array of coefficients (n, C). The third and fourth differ in meaning: forward, backward. */
@@ -121,6 +125,18 @@ typedef struct {
 
 typedef void (*cbn_loop)(const cbn_tile *apply, const cbn_tile *reduction); /* either may be NULL */
 
+/* What is between the two where all rows of a tile are one call (loops/few.h). */
+typedef struct {
+    const double *weight_c, *bias_c; /* NULL: ones, zeros */
+    double *invstd_c;                /* forward: made; backward: given */
+    double eps;
+    ptrdiff_t next; /* elements from this tile to the one that comes after it, for both inputs */
+} cbn_solve;
+
+/* Moments, or backward the sums, have the place of the sums of a reduction. Returns whether float32 arithmetic does for
+ * all channels (of float64 elements, whether nothing overflows); if not, coefficients are to be applied again. */
+typedef int (*cbn_at_once)(const cbn_tile *apply, const cbn_tile *reduction, const cbn_solve *solve);
+
 /* Rows of what a reduction counts beside its sums, `pitch` apart. */
 enum {
     CBN_COUNT, /* with `skipna` the weights of what counts, else how many NaN do. Not for weights or `extremes` alone */
@@ -136,6 +152,7 @@ typedef void (*cbn_conversion)(const void *from, void *to, ptrdiff_t n);
 typedef struct {
     cbn_loop forward_runs, forward_rows, backward_runs, backward_rows;
     cbn_loop second_runs, second_rows; /* of types that have reductions; one of the two arguments is NULL */
+    cbn_at_once forward_at_once, backward_at_once; /* few rows, of float32 and float64 alone */
     cbn_conversion widen;  /* to the type of the arithmetic; of integers (sums_*) to float32 */
     cbn_conversion widen_f64; /* of integers alone: to float64 */
     cbn_conversion narrow; /* from the type of the arithmetic to y's, rounded to nearest; not of integers */

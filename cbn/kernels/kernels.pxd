@@ -36,10 +36,19 @@ cdef extern from "kernels.h" nogil:
         Py_ssize_t run, channel, element
         cbn_view x_copy, dh
     ctypedef void (*cbn_loop)(const cbn_tile *apply, const cbn_tile *reduction) noexcept nogil
+    ctypedef struct cbn_solve:
+        const double *weight_c
+        const double *bias_c
+        double *invstd_c
+        double eps
+        Py_ssize_t next
+    ctypedef bint (*cbn_at_once)(const cbn_tile *apply, const cbn_tile *reduction,
+                                 const cbn_solve *solve) noexcept nogil
     ctypedef void (*cbn_conversion)(const void *source, void *to, Py_ssize_t n) noexcept nogil
     ctypedef struct cbn_loops:
         cbn_loop forward_runs, forward_rows, backward_runs, backward_rows
         cbn_loop second_runs, second_rows
+        cbn_at_once forward_at_once, backward_at_once
         cbn_conversion widen, widen_f64, narrow
     ctypedef struct cbn_isa:
         const char *name

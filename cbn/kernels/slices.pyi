@@ -18,10 +18,11 @@ def normalize(
     weight: _Doubles | None,
     bias: _Doubles | None,
     eps: float,
+    count: float,
     in_float64: bool = False,
     residual: _Array | None = None,
     act: tuple[float, float, float] | None = None,
-) -> tuple[_Doubles, _Doubles, _Doubles]: ...
+) -> tuple[_Doubles, _Doubles, _Doubles, _Doubles]: ...
 def gradients(
     cut: _Cut,
     dy: _Array,
@@ -36,5 +37,4 @@ def gradients(
     act: tuple[float, float, float] | None = None,
     dh: _Array | None = None,
     keeps_dh: bool = False,
-) -> tuple[_Doubles, _Doubles, _Doubles]: ...
-def merged(mean: _Doubles, m2: _Doubles, size: float, rest: float) -> tuple[_Doubles, _Doubles, _Doubles]: ...
+) -> tuple[_Doubles, _Doubles]: ...

@@ -113,6 +113,62 @@ CBN_OVER_CHANNELS(void, cbn_merge_moments,
                    const double *restrict m2_b, ptrdiff_t first, ptrdiff_t end),
                   (count_a, mean_a, low_a, m2_a, count_b, mean_b, low_b, m2_b, first, end))
 
+/* ---- slices: moments of parts that have as many values each ---- */
+
+/* A mean that others are subtracted from. */
+static inline double cbn_reference(double mean)
+{
+    return fabs(mean) <= DBL_MAX ? mean : 0;
+}
+
+/* One slice more: S(d), S(d*d) and S(m2), d = mean - reference. The reference is one of the means, so that S(d*d) is not
+ * large beside their spread. */
+CBN_LOOP void cbn_add_slice_loop(double *restrict sum, double *restrict square, double *restrict m2_sum,
+                                 const double *restrict reference, const double *restrict mean,
+                                 const double *restrict m2, ptrdiff_t first, ptrdiff_t end)
+{
+    for (ptrdiff_t c = first; c < end; c++) {
+        const double d = mean[c] - cbn_reference(reference[c]);
+        sum[c] += d;
+        square[c] += d * d;
+        m2_sum[c] += m2[c];
+    }
+}
+CBN_OVER_CHANNELS(void, cbn_add_slice,
+                  (double *restrict sum, double *restrict square, double *restrict m2_sum,
+                   const double *restrict reference, const double *restrict mean, const double *restrict m2,
+                   ptrdiff_t first, ptrdiff_t end),
+                  (sum, square, m2_sum, reference, mean, m2, first, end))
+
+/* Those sums of n slices of `size` values become mean, low and m2 of them all: within the slices, and between. */
+CBN_LOOP void cbn_moments_of_slices_loop(double *restrict sum, double *restrict square, double *restrict m2_sum,
+                                         const double *restrict reference, double n, double size, ptrdiff_t first,
+                                         ptrdiff_t end)
+{
+    for (ptrdiff_t c = first; c < end; c++) {
+        const double base = cbn_reference(reference[c]), move = sum[c] / n, mean = base + move;
+        const double q = square[c], left = q > DBL_MAX ? q : q - sum[c] * move;
+        m2_sum[c] += size * (left < 0 ? 0 : left);
+        square[c] = cbn_lost(base, move, mean);
+        sum[c] = mean;
+    }
+}
+CBN_OVER_CHANNELS(void, cbn_moments_of_slices,
+                  (double *restrict sum, double *restrict square, double *restrict m2_sum,
+                   const double *restrict reference, double n, double size, ptrdiff_t first, ptrdiff_t end),
+                  (sum, square, m2_sum, reference, n, size, first, end))
+
+CBN_LOOP void cbn_add_products_loop(double *restrict to, const double *restrict a, const double *restrict b,
+                                    ptrdiff_t first, ptrdiff_t end)
+{
+    for (ptrdiff_t c = first; c < end; c++)
+        to[c] += a[c] * b[c];
+}
+CBN_OVER_CHANNELS(void, cbn_add_products,
+                  (double *restrict to, const double *restrict a, const double *restrict b, ptrdiff_t first,
+                   ptrdiff_t end),
+                  (to, a, b, first, end))
+
 /* ---- what is counted ---- */
 
 static inline void cbn_take_smaller(double *restrict to, const double *restrict from, ptrdiff_t first, ptrdiff_t end)

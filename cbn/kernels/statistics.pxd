@@ -28,6 +28,11 @@ cdef extern from "statistics.h" nogil:
     void cbn_merge_moments(double *count_a, double *mean_a, double *low_a, double *m2_a, const double *count_b,
                            const double *mean_b, const double *low_b, const double *m2_b, Py_ssize_t first,
                            Py_ssize_t end)
+    void cbn_add_slice(double *sum, double *square, double *m2_sum, const double *reference, const double *mean,
+                       const double *m2, Py_ssize_t first, Py_ssize_t end)
+    void cbn_moments_of_slices(double *sum, double *square, double *m2_sum, const double *reference, double n,
+                               double size, Py_ssize_t first, Py_ssize_t end)
+    void cbn_add_products(double *to, const double *a, const double *b, Py_ssize_t first, Py_ssize_t end)
     void cbn_take_smallest(double *to, const double *other, Py_ssize_t first, Py_ssize_t end)
     void cbn_take_largest(double *to, const double *other, Py_ssize_t first, Py_ssize_t end)
     void cbn_take_smaller(double *to, const double *other, Py_ssize_t first, Py_ssize_t end)

@@ -57,16 +57,26 @@ cdef inline cbn_tile tile_to_reduce(const Job *job, const Rectangle *r) noexcept
     return t
 
 
-cdef inline cbn_tile tile_to_apply(const Job *job, const Rectangle *r) noexcept nogil:
-    """A rectangle to which coefficients are applied."""
+cdef inline cbn_tile tile_of_output(const Job *job, const Rectangle *r) noexcept nogil:
+    """A rectangle to which coefficients are applied that nothing is known of."""
     cdef cbn_tile t = tile_of(job, r)
     t.g = moved(job.dh if job.backward and job.activated else job.g, job.itemsize, r)
     t.y = moved(job.y, job.y_itemsize, r)
     t.nontemporal, t.prefetch = job.nontemporal, job.prefetch
     if job.backward:
         t.z.data, t.activated = NULL, False    # dh has them in it
-    # A residual or a slope can bring back what has overflowed
-    if t.activated and (t.z.data != NULL or (t.act.slope != 0 and t.act.slope != 1)):
+    return t
+
+
+cdef inline bint brings_back(const cbn_tile *t) noexcept nogil:
+    """Whether there is a residual or a slope, which can bring back what has overflowed."""
+    return t.activated and (t.z.data != NULL or (t.act.slope != 0 and t.act.slope != 1))
+
+
+cdef inline cbn_tile tile_to_apply(const Job *job, const Rectangle *r) noexcept nogil:
+    """The same with coefficients."""
+    cdef cbn_tile t = tile_of_output(job, r)
+    if brings_back(&t):
         t.checked = may_overflow(job, r.c, r.c + r.n_channels)
     if job.itemsize == 8 and not (job.fits or channels_fit(job, r.c, r.c + r.n_channels)):
         t.activated = t.checked = True    # only to look at what comes out: no residual, and forward a slope of 1

@@ -44,6 +44,7 @@
 #include "rows.h"
 #include "counted.h"
 #include "second.h"
+#include "few.h"
 
 /* ---- entries: the constants of the bodies ------------------------------------------------------------ */
 
@@ -187,6 +188,10 @@ const cbn_loops LOOP(loops) = {
 #if SUMS
     .second_runs = LOOP(second_runs),
     .second_rows = LOOP(second_rows),
+#endif
+#if SUMS && !HALF
+    .forward_at_once = LOOP(forward_at_once),
+    .backward_at_once = LOOP(backward_at_once),
 #endif
 };
 

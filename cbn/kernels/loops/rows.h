@@ -137,11 +137,14 @@ INLINE void LOOP(set_factors)(LOOP(apply_rows) *a, const cbn_tile *m, double wei
     a->weight = weight;
     for (ptrdiff_t c = 0; c < m->n_channels; c++)
         a->normal &= LOOP(stays_normal)(m, a->factors[TERM][c], a->act, backward);
-    for (int i = 0; i < FACTORS(backward); i++)
+    for (int i = 0; i < FACTORS(backward); i++) {
         SPREAD(m, a->factors[i]);
+        if (a->wraps)
+            memcpy(a->factors[i] + a->columns, a->factors[i], (size_t)a->head * sizeof(real));
+    }
 }
 
-/* The same, and the rest, in `room`. */
+/* What does not depend on coefficients; factors will be in `room`. */
 INLINE void LOOP(begin_apply_rows)(LOOP(apply_rows) *a, const cbn_tile *m, real (*room)[ROOM], const int backward,
                                    const int reducing, const ptrdiff_t rows)
 {
@@ -155,10 +158,7 @@ INLINE void LOOP(begin_apply_rows)(LOOP(apply_rows) *a, const cbn_tile *m, real 
         a->head = MIN(a->skip + TO_LINE((elem_out *)m->y.data + a->skip), a->columns);
     /* A vector of factors is aligned where a cache line of y begins */
     a->factors = (void *)(room[0] + (-a->head & (LINE_ELEMS - 1)));
-    LOOP(set_factors)(a, m, 1, backward);
     a->wraps = a->nontemporal && !reducing && !RARE && rows > 1 && LOOP(wraps)(m, a->columns, backward);
-    for (int i = 0; a->wraps && i < FACTORS(backward); i++)
-        memcpy(a->factors[i] + a->columns, a->factors[i], (size_t)a->head * sizeof(real));
 }
 
 /* A cache line of columns, or what is left of one, of the `height` rows from the n-th on; `at` is the first of them. */
@@ -281,8 +281,10 @@ INLINE void LOOP(rows)(const cbn_tile *m, const cbn_tile *r, const int plain, co
     const int down = applying && LOOP(downwards)(m, reducing ? r : NULL, backward);
     real room[ALL_FACTORS][ROOM] __attribute__((aligned(CACHE_LINE)));
     LOOP(apply_rows) a = {.act = bare ? (LOOP(activation)){.kind = PLAIN} : LOOP(activation_of)(applying ? m : r)};
-    if (applying)
+    if (applying) {
         LOOP(begin_apply_rows)(&a, m, room, backward, reducing, rows);
+        LOOP(set_factors)(&a, m, 1, backward);
+    }
     ptrdiff_t columns = a.columns;
 #if SUMS
     LOOP(columns) of_column __attribute__((aligned(CACHE_LINE)));

@@ -8,6 +8,7 @@
  *              included before, since vec.h has macros for some common words
  *   BASE       defined: the set whose loops serve for types without bfloat16 arithmetic
  */
+#include <float.h>
 #include <stdint.h>
 #include <string.h>
 

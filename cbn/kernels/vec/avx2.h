@@ -222,6 +222,14 @@ INLINE dvec select_d(dvec_bits condition, dvec a, dvec b)
 }
 #endif
 
+#define HAVE_ROOTS 1
+#if SUMS
+INLINE dvec roots(dvec v)
+{
+    return (dvec)_mm256_sqrt_pd((__m256d)v);
+}
+#endif
+
 #define HAVE_SMALLER 1
 #if SUMS
 INLINE rvec smaller(rvec a, rvec b)

@@ -246,6 +246,14 @@ INLINE void load_two(const elem *p, vec *v)
 }
 #endif
 
+#define HAVE_ROOTS 1
+#if SUMS
+INLINE dvec roots(dvec v)
+{
+    return (dvec)_mm512_sqrt_pd((__m512d)v);
+}
+#endif
+
 #define HAVE_SMALLER 1
 #if SUMS
 INLINE rvec smaller(rvec a, rvec b)

@@ -56,6 +56,14 @@ INLINE rvec load_r(const elem *p)
 }
 #endif
 
+#define HAVE_ROOTS 1
+#if SUMS
+INLINE dvec roots(dvec v)
+{
+    return (dvec)vsqrtq_f64((float64x2_t)v);
+}
+#endif
+
 #define HAVE_WIDENED (!ELEM_IS_DOUBLE)
 #if SUMS && HAVE_WIDENED
 INLINE dvec widened(rvec v)

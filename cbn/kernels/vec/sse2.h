@@ -17,6 +17,14 @@ INLINE int any_nan(vec v)
 
 /* ---- sums.h ---- */
 
+#define HAVE_ROOTS 1
+#if SUMS
+INLINE dvec roots(dvec v)
+{
+    return (dvec)_mm_sqrt_pd((__m128d)v);
+}
+#endif
+
 #define HAVE_WIDENED (!ELEM_IS_DOUBLE)
 #if SUMS && HAVE_WIDENED
 INLINE dvec widened(rvec v)

@@ -1,7 +1,7 @@
 /* sums.h: the primitives of reductions, whose sums are float64 vectors whatever the elements are.
  *
  * For the loops: dvec, DLANES, load_d, load_first_d, store_d, load_double, store_double, first_lanes, select_d,
- * smaller, larger, load_first_doubles, splat_d, copy, total; rvec, load_r, load_first_r, store_r, select_r, widened,
+ * smaller, larger, load_first_doubles, splat_d, roots, copy, total; rvec, load_r, load_first_r, store_r, select_r, widened,
  * narrowed, widened_bits, joined; of 16-bit elements lower_d, upper_d, folded_d, add_four and, where a set has them,
  * add_rows and in_order. The types are in vec.h.
  */
@@ -106,6 +106,15 @@ INLINE dvec splat_d(double a)
 {
     return a - (dvec){0};
 }
+
+#if !HAVE_ROOTS
+INLINE dvec roots(dvec v)
+{
+    for (ptrdiff_t i = 0; i < DLANES; i++)
+        v[i] = sqrt(v[i]);
+    return v;
+}
+#endif
 
 /* v with all but its first n < DLANES lanes zero, whatever they are. */
 INLINE dvec first_lanes(dvec v, ptrdiff_t n)

@@ -59,6 +59,7 @@
 #define load_double LOOP(load_double)
 #define store_double LOOP(store_double)
 #define splat_d LOOP(splat_d)
+#define roots LOOP(roots)
 #define first_lanes LOOP(first_lanes)
 #define select_d LOOP(select_d)
 #define smaller LOOP(smaller)
