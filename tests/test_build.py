@@ -157,7 +157,7 @@ def test_cimports_run_one_way():
         "passes": {
             *("arrays", "coefficients", "engine", "job", "kernels", "partition", "scratch", "second", "statistics"),
         },
-        "second": {"engine", "job", "kernels", "partition", "statistics", "tiles"},
+        "second": {"coefficients", "engine", "job", "kernels", "partition", "statistics", "tiles"},
         "plans": {"arrays", "coefficients", "engine", "job", "kernels"},
         "channels": {"arrays"},
         "scratch": {"arrays", "coefficients", "engine", "job", "kernels", "partition"},

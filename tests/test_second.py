@@ -15,7 +15,7 @@ from cbn.functional import (
 )
 from cbn.kernels import engine
 
-from .paths import HALVES, INPUT_DTYPES, LAYOUTS, PARAMETERS, PATH_SHAPES, agree, in_memory_order
+from .paths import HALVES, INPUT_DTYPES, KNOBS, LAYOUTS, PARAMETERS, PATH_SHAPES, agree, in_memory_order
 from .test_guard_pages import guarded
 
 # Of the largest value of the exact result, which is rounded once
@@ -108,14 +108,15 @@ def test_values_on_any_number_of_threads(isa, parallel, rng, dtype, layout, trai
 @pytest.mark.parametrize("shape", PATH_SHAPES.values(), ids=PATH_SHAPES)
 @pytest.mark.parametrize("dtype", INPUT_DTYPES)
 def test_every_path_gives_the_same_bits(isa, parallel, rng, dtype, shape):
-    """Threads, kind of store, fetching: nothing that decides a bit."""
+    """Threads, kind of store, fetching, one pass of tiles or two passes: nothing that decides a bit."""
     case = Case(rng, shape, 1, dtype)
     expected = bits(case.check(shape))
-    for n_threads, nontemporal, prefetch in ((1, 0, True), (1, 1 << 40, True), (4, 0, False), (7, 1 << 40, False)):
-        knobs = engine.tune(nontemporal_bytes=nontemporal, prefetch=prefetch)
-        with cbn.num_threads(n_threads):
-            assert bits(case.results()) == expected, (n_threads, nontemporal, prefetch)
-        engine.tune(**knobs)
+    for name, changes in KNOBS.items():
+        for n_threads in (1, 4, 7):
+            knobs = engine.tune(**changes)
+            with cbn.num_threads(n_threads):
+                assert bits(case.results()) == expected, (n_threads, name)
+            engine.tune(**knobs)
 
 
 @pytest.mark.parametrize("dtype", INPUT_DTYPES)

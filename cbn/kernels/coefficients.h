@@ -188,11 +188,11 @@ static inline double cbn_low_term(double low, double factor)
  *
  * sums NULL: through statistics that do not depend on x, with zbar and q of 0. With z = ggI, weight_t = ggG and
  * bias_t = ggB it is the gradient of dy, since dx, dweight and dbias are linear in dy. */
-static inline void cbn_solve_tangent(double *coef, ptrdiff_t C, const double *mean, const double *invstd,
-                                     const double *weight, const double *weight_t, const double *bias_t,
-                                     const double *sums, const double *shifts, double n)
+static inline void cbn_solve_tangent(double *coef, ptrdiff_t C, ptrdiff_t first, ptrdiff_t end, const double *mean,
+                                     const double *invstd, const double *weight, const double *weight_t,
+                                     const double *bias_t, const double *sums, const double *shifts, double n)
 {
-    for (ptrdiff_t c = 0; c < C; c++) {
+    for (ptrdiff_t c = first; c < end; c++) {
         const double r = invstd[c], scale = weight ? weight[c] * r : r;
         const double z0 = sums ? shifts[CBN_SHIFT_Z * C + c] : 0, z = sums ? sums[CBN_SUM_Z * C + c] / n : 0;
         const double q = sums ? sums[CBN_SUM_ZD * C + c] / n * r : 0, zlow = cbn_lost(z0, z, z0 + z);
@@ -210,11 +210,11 @@ static inline void cbn_solve_tangent(double *coef, ptrdiff_t C, const double *me
  *     grad_x = d*r*(w*r^2*(3*p*q - cov) - ggG*r*p) + (g - gbar)*r*(ggG - w*r*q) - (z - zbar)*w*r^2*p
  *
  * r goes to each mean of products first, so that no product is larger than it has to be. */
-static inline void cbn_solve_second(double *coef, double *dweight, ptrdiff_t C, const double *invstd,
-                                    const double *weight, const double *ggG, const double *sums,
+static inline void cbn_solve_second(double *coef, double *dweight, ptrdiff_t C, ptrdiff_t first, ptrdiff_t end,
+                                    const double *invstd, const double *weight, const double *ggG, const double *sums,
                                     const double *shifts, double n)
 {
-    for (ptrdiff_t c = 0; c < C; c++) {
+    for (ptrdiff_t c = first; c < end; c++) {
         const double r = invstd[c], w = weight ? weight[c] : 1, gamma = ggG ? ggG[c] : 0;
         const double g0 = shifts[CBN_SHIFT_G * C + c], z0 = shifts[CBN_SHIFT_Z * C + c];
         const double g = sums[CBN_SUM_G * C + c] / n, z = sums[CBN_SUM_Z * C + c] / n;

@@ -24,9 +24,10 @@ cdef extern from "coefficients.h" nogil:
     bint all_fit "cbn_all_fit"(const double *coef, Py_ssize_t C, Py_ssize_t first, Py_ssize_t end, bint backward,
                                Py_ssize_t itemsize)
     double finite "cbn_finite"(double a)
-    void solve_tangent "cbn_solve_tangent"(double *coef, Py_ssize_t C, const double *mean, const double *invstd,
-                                           const double *weight, const double *weight_t, const double *bias_t,
-                                           const double *sums, const double *shifts, double n)
-    void solve_second "cbn_solve_second"(double *coef, double *dweight, Py_ssize_t C, const double *invstd,
-                                         const double *weight, const double *ggG, const double *sums,
-                                         const double *shifts, double n)
+    void solve_tangent "cbn_solve_tangent"(double *coef, Py_ssize_t C, Py_ssize_t first, Py_ssize_t end,
+                                           const double *mean, const double *invstd, const double *weight,
+                                           const double *weight_t, const double *bias_t, const double *sums,
+                                           const double *shifts, double n)
+    void solve_second "cbn_solve_second"(double *coef, double *dweight, Py_ssize_t C, Py_ssize_t first, Py_ssize_t end,
+                                         const double *invstd, const double *weight, const double *ggG,
+                                         const double *sums, const double *shifts, double n)

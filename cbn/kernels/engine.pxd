@@ -19,7 +19,7 @@ cdef void set_coefficients(Job *job, double *coef_c) noexcept nogil
 cdef void set_output(Job *job, const Extents *e, cbn_view y, Py_ssize_t itemsize) noexcept nogil
 cdef void set_conversion(Job *job, const Extents *e, cbn_view y, Element element, Py_ssize_t itemsize) noexcept nogil
 cdef void choose_stores(Job *job) noexcept nogil
-cdef void choose_tiles(Job *job) noexcept nogil
+cdef void choose_tiles(Job *job, int arrays) noexcept nogil
 cdef Py_ssize_t copies_bytes(const Job *job) noexcept nogil
 cdef void set_copies(Job *job, char *memory) noexcept nogil
 cdef void measure(Job *job) noexcept nogil

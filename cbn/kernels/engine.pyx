@@ -419,16 +419,16 @@ cdef void convert_items(Job *job, Py_ssize_t begin, Py_ssize_t end, int thread) 
             convert_runs(job, &r)
 
 
-cdef void choose_tiles(Job *job) noexcept nogil:
+cdef void choose_tiles(Job *job, int arrays) noexcept nogil:
     """Whether reduction and apply go through tiles of whole channels, one after the other, and how large these are.
 
-    They do where two tiles or more are left to each thread, there are several threads or the array is more than a
+    The reduction reads so many arrays. They do where two tiles or more are left to each thread, there are several threads or the array is more than a
     quarter of a core's L2, and a tile stays in the cache: in half of L2, or in a quarter of the core's share of L3.
     Then several channels of runs are joined in a tile, for the prefetchers of the hardware: up to twice L2.
     """
     cdef Grid *g = &job.reduction
-    cdef Py_ssize_t arrays = 2 if job.backward else 1, n_bytes = arrays * job.n_bytes, channel_bytes = n_bytes // g.C
-    cdef int threads = threads_of(job, (5 if job.backward else 3) * job.n_bytes, g)
+    cdef Py_ssize_t n_bytes = arrays * job.n_bytes, channel_bytes = n_bytes // g.C
+    cdef int threads = threads_of(job, (2 * arrays + 1) * job.n_bytes, g)
     cdef Py_ssize_t cache = max(l2_bytes // 2, l3_bytes // 4 // threads)
     job.threads = threads
     job.copying = not g.rows and leaves_the_caches(job)

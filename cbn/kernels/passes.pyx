@@ -28,9 +28,7 @@ from .coefficients cimport (
     inverse_std as invert,
     solve_backward,
     solve_forward,
-    solve_second,
     solve_standard,
-    solve_tangent,
 )
 from .engine cimport (
     apply as run_apply,
@@ -48,7 +46,6 @@ from .job cimport (
     Blend,
     Element,
     Job,
-    count as count_of,
     is_integer,
     set_count,
     set_epilogue,
@@ -57,7 +54,7 @@ from .job cimport (
 )
 from .kernels cimport CBN_2_ROWS, CBN_SECOND_SHIFTS, cbn_selection, cbn_view
 from .partition cimport Extents
-from .second cimport apply_second, measure_second, second_doubles
+from .second cimport Second, run_second, second_doubles
 from .statistics cimport cbn_merge_moments
 from .scratch cimport (
     go_back_through,
@@ -401,32 +398,24 @@ cdef object second(Layout layout, cnp.ndarray z, cnp.ndarray g, cnp.ndarray x, c
                    cnp.ndarray mean, cnp.ndarray invstd, cnp.ndarray weight, cnp.ndarray weight_t, cnp.ndarray bias_t,
                    bint measures):
     """Fill y, and grad_x if it is there; the gradient of the weight, or None without a grad_x."""
-    cdef Job job = job_of(layout, x, False)
+    cdef Second s
     cdef Py_ssize_t C = layout.extents.C
     cdef cnp.ndarray coef = new_coefficients(CBN_2_ROWS, C), shifts = new_coefficients(CBN_SECOND_SHIFTS, C)
-    cdef cnp.ndarray dweight = new_doubles(C), partial = new_doubles(second_doubles(&job) if measures else 0)
-    cdef double *coef_c = <double *>cnp.PyArray_DATA(coef)
-    cdef double *shifts_c = <double *>cnp.PyArray_DATA(shifts)
-    cdef double *dweight_c = <double *>cnp.PyArray_DATA(dweight)
-    cdef double *mean_c = doubles(mean, C)
-    cdef double *invstd_c = doubles(invstd, C)
-    cdef double *weight_c = doubles(weight, C)
-    cdef double *weight_t_c = doubles(weight_t, C)
-    cdef double *bias_t_c = doubles(bias_t, C)
-    cdef double *sums_c = NULL
-    job.g, job.z = layout.view(g), layout.view(z)
-    write_to(&job, layout, y)
+    cdef cnp.ndarray dweight = new_doubles(C), memory = new_doubles(C), partial
+    s.job = job_of(layout, x, False)
+    s.job.g, s.job.z = layout.view(g), layout.view(z)
+    write_to(&s.job, layout, y)
     if grad_x is not None:
-        job.dh = layout.view(grad_x)
-    if measures:
-        job.partial = sums_c = <double *>cnp.PyArray_DATA(partial)
+        s.job.dh = layout.view(grad_x)
+    partial = new_doubles(second_doubles(&s.job) if measures else 0)
+    s.measures = measures
+    s.job.partial, s.job.coef_c = <double *>cnp.PyArray_DATA(partial), <double *>cnp.PyArray_DATA(coef)
+    s.job.shift_c = <double *>cnp.PyArray_DATA(shifts)
+    s.mean_c, s.invstd_c, s.weight_c = doubles(mean, C), doubles(invstd, C), doubles(weight, C)
+    s.weight_t_c, s.bias_t_c = doubles(weight_t, C), doubles(bias_t, C)
+    s.dweight_c, s.memory_c = doubles(dweight, C), doubles(memory, C)
     with nogil:
-        if measures:
-            measure_second(&job, mean_c, shifts_c)
-        solve_tangent(coef_c, C, mean_c, invstd_c, weight_c, weight_t_c, bias_t_c, sums_c, shifts_c, count_of(&job))
-        if job.dh.data != NULL:
-            solve_second(coef_c, dweight_c, C, invstd_c, weight_c, weight_t_c, sums_c, shifts_c, count_of(&job))
-        apply_second(&job, coef_c)
+        run_second(&s)
     return None if grad_x is None else dweight
 
 

@@ -46,7 +46,7 @@ cdef inline void measure_and_apply_with_memory(Job *job) noexcept nogil:
 
 cdef inline void measure_and_apply_as_chosen(Job *job) noexcept nogil:
     cdef char *memory = NULL
-    choose_tiles(job)
+    choose_tiles(job, 2 if job.backward else 1)
     if copies_bytes(job):
         memory = take_memory(copies_bytes(job))
         set_copies(job, memory)

@@ -68,23 +68,42 @@ INLINE void LOOP(add_second)(LOOP(three) p, ptrdiff_t i, ptrdiff_t n, const dvec
     sum[CBN_SUM_ZD] += z * d;
 }
 
+/* Elements begin to end of a run, to either of two sums. */
+INLINE void LOOP(reduce_second_piece)(LOOP(three) p, ptrdiff_t begin, ptrdiff_t end, const dvec *shift,
+                                      dvec (*sum)[CBN_SECOND_SUMS])
+{
+    ptrdiff_t i = begin;
+    for (; i + 2 * DLANES <= end; i += 2 * DLANES)
+        UNROLLED for (int u = 0; u < 2; u++)
+            LOOP(add_second)(p, i + u * DLANES, DLANES, shift, sum[u]);
+    for (; i + DLANES <= end; i += DLANES)
+        LOOP(add_second)(p, i, DLANES, shift, sum[0]);
+    if (i < end)
+        LOOP(add_second)(p, i, end - i, shift, sum[1]);
+}
+
 INLINE void LOOP(reduce_second_runs)(const cbn_tile *r)
 {
-    const ptrdiff_t length = r->length, n_runs = r->n_runs;
+    const ptrdiff_t length = r->length, n_runs = r->n_runs, distance = r->prefetch ? AHEAD : 0;
     for (ptrdiff_t c = 0; c < r->n_channels; c++) {
         LOOP(three) p = LOOP(three_at)(r, 0, c);
         dvec shift[CBN_SECOND_SHIFTS], sum[2][CBN_SECOND_SUMS] = {{{0}}};
         for (int k = 0; k < CBN_SECOND_SHIFTS; k++)
             shift[k] = splat_d(r->shift_c[k * r->pitch + c]);
-        for (ptrdiff_t n = 0; n < n_runs; n++, LOOP(next_row)(&p)) {
-            ptrdiff_t i = 0;
-            for (; i + 2 * DLANES <= length; i += 2 * DLANES)
-                UNROLLED for (int u = 0; u < 2; u++)
-                    LOOP(add_second)(p, i + u * DLANES, DLANES, shift, sum[u]);
-            for (; i + DLANES <= length; i += DLANES)
-                LOOP(add_second)(p, i, DLANES, shift, sum[0]);
-            if (i < length)
-                LOOP(add_second)(p, i, length - i, shift, sum[1]);
+        for (ptrdiff_t n = 0; n < n_runs; n++) {
+            LOOP(three) next = p;
+            LOOP(next_row)(&next);
+            if (n == n_runs - 1)
+                next = LOOP(three_at)(r, 0, c + 1);
+            for (ptrdiff_t i = 0; i < length; i += PIECE) {
+                if (distance && i + PIECE <= length) {
+                    LOOP(fetch_piece)(p.x, next.x, i, distance, length);
+                    LOOP(fetch_piece)(p.g, next.g, i, distance, length);
+                    LOOP(fetch_piece)(p.z, next.z, i, distance, length);
+                }
+                LOOP(reduce_second_piece)(p, i, MIN(i + PIECE, length), shift, sum);
+            }
+            p = next;
         }
         for (int k = 0; k < CBN_SECOND_SUMS; k++)
             r->sum_c[k * r->pitch + c] = total(sum[0][k] + sum[1][k]);
