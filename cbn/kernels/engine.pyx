@@ -422,9 +422,10 @@ cdef void convert_items(Job *job, Py_ssize_t begin, Py_ssize_t end, int thread) 
 cdef void choose_tiles(Job *job, int arrays) noexcept nogil:
     """Whether reduction and apply go through tiles of whole channels, one after the other, and how large these are.
 
-    The reduction reads so many arrays. They do where two tiles or more are left to each thread, there are several threads or the array is more than a
-    quarter of a core's L2, and a tile stays in the cache: in half of L2, or in a quarter of the core's share of L3.
-    Then several channels of runs are joined in a tile, for the prefetchers of the hardware: up to twice L2.
+    The reduction reads so many arrays. They do where two tiles or more are left to each thread, there are several
+    threads or the arrays are more than a quarter of a core's L2, and a tile stays in the cache: in half of L2, or in a
+    quarter of the core's share of L3. Then several channels of runs are joined in a tile, for the prefetchers of the
+    hardware: up to twice L2.
     """
     cdef Grid *g = &job.reduction
     cdef Py_ssize_t n_bytes = arrays * job.n_bytes, channel_bytes = n_bytes // g.C

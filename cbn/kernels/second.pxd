@@ -1,5 +1,5 @@
-# Second derivatives: measure, solve and apply over three arrays, x, g = dy and z = ggI. In the job z has the place of the
-# residual, and dh, the gradient of x, that of dy times the slope of an activation.
+# Second derivatives: measure, solve and apply over three arrays, x, g = dy and z = ggI. In the job z has the place of
+# the residual, and dh, the gradient of x, that of dy times the slope of an activation.
 from libc.string cimport memcpy
 
 from .coefficients cimport solve_second, solve_tangent
@@ -12,7 +12,7 @@ from .tiles cimport moved, tile_to_apply, tile_to_reduce
 
 # What `run` hands to its threads in the place of a job
 cdef struct Second:
-    Job job               # coef_c (CBN_2_ROWS, C); partial begins with the sums of the whole; shift_c (CBN_SECOND_SHIFTS, C)
+    Job job               # partial begins with the sums of the whole; shift_c is (CBN_SECOND_SHIFTS, C)
     bint measures         # through the statistics of the batch
     double *mean_c
     double *invstd_c
@@ -44,7 +44,8 @@ cdef inline void apply_second_item(Job *job, const Rectangle *r, bint rows) noex
     second_loop(job, rows)(&t, NULL)
 
 
-cdef inline void shifts_of(const Second *s, cbn_view v, double *shift_c, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
+cdef inline void shifts_of(const Second *s, cbn_view v, double *shift_c, Py_ssize_t first,
+                           Py_ssize_t end) noexcept nogil:
     """A value near those of each channel, as forward reductions subtract."""
     cdef Job other = s.job
     other.x, other.shift_c, other.sums_in_float64_c = v, shift_c, s.memory_c
