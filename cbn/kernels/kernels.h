@@ -23,6 +23,8 @@
  * act(a) = min(max(l(a), low), high), where l(a) = a where a > 0 or NaN, else a*slope: slope 0 is ReLU, 1 with infinite
  * bounds no activation. NaN stays. Without z and act, dh is dy itself.
  *
+ * Of few rows of f32 and f64 there is a loop that does all at once (loops/few.h).
+ *
  * A loop applies coefficients to one tile, or reduces one, or does both at once: it writes some channels while it
  * reads those that come next, so that memory is written and read at the same time. Sizes and strides count elements. Strides may be
  * negative or zero; a run or a row is contiguous. Pointers need the alignment of their element only. Output may be the

@@ -29,10 +29,10 @@ INLINE dvec_bits LOOP(finite)(dvec a)
     return a - a == 0;
 }
 
-/* Values of some channels, of which the first n count; of `otherwise` if there are none. */
-INLINE dvec LOOP(load_channels)(const double *p, ptrdiff_t n, double otherwise)
+/* Values of n <= DLANES channels. */
+INLINE dvec LOOP(load_channels)(const double *p, ptrdiff_t n)
 {
-    return !p ? splat_d(otherwise) : n == DLANES ? load_double(p) : load_first_doubles(p, n);
+    return n == DLANES ? load_double(p) : load_first_doubles(p, n);
 }
 
 INLINE void LOOP(store_channels)(double *p, dvec v, ptrdiff_t n)
@@ -73,7 +73,7 @@ INLINE dvec LOOP(shift_of_samples)(const elem *const *sample, ptrdiff_t j, ptrdi
 {
     dvec v[LOOP(SAMPLES)];
     UNROLLED for (int k = 0; k < LOOP(SAMPLES); k++)
-        v[k] = n == DLANES ? load_d(sample[k] + j) : load_first_d(sample[k] + j, n);
+        v[k] = LOOP(load_some)(sample[k] + j, n);
     const dvec mean = (((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]))) / LOOP(SAMPLES);
     return select_d(LOOP(finite)(mean), mean, select_d(LOOP(finite)(v[0]), v[0], (dvec){0}));
 }
@@ -140,8 +140,8 @@ INLINE dvec_bits LOOP(solve_columns)(LOOP(columns) *k, const cbn_tile *r, const 
     dvec mean, m2;
     const dvec_bits far = LOOP(moments_of_columns)(k, j, by, &mean, &m2);
     const dvec invstd = 1 / roots(LOOP(divided)(m2, by) + s->eps);
-    const dvec scale = s->weight_c ? invstd * LOOP(load_channels)(s->weight_c + j, n, 1) : invstd;
-    const dvec offset = s->bias_c ? LOOP(load_channels)(s->bias_c + j, n, 0) : (dvec){0};
+    const dvec scale = s->weight_c ? invstd * LOOP(load_channels)(s->weight_c + j, n) : invstd;
+    const dvec offset = s->bias_c ? LOOP(load_channels)(s->bias_c + j, n) : (dvec){0};
     const dvec low = LOOP(low_of)(mean);
     LOOP(store_channels)(r->sum_c + j, mean, n);
     LOOP(store_channels)(r->square_c + j, m2, n);
@@ -158,8 +158,8 @@ INLINE void LOOP(solve_gradients)(const LOOP(columns) *k, const cbn_tile *r, con
                                   ptrdiff_t n, LOOP(divisor) by, real (*factors)[ROOM], dvec_bits *misfits)
 {
     const dvec sum = load_double(k->sum + j), product = load_double(k->square + j), mean = load_double(k->shift + j);
-    const dvec invstd = LOOP(load_channels)(s->invstd_c + j, n, 1);
-    const dvec scale = s->weight_c ? invstd * LOOP(load_channels)(s->weight_c + j, n, 1) : invstd;
+    const dvec invstd = LOOP(load_channels)(s->invstd_c + j, n);
+    const dvec scale = s->weight_c ? invstd * LOOP(load_channels)(s->weight_c + j, n) : invstd;
     const dvec gmean = LOOP(divided)(sum, by), slope = LOOP(divided)(product, by) * invstd * invstd * scale;
     const dvec low = LOOP(low_of)(mean), glow = LOOP(low_of)(gmean);
     const dvec of_low = select_d(low != 0, LOOP(product)(low, slope), (dvec){0});
@@ -230,7 +230,7 @@ INLINE int LOOP(any_rows_at_once)(const cbn_tile *m, const cbn_tile *r, const cb
         const ptrdiff_t next = !r->prefetch ? 0 : end < a.columns ? end - begin : s->next - begin;
         for (ptrdiff_t j = begin; j < end; j += DLANES) {
             const ptrdiff_t n = MIN(end - j, DLANES);
-            store_double(of_column.shift + j, backward ? LOOP(load_channels)(r->shift_c + j, n, 0)
+            store_double(of_column.shift + j, backward ? LOOP(load_channels)(r->shift_c + j, n)
                                                        : LOOP(shift_of_samples)(sample, j, n));
         }
         do {
