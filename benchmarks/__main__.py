@@ -39,6 +39,7 @@ def parser():
     run.add_argument("--layout", choices=cases.LAYOUTS, help="only this layout")
     run.add_argument("--dtype", action="append", choices=cases.ITEMSIZE, help="of the inputs; may be repeated")
     run.add_argument("--fused", action="append", choices=cases.FUSED, help="what follows; may be repeated")
+    run.add_argument("--variant", action="append", choices=cases.VARIANTS, help="only this variant; may be repeated")
     run.add_argument("--threads", type=int, action="append", help="these numbers of threads")
     run.add_argument("--peer", action="append", metavar="NAME", help=f"only these peers: {', '.join(peer_names())}")
     run.add_argument("--turns", type=int, default=TURNS, help=f"turns of each contender ({TURNS})")
@@ -73,8 +74,8 @@ def chosen(options, n_cores):
             for case in cases.of_shapes(shapes, options.threads or [n_cores], dtype=dtype, fused=fused)
             if not (fused and case.op == "backward")
         ]
-    elif options.group:
-        found = cases.of_groups(options.group, options.threads or sorted({1, n_cores}))
+    elif options.group or options.variant:
+        found = cases.of_groups(options.group or ["variants"], options.threads or sorted({1, n_cores}))
     else:
         found = cases.full(n_cores) if options.full else cases.short(n_cores)
         if options.threads:
@@ -88,6 +89,8 @@ def chosen(options, n_cores):
         found = [c for c in found if c.dtype in options.dtype]
     if options.fused:
         found = [c for c in found if c.fused in options.fused]
+    if options.variant:
+        found = [c for c in found if c.variant in options.variant]
     for name in options.peer or ():
         if name not in peer_names():
             raise ValueError(f"unknown peer {name!r}; known: {', '.join(peer_names())}")
@@ -101,9 +104,8 @@ def measure(options):
     """Run the suite; an interruption leaves a report of what was measured."""
     n_cores = len(cores())
     wanted = chosen(options, n_cores)
-    extras = not any(
-        (options.shape, options.group, options.op, options.layout, options.dtype, options.fused, options.threads)
-    )
+    chosen_by = ("shape", "group", "op", "layout", "dtype", "fused", "variant", "threads")
+    extras = not any(getattr(options, name) for name in chosen_by)
     small = [
         cases.Case("eval", shape, "last" if len(shape) == 2 else "first", 1, memory)
         for shape in cases.SMALL

@@ -1,4 +1,4 @@
-"""What is measured: operations, shapes, layouts, networks, chains, statistics; the short list and the full one."""
+"""What is measured: operations, shapes, networks, chains, statistics, variants; the short list and the full one."""
 
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -10,7 +10,7 @@ ITEMSIZE = {"bfloat16": 2, "float32": 4, "float64": 8, "uint8": 1}  # of the inp
 OPS = ("eval", "train", "backward")
 FUSED = ("relu", "add+relu")
 LAYOUTS = ("first", "last")
-GROUPS = ("shapes", "functions", "networks", "chain", "statistics")
+GROUPS = ("shapes", "functions", "networks", "chain", "statistics", "variants")
 
 # ResNet-50's stages at N = 32, the largest of each stage's; and at N = 1, as an inference service sees them.
 RESNET = ((32, 64, 112, 112), (32, 256, 56, 56), (32, 512, 28, 28), (32, 1024, 14, 14), (32, 2048, 7, 7))
@@ -53,6 +53,17 @@ STATISTICS = {
     "update": ((8, 17), (64, 376)),
     "standardize+clip": ((64, 376), (20000, 1000)),
 }
+# Each variant with the plain calls that it is held against and their shapes: those of the same traffic, but for the
+# derivatives, whose measure is the backward pass.
+SEQUENCES, PICTURES, ROWS = (32, 256, 1000), (32, 64, 112, 112), (4096, 1024)
+VARIANTS = {
+    **dict.fromkeys(("lengths", "mask", "sample weights"), (("train", "backward"), (SEQUENCES, PICTURES))),
+    **dict.fromkeys([f"ghosts of {n}" for n in (8, 32, 128, 512)], (("train", "backward"), (ROWS,))),
+    "renorm": (("train", "backward"), (PICTURES, ROWS)),
+    "mix": (("train",), (PICTURES, ROWS)),
+    "given moments": (("eval",), (PICTURES, ROWS)),
+    **dict.fromkeys(("double backward", "tangent"), (("backward",), (SEQUENCES, PICTURES, ROWS))),
+}
 
 
 @dataclass(frozen=True)
@@ -66,7 +77,7 @@ class Case:
     `group` is one of GROUPS. "functions" are called through functions, where "shapes" may go through a layer. Of
     "networks" a case is all batch norms of the `network` in their order, through functions; its shape is (N,). Of
     "chain" it is a batch norm and the passes of other code that the `chain` names. "statistics" has operations of its
-    own, the keys of STATISTICS.
+    own, the keys of STATISTICS. Of "variants" it is a plain call, beside which the `variant` is measured.
     """
 
     op: str
@@ -79,12 +90,14 @@ class Case:
     group: str = "shapes"
     network: str = ""
     chain: str = ""
+    variant: str = ""
 
     @property
     def name(self):
         """As in results and on the command line: train-32x64x112x112-first-float32-out-1t."""
         op = f"{self.op}+{self.fused}" if self.fused else self.op
-        group = "" if self.group in ("shapes", "networks") else f"{self.chain or self.group}-".replace(" ", "_")
+        group = self.chain or self.variant or self.group
+        group = "" if group in ("shapes", "networks") else group.replace(" ", "_") + "-"
         return f"{group}{op}-{self.shape_name}-{self.layout}-{self.dtype}-{self.memory}-{self.threads}t"
 
     @property
@@ -103,6 +116,11 @@ class Case:
         if not self.network:
             return (self,)
         return tuple(replace(self, shape=shape, network="") for shape in batch_norms(self.network, *self.shape))
+
+    @property
+    def samples(self):
+        """Samples of a ghost batch; 0 where there is none."""
+        return int(self.variant.split()[-1]) if self.variant.startswith("ghosts") else 0
 
     @property
     def n_bytes(self):
@@ -204,9 +222,28 @@ def of_statistics(threads):
     ]
 
 
+def of_variants(threads):
+    """Cases of all variants; a derivative allocates its results, and so does the backward pass beside it."""
+    return [
+        Case(op, shape, layout, t, "called" if len(ops) == 1 and op == "backward" else "out", group="variants",
+             variant=variant)
+        for t in threads
+        for variant, (ops, shapes) in VARIANTS.items()
+        for shape in shapes
+        for layout in layouts_of(shape)
+        for op in ops
+    ]  # fmt: skip
+
+
 def of_groups(groups, threads):
     """Cases of some groups other than the shapes."""
-    makers = {"functions": of_functions, "networks": of_networks, "chain": of_chains, "statistics": of_statistics}
+    makers = {
+        "functions": of_functions,
+        "networks": of_networks,
+        "chain": of_chains,
+        "statistics": of_statistics,
+        "variants": of_variants,
+    }
     return [case for group in dict.fromkeys(groups) for case in makers[group](threads)]
 
 

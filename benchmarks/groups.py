@@ -1,4 +1,4 @@
-"""The sections of the page on networks, functions, chains and statistics."""
+"""The sections of the page on networks, functions, chains, statistics and variants."""
 
 from .html import Html, table
 from .results import (
@@ -15,6 +15,7 @@ from .results import (
 )
 
 LAYERS, STORES = "cbn layers", ("cbn, plain stores", "cbn, non-temporal stores")
+VARIANT, LOOP = "cbn, variant", "cbn, loop over slices"
 PEERS = ("numpy", "PyTorch", "oneDNN", BEST, "scikit-learn", "fast-array-utils", "stable-baselines3")
 
 
@@ -84,3 +85,21 @@ def chains(data):
         rows.append([*cells, duration(slot[OURS].time), *(ratio_html(slot.get(name)) for name in STORES)])
     head = ["chain", "operation", "layout", ">threads", ">array", ">cbn", *(f">{name[5:]}" for name in STORES)]
     return table(head, rows, "tall") if rows else ""
+
+
+def variants(data):
+    """A row for each variant: the time of the plain call, and what the variant takes, and a loop of plain calls."""
+    rows = []
+    for case, slot in by_case(data, "variants").items():
+        cells = [case.variant, OP_WORDS[case.op], shape_words(case.shape), LAYOUT_WORDS[case.layout], case.threads]
+        rows.append([*cells, duration(slot[OURS].time), *(cost_html(slot.get(name)) for name in (VARIANT, LOOP))])
+    head = ["variant", "plain call", "shape", "layout", ">threads", ">plain call", ">with the variant"]
+    return table([*head, ">loop over slices"], rows, "tall") if rows else ""
+
+
+def cost_html(row):
+    """A multiple of the plain call's time, with the quartiles."""
+    if row is None or row.ratio is None:
+        return ""
+    found = f"{row.ratio['median']:.2f}×<small>{row.ratio['q1']:.2f}–{row.ratio['q3']:.2f}</small>"
+    return Html(found + f"<small>{duration(row.time)}</small>")

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from .cases import LAYOUTS, OPS
-from .groups import chains, functions, networks, statistics
+from .groups import chains, functions, networks, statistics, variants
 from .html import Html, table
 from .plots import (
     PAGE,
@@ -74,6 +74,10 @@ PROSE = {
         and y = a·x + b for standardize. fast-array-utils and stable-baselines3 are their formulas in numpy; gymnasium
         updates as stable-baselines3 does. An error is that of the variance (of y for standardize), relative to float64:
         from 1 on no digit is left.""",
+    "variants": """What a variant of a batch norm costs, as a multiple of the plain call of the same layer (median and
+        quartiles): values that do not count, ghost batches and a loop over their slices in Python, other statistics.
+        Given moments are held against evaluation, which moves the same arrays, derivatives against the backward pass:
+        it moves three arrays, a double backward five, a tangent three.""",
     "latency": """Single calls on one thread, each timed by itself: on an idle machine, and beside one busy process
         per core. Further left is better.""",
     "growth": "Arrays of 5 channels, channels first. The flat part on the left is the cost of a call.",
@@ -109,7 +113,7 @@ def prose(*names):
 
 
 def case_cells(case):
-    op = f"{OP_WORDS[case.op]}, {case.fused}" if case.fused else OP_WORDS[case.op]
+    op = ", ".join(filter(None, (OP_WORDS[case.op], case.fused or case.variant)))
     return [op, shape_words(case.shape), LAYOUT_WORDS[case.layout], case.threads,
             "given" if case.memory == "out" else "allocated", case.dtype]  # fmt: skip
 
@@ -229,7 +233,8 @@ def plots(data):
         parts += [f"<details><summary>The same with {plural(threads, 'thread')}</summary>{pictures}</details>"
                   for threads, pictures in drawn[1:] if pictures]  # fmt: skip
     for name, title, draw in (("networks", "Networks", networks), ("functions", "Functions, small calls", functions),
-                              ("chains", "Chains", chains), ("statistics", "Statistics", statistics)):  # fmt: skip
+                              ("chains", "Chains", chains), ("statistics", "Statistics", statistics),
+                              ("variants", "Variants", variants)):  # fmt: skip
         drawn = draw(data)
         parts.append(f'<h2 id="{name}">{title}</h2>' + (prose(name) + drawn if drawn else prose("none")))
     parts.append('<h2 id="latency">Latency of a call</h2>' + (latency(data) or prose("none")))
@@ -456,9 +461,9 @@ svg text { font-family: system-ui, "DejaVu Sans", sans-serif !important; }
 summary { cursor: pointer; color: var(--fast); margin: .6rem 0; } li { max-width: 85ch; margin: .3rem 0; }
 """
 NAV = {"limit": "share of the limit", "ratios": "ratios", "networks": "networks", "functions": "functions",
-       "chains": "chains", "statistics": "statistics", "latency": "latency", "growth": "size", "threads": "threads",
-       "losses": "losses", "faults": "wrong, failed, absent", "first": "first call", "all": "all rows",
-       "method": "how it was measured"}  # fmt: skip
+       "chains": "chains", "statistics": "statistics", "variants": "variants", "latency": "latency", "growth": "size",
+       "threads": "threads", "losses": "losses", "faults": "wrong, failed, absent", "first": "first call",
+       "all": "all rows", "method": "how it was measured"}  # fmt: skip
 
 
 def page(data):

@@ -99,7 +99,9 @@ class Results:
 
 def group_of(case):
     """(op, layout) under which a case stands on the page; None for what has a plot or a section of its own."""
-    if case.dtype != "float32" or case.fused or case.shape in GROWTH_SHAPES or case.group in ("chain", "statistics"):
+    if case.group in ("chain", "statistics", "variants"):
+        return None
+    if case.dtype != "float32" or case.fused or case.shape in GROWTH_SHAPES:
         return None
     if case.group != "shapes":
         return f"{case.group}, {case.op}", case.layout if case.network else ""

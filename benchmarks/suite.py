@@ -6,6 +6,7 @@ for all; ratios are formed turn by turn and their median is reported with its qu
 
 import contextlib
 import ctypes
+import functools
 import json
 import multiprocessing
 import os
@@ -32,6 +33,7 @@ OURS = "cbn"
 TURNS = 7
 SLICE = 0.03  # seconds of a turn
 LATENCY_CASES = (Case("eval", (1, 64), "last"), Case("eval", (8, 64, 28, 28), "first"))
+WIDE = ("y", "dx", "grad_dy", "grad_x", "y_t")  # results with the shape of x; the others have a value a channel
 LATENCY_PEERS = ("cbn", "numpy", "PyTorch", "ONNX Runtime")
 
 
@@ -107,34 +109,42 @@ class Exact:
     def __init__(self, case, folder, prefix=""):
         data = contenders.Data(case)
         # channel by channel: float64 copies of all at once would not fit beside the contenders
-        shapes = {"y": case.shape, "dx": case.shape}
         names = contenders.RESULTS.get(case.op, ("y",))
-        results = {name: np.empty(shapes.get(name, case.shape[1:2]), data.parameters) for name in names}
+        if case.variant:
+            names = sum(contenders.names_of(case), ())
+        wide = {name for name in names if name.split()[-1] in WIDE}
+        results = {name: np.empty(case.shape if name in wide else case.shape[1:2], data.parameters) for name in names}
         step = max(1, case.shape[1] // max(1, case.n_bytes // (64 << 20)))
-        find = self.statistics if case.group == "statistics" else self.normalized
+        find = {"statistics": self.statistics, "variants": self.variant}.get(case.group, self.normalized)
         for c in range(0, case.shape[1], step):
             part = slice(c, c + step)
             for name, value in zip(names, find(case, data, part), strict=True):
-                results[name][(slice(None), part) if name in shapes else part] = value
+                results[name][(slice(None), part) if name in wide else part] = value
         self.files = {}
         for name, a in results.items():
             self.files[name] = str(Path(folder) / f"{prefix}{name}.npy")
             np.save(self.files[name], a)
 
     @staticmethod
-    def normalized(case, data, part):
-        """What batch normalization gives for some of the channels."""
-        x, weight = data.x[:, part], data.weight[part]
+    def normalized(case, data, part, rows=slice(None)):
+        """What batch normalization gives for some of the channels, and of some samples."""
+        x, weight = data.x[rows, part], data.weight[part]
         mean, var = data.mean[part], data.var[part]
         if case.op != "eval":
             n, mean, m2 = reference.moments(x)
             var = m2 / n
         if case.op == "backward":
-            return reference.backward(data.dy[:, part], x, mean, var, weight, contenders.EPS)
+            return reference.backward(data.dy[rows, part], x, mean, var, weight, contenders.EPS)
         y = reference.normalize(x, mean, var, weight, data.bias[part], contenders.EPS)
         if case.fused:
-            y = reference.activate(y, data.dy[:, part] if case.fused == "add+relu" else None, 0)
+            y = reference.activate(y, data.dy[rows, part] if case.fused == "add+relu" else None, 0)
         return (y,)
+
+    @classmethod
+    def variant(cls, case, data, part):
+        """What the plain call and the variant give for some of the channels."""
+        plain = functools.partial(cls.normalized, case, data)
+        return (*plain(part), *contenders.exact(case, data, part, plain))
 
     @staticmethod
     def statistics(case, data, part):

@@ -4,8 +4,8 @@ Started by `benchmarks.suite`; speaks one JSON object a line on standard input a
 no second OpenMP runtime, is ever in this process; while it is not its turn it is stopped by a signal, so that none of
 its threads spins beside another's turn.
 
-CBN_BENCH_PLANT plants a fault, for the suite's own tests: "slow:NAME:1.3" makes contender NAME 1.3 times as slow,
-"wrong:NAME" spoils one value of its result.
+CBN_BENCH_PLANT plants faults, separated by ";", for the suite's own tests: "slow:NAME:1.3" makes contender NAME 1.3
+times as slow, "wrong:NAME" spoils one value of its result.
 """
 
 import json
@@ -25,7 +25,7 @@ SHORT = 20e-6  # calls shorter than this are timed several at a time
 
 def planted(kind, name):
     """The value of a planted fault of this kind for this contender, or None."""
-    for fault in filter(None, os.environ.get("CBN_BENCH_PLANT", "").split(",")):
+    for fault in filter(None, os.environ.get("CBN_BENCH_PLANT", "").split(";")):
         what, who, *value = fault.split(":")
         if what == kind and who == name:
             return float(value[0]) if value else True

@@ -441,3 +441,22 @@ def test_networks_functions_and_chains_have_sections(tmp_path):
     ratio = next(r["extra_info"]["ratio"]["median"] for r in found["benchmarks"]
                  if r["extra_info"].get("network") and r["extra_info"]["contender"] == "PyTorch")  # fmt: skip
     assert table["networks, evaluation, channels first"]["PyTorch"].startswith(read.ratio_words(ratio))
+
+
+def test_variants_have_a_section_of_costs(tmp_path):
+    rng = np.random.default_rng(4)
+    found = results(latency=False)
+    before = written(tmp_path, found)[1]
+    case = Case("backward", (4096, 1024), "last", 2, group="variants", variant="ghosts of 32")
+    rows = list(measured(case, (), LIMITS, rng))
+    for name, cost in (("cbn, variant", 0.94), ("cbn, loop over slices", 3.125)):
+        row = json.loads(json.dumps(rows[0]))
+        row["extra_info"] |= {"contender": name, "ratio": {"median": cost, "q1": cost - 0.02, "q3": cost + 0.02}}
+        rows.append(row)
+    found["benchmarks"] += rows
+    page, summary = written(tmp_path, found)
+    assert_sound(page)
+    text = section(page, "variants")
+    assert all(words in text for words in ("ghosts of 32", "4096×1024", "0.94×", "3.12×", "0.92–0.96"))
+    assert cells(summary) == cells(before)
+    assert "cbn, variant" not in section(page, "losses")  # a cost is no loss against a peer

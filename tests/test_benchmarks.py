@@ -93,6 +93,7 @@ def test_shapes(text):
         (["run", "--group", "shape"], "invalid choice: 'shape'"),
         (["run", "--dtype", "float16"], "invalid choice: 'float16'"),
         (["run", "--fused", "gelu"], "invalid choice: 'gelu'"),
+        (["run", "--variant", "dropout"], "invalid choice: 'dropout'"),
         (["run", "--dtype", "float64"], "nothing to measure"),
         (["run", "--shape", "8x6x5x4", "--dtype", "uint8"], "nothing to measure"),
         (["run", "--shape", "8x6x5x4", "--fused", "relu", "--op", "backward"], "nothing to measure"),
@@ -314,6 +315,36 @@ def test_networks_functions_and_chains_are_compared_with_float64(case, tmp_path)
     assert taken - {"PyTorch"} == {"cbn"} | (stores if case.chain else {"cbn layers"})
 
 
+VARIANTS = [
+    Case(op, shape, layout, 1, "called" if variant in ("double backward", "tangent") else "out", group="variants",
+         variant=variant)
+    for variant, (ops, _) in cases.VARIANTS.items()
+    for op in ops
+    for shape, layout in (((16, 6, 7, 5), "first"), ((16, 6, 7, 5), "last"), ((64, 6), "last"))
+    if variant not in ("ghosts of 128", "ghosts of 512") and (len(shape) == 4 or variant.startswith("ghosts"))
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", VARIANTS, ids=lambda c: c.name)
+def test_variants_are_compared_with_float64(case, tmp_path, monkeypatch):
+    """The plain call, the variant, and the loop over slices; a wrong value of each is seen."""
+    found = prepared(case, tmp_path)
+    loop = {"cbn, loop over slices"} if case.variant.startswith("ghosts") else set()
+    assert set(found) == {"cbn", "cbn, variant"} | loop
+    plain, variant = contenders.names_of(case)
+    for name, answer in found.items():
+        assert answer["wrong"] is None, (name, answer)
+        assert set(answer["errors"]) == set(plain if name == "cbn" else variant)
+    monkeypatch.setenv("CBN_BENCH_PLANT", ";".join(f"wrong:{name}" for name in found))
+    assert all(answer["wrong"] for answer in prepared(case, tmp_path).values())
+
+
+def test_a_variant_is_chosen_by_its_name(capsys):
+    command.main(["run", "--list", "--variant", "renorm", "--threads", "1", "--op", "train"])
+    arrays = ("32x64x112x112-first", "32x64x112x112-last", "4096x1024-last")
+    assert capsys.readouterr().out.split() == [f"renorm-train-{array}-float32-out-1t" for array in arrays]
+
+
 STATISTICS = [
     Case(op, shape, layout, 1, "called", dtype, group="statistics")
     for shape, layout, dtype in (((8, 17), "last", "float32"), ((1, 1, 5000), "first", "float32"),
@@ -355,7 +386,7 @@ def test_statistics_are_compared_with_float64(case, tmp_path, monkeypatch):
     if len(case.shape) > 2:
         expected &= set(MEASURE[:3])
     assert set(found) == expected & {"cbn", "numpy", "fast-array-utils", "stable-baselines3", *found}
-    monkeypatch.setenv("CBN_BENCH_PLANT", ",".join(f"wrong:{name}" for name in found))
+    monkeypatch.setenv("CBN_BENCH_PLANT", ";".join(f"wrong:{name}" for name in found))
     assert all(answer["wrong"] for answer in prepared(case, tmp_path).values())
 
 

@@ -11,21 +11,26 @@ called as its users call it and allocates.
 from .base import CLIP, EPS, RESULTS, Contender, Data
 from .limits import LIMITS, LimitRead, LimitScale, LimitStream
 from .onednn import OneDnnBlocked8, OneDnnBlocked16, OneDnnLast, OneDnnPlain
-from .ours import OURS, Cbn
+from .ours import Cbn, CbnLayers, CbnNonTemporal, CbnPlain
 from .plain import Numpy
 from .pytorch import Torch
 from .runtimes import Jax, OnnxRuntime, OpenVino
 from .statistics import CbnStatistics, FastArrayUtils, NumpyStatistics, ScikitLearn, StableBaselines3, TorchStatistics
+from .variants import Loop, Plain, Variant, exact, names_of
 
 __all__ = ["ALL", "CLIP", "EPS", "LIMITS", "OURS", "PEERS", "RESULTS", "Cbn", "Contender", "Data", "LimitRead",
-           "LimitScale", "LimitStream", "Numpy", "of"]  # fmt: skip
+           "LimitScale", "LimitStream", "Numpy", "exact", "names_of", "of"]  # fmt: skip
 
+OURS = (Cbn, CbnLayers, CbnPlain, CbnNonTemporal, Variant, Loop)
 PEERS = (Numpy, Torch, OneDnnPlain, OneDnnLast, OneDnnBlocked8, OneDnnBlocked16, OnnxRuntime, OpenVino, Jax,
          ScikitLearn, FastArrayUtils, StableBaselines3)  # fmt: skip
 ALL = {c.name: c for c in (*OURS, *PEERS, *LIMITS)}
-STATISTICS = {c.name: c for c in (CbnStatistics, NumpyStatistics, TorchStatistics)}
+OTHERS = {  # classes under the same names
+    "statistics": {c.name: c for c in (CbnStatistics, NumpyStatistics, TorchStatistics)},
+    "variants": {Plain.name: Plain},
+}
 
 
 def of(name, case):
-    """The class that takes part in a case under this name: some have another one for statistics."""
-    return (STATISTICS if case.group == "statistics" else {}).get(name, ALL[name])
+    """The class that takes part in a case under this name: some have another one for a group."""
+    return OTHERS.get(case.group, {}).get(name, ALL[name])

@@ -137,6 +137,3 @@ class CbnNonTemporal(CbnPlain):
 
     name = "cbn, non-temporal stores"
     nontemporal_bytes = 0
-
-
-OURS = (Cbn, CbnLayers, CbnPlain, CbnNonTemporal)
