@@ -72,6 +72,17 @@ cdef inline void store(Vector *v, Py_ssize_t c, double value) noexcept nogil:
         copy_element(v.data + c * v.stride, <char *>&value, sizeof(double), v.swapped)
 
 
+cdef inline bint is_plain_float32(const Vector *v) noexcept:
+    return v.size == sizeof(float) and v.stride == sizeof(float) and not v.swapped
+
+
+cdef void widen(double *to, const float *of, Py_ssize_t n) noexcept:
+    """Copy float32 values in a loop that the compiler makes vectors of."""
+    cdef Py_ssize_t c
+    for c in range(n):
+        to[c] = of[c]
+
+
 cdef bint is_float(cnp.ndarray a) noexcept:
     return cnp.PyArray_NDIM(a) == 1 and (cnp.PyArray_TYPE(a) == cnp.NPY_FLOAT or cnp.PyArray_TYPE(a) == cnp.NPY_DOUBLE)
 
@@ -134,6 +145,8 @@ cdef tuple doubles_of(Py_ssize_t n, tuple arrays):
             to = <double *>cnp.PyArray_DATA(copy)
             if v.size == sizeof(double) and v.stride == sizeof(double) and not v.swapped:
                 memcpy(to, v.data, v.n * sizeof(double))
+            elif is_plain_float32(&v):
+                widen(to, <float *>v.data, v.n)
             else:
                 for c in range(v.n):
                     to[c] = load(&v, c)
@@ -250,10 +263,6 @@ def add(targets, values, names):
     for i in range(n):
         for c in range(v[i].n):
             store(&v[i], c, load(&v[i], c) + of[i][c])
-
-
-cdef inline bint is_plain_float32(const Vector *v) noexcept:
-    return v.size == sizeof(float) and v.stride == sizeof(float) and not v.swapped
 
 
 cdef void move_floats(float *mean, float *var, const double *batch_mean, const double *batch_m2, double m,
