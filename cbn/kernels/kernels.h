@@ -85,6 +85,7 @@ typedef struct {
     const ptrdiff_t *length_n; /* runs: so many elements count of each, from its beginning on; NULL: all.
                                 * With a mask it is 0 or all */
     const double *weight_n;    /* of each run or row; a row of weight 0 does not count, and no run has it; NULL: ones */
+    int all;                   /* everything counts, only the weights differ: forward, apply goes as without */
 } cbn_selection;
 
 /* What coefficients are applied to, or what is reduced. The two of a loop that does both have one n_runs and length. */

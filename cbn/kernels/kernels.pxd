@@ -16,6 +16,7 @@ cdef extern from "kernels.h" nogil:
         cbn_view mask
         const Py_ssize_t *length_n
         const double *weight_n
+        bint all
     ctypedef struct cbn_tile:
         cbn_view x, g, z, y
         bint activated, checked

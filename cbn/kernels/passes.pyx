@@ -172,6 +172,7 @@ cdef cbn_selection selection_of(Layout layout, given) except *:
     cdef cnp.ndarray mask = given[0], lengths = given[1], weights = given[2]
     s.mask.data, s.length_n, s.weight_n = NULL, NULL, doubles(weights, e.N)
     s.mask.n, s.mask.c = e.S, 0
+    s.all = mask is None and given[4] == e.N * e.S
     if mask is not None:
         if e.rows:
             s.mask.n, s.mask.c = e.C, 1

@@ -1,5 +1,6 @@
 # Tiles: a rectangle of the partition as the loops see it, with the pointers and the coefficients that belong to it.
 from libc.math cimport fabs, sqrt
+from libc.string cimport memset
 
 from .coefficients cimport CBN_SMALL_DOUBLE, CBN_SMALL_FLOAT, takes_float64
 from .job cimport F16, Job, channels_fit, counts_rows, loop_of
@@ -23,17 +24,14 @@ cdef inline cbn_view in_copy(const Job *job, cbn_view copy, const Rectangle *r) 
 
 cdef inline cbn_tile tile_of(const Job *job, const Rectangle *r) noexcept nogil:
     cdef cbn_tile t
+    memset(&t, 0, sizeof(t))
     t.selection = job.selection
     t.run, t.channel, t.element = r.n, r.c, r.s
     t.n_runs, t.n_channels, t.length, t.copies = r.n_runs // r.copies, r.n_channels, r.length, r.copies
     t.pitch = job.reduction.C
-    t.skip = t.drop = 0
     t.x, t.z = moved(job.x, job.itemsize, r), moved(job.z, job.y_itemsize, r)
     t.g = t.y = t.x    # unused views alias x, so that offsetting their pointers stays defined
     t.activated, t.act, t.vanishing = job.activated, job.act, job.vanishing
-    t.checked = False
-    t.x_copy.data = t.dh.data = t.w.data = NULL
-    t.count_c = NULL
     if job.coef_c != NULL:
         t.coef_c = job.coef_c + r.c
     if job.forward_c != NULL:
@@ -135,6 +133,8 @@ cdef inline void apply_tile(const Job *job, cbn_tile *t, bint rows) noexcept nog
     cdef Py_ssize_t width = t.n_channels * t.length, C = job.reduction.C
     cdef bint in_float64
     cdef cbn_tile part
+    if t.selection != NULL and t.selection.all and not job.backward:
+        t.selection = NULL
     if job.in_float64 or job.fits or channels_fit(job, first, end):
         loop_of(job, job.loops_in_float64 if job.in_float64 else job.loops, rows)(t, NULL)
         return

@@ -95,7 +95,8 @@ INLINE void LOOP(any_runs)(const cbn_tile *m, const cbn_tile *r, const int plain
 INLINE void LOOP(any_rows)(const cbn_tile *m, const cbn_tile *r, const int plain, const int backward)
 {
     /* Whether rows of y begin alike in their cache lines. */
-    const int together = m && (!m->nontemporal || m->y.n * (ptrdiff_t)sizeof(elem_out) % CACHE_LINE == 0);
+    const int together =
+        m && (!m->nontemporal || m->y.n * (ptrdiff_t)sizeof(elem_out) % CACHE_LINE == 0 || LOOP(is_paged)(m));
 #if SUMS
     if (together && r && !backward && !HALF && !m->selection) { /* else factors and sums do not fit L1: one after the other is faster */
         LOOP(rows)(m, r, plain, backward, 1, 1, ROWS);

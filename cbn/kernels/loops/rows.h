@@ -197,14 +197,27 @@ INLINE void LOOP(apply_columns)(const LOOP(apply_rows) *a, const cbn_tile *m, LO
 
 /* ---- where not every value counts ---- */
 
-/* How many rows from the n-th on have one weight, or one other than 0 if it need not be the same; of these `rows` at
- * most. */
-INLINE ptrdiff_t LOOP(rows_alike)(const cbn_tile *t, ptrdiff_t n, ptrdiff_t rows, const int same, double *weight)
+/* How many rows from the n-th on go together: they have weight 0; or, of these `rows` at most, others, which are one if
+ * they have to be the `same`. Those of weight 0 may be `between`. */
+INLINE ptrdiff_t LOOP(rows_alike)(const cbn_tile *t, ptrdiff_t n, ptrdiff_t rows, const int same, const int between,
+                                  double *weight)
 {
     const double *w = t->selection->weight_n + t->run + n;
-    const ptrdiff_t most = w[0] == 0 ? t->n_runs - n : MIN(rows, t->n_runs - n);
+    const ptrdiff_t left = t->n_runs - n, most = w[0] == 0 ? left : MIN(rows, left);
     ptrdiff_t height = 1;
     *weight = w[0];
+    if (between && left >= rows) { /* no branch for each row: where masks are random, none is foreseen */
+        double largest = 0;
+        int alike = 1;
+        for (ptrdiff_t i = 0; i < rows; i++)
+            largest = MAX(largest, w[i]);
+        for (ptrdiff_t i = 0; i < rows; i++)
+            alike &= (w[i] == 0) | (w[i] == largest) | !same;
+        if (largest > 0 && alike) {
+            *weight = largest;
+            return rows;
+        }
+    }
     while (height < most && (same ? w[height] == w[0] : (w[height] == 0) == (w[0] == 0)))
         height++;
     return height;
@@ -225,9 +238,12 @@ INLINE void LOOP(zero_rows)(cbn_view y, ptrdiff_t n, ptrdiff_t height, ptrdiff_t
     }
 }
 
-/* Zeros in the columns of some rows that do not count; nothing where rows count as a whole. */
-INLINE void LOOP(zero_columns)(const cbn_tile *m, ptrdiff_t n, ptrdiff_t height, ptrdiff_t begin, ptrdiff_t end)
+/* Zeros in what does not count of some rows that go together: rows as a whole, or columns of them. */
+INLINE void LOOP(zero_between)(const cbn_tile *m, ptrdiff_t n, ptrdiff_t height, ptrdiff_t begin, ptrdiff_t end)
 {
+    for (ptrdiff_t row = n; row < n + height; row++)
+        if (m->selection->weight_n[m->run + row] == 0)
+            LOOP(zero_rows)(m->y, row, 1, begin, end, 0);
     for (ptrdiff_t row = n; m->selection->mask.data && row < n + height; row++) {
         const int8_t *mask = LOOP(counting_of)(m, row, 0).mask;
         elem_out *y = Y_AT(m->y, row, 0);
@@ -239,10 +255,11 @@ INLINE void LOOP(zero_columns)(const cbn_tile *m, ptrdiff_t n, ptrdiff_t height,
 /* Where the n-th row does not count: skips the rows up to the next one that does. Else finds how many, of `rows`, go
  * together, and sets the factors for their weight. */
 INLINE int LOOP(skip_rows)(LOOP(apply_rows) *a, const cbn_tile *m, const cbn_tile *r, ptrdiff_t n, ptrdiff_t *height,
-                           ptrdiff_t rows, ptrdiff_t columns, const int plain, const int backward, const int applying)
+                           ptrdiff_t rows, ptrdiff_t columns, const int plain, const int backward, const int applying,
+                         const int paged)
 {
     double weight;
-    *height = LOOP(rows_alike)(applying ? m : r, n, rows, applying && backward, &weight);
+    *height = LOOP(rows_alike)(applying ? m : r, n, rows, applying && backward, paged, &weight);
     if (weight == 0 && applying)
         LOOP(zero_rows)(m->y, n, *height, a->skip, a->columns, a->nontemporal);
     else if (weight == 0 && !plain && r->activated)
@@ -250,6 +267,67 @@ INLINE int LOOP(skip_rows)(LOOP(apply_rows) *a, const cbn_tile *m, const cbn_til
     else if (weight != 0 && applying && backward && weight != a->weight)
         LOOP(set_factors)(a, m, weight, backward);
     return weight == 0;
+}
+
+/* Rows of y that lie one behind the other and go past the caches, of which some are zeros: they come into being on a
+ * page that L1 holds, and go from there to y by whole cache lines. Where a row ends amid a line, its neighbour would
+ * otherwise store the rest of it. The page is small, since reads and writes alternate faster than they queue, and
+ * begins with what the last line of the page before had of its own. */
+#define PAGE (4096 / (ptrdiff_t)sizeof(elem_out)) /* elements */
+typedef struct {
+    cbn_tile tile; /* whose y is the page; the rows from `first` to n_runs are on it */
+    elem_out *y;
+    ptrdiff_t first, columns;
+    ptrdiff_t foreign, before; /* elements of the first line: of nobody, of rows before */
+    elem_out *room; /* in `space`, where stores keep just behind the loads of x: see `downwards` */
+    char space[PAGE * sizeof(elem_out) + CACHE_LINE + 4096] __attribute__((aligned(CACHE_LINE)));
+} LOOP(page);
+
+INLINE int LOOP(is_paged)(const cbn_tile *m)
+{
+    const ptrdiff_t columns = m->copies * m->n_channels * m->length;
+    return !BYTE && !RARE && m->selection && m->nontemporal && m->skip == 0 && m->drop == 0 && m->y.n == columns &&
+           columns <= PAGE / ROWS;
+}
+
+/* Of a tile with so many rows: those that are done go out, and the page is for the next ones. */
+INLINE void LOOP(turn_page)(LOOP(page) *p, ptrdiff_t n_runs)
+{
+    const ptrdiff_t done = p->tile.n_runs, n = p->before + (done - p->first) * p->columns;
+    elem_out *y = p->y + p->first * p->columns - p->before; /* where a line begins */
+    ptrdiff_t i = 0;
+    if (p->foreign && n >= LINE_ELEMS) {
+        i = LINE_ELEMS;
+        memcpy(y + p->foreign, p->room + p->foreign, (size_t)(i - p->foreign) * sizeof(elem_out));
+        p->foreign = 0;
+    }
+    for (; i + LINE_ELEMS <= n; i += LINE_ELEMS)
+        for (ptrdiff_t k = i; k < i + LINE_ELEMS; k += LANES)
+            store_nontemporal(y + k, load_out(p->room + k));
+    if (done == n_runs)
+        memcpy(y + i + p->foreign, p->room + i + p->foreign, (size_t)(n - i - p->foreign) * sizeof(elem_out));
+    char rest[CACHE_LINE];
+    const uintptr_t x = (uintptr_t)AT(p->tile.x, done, 0);
+    memcpy(rest, p->room + i, CACHE_LINE);
+    p->room = (elem_out *)(p->space + (x - (uintptr_t)p->space) % 4096 / CACHE_LINE * CACHE_LINE);
+    memcpy(p->room, rest, CACHE_LINE);
+    p->before = n - i;
+    p->first = done;
+    p->tile.n_runs = MIN(done + PAGE / p->columns, n_runs);
+    p->tile.y.data = (char *)((uintptr_t)(p->room + p->before) - (uintptr_t)(done * p->columns) * sizeof(elem_out));
+}
+
+INLINE const cbn_tile *LOOP(open_page)(LOOP(page) *p, const cbn_tile *m)
+{
+    p->tile = *m;
+    p->tile.nontemporal = 0;
+    p->y = (elem_out *)m->y.data;
+    p->columns = m->y.n;
+    p->foreign = p->before = -TO_LINE(p->y) & (LINE_ELEMS - 1);
+    p->first = p->tile.n_runs = 0;
+    p->room = memset(p->space, 0, CACHE_LINE);
+    LOOP(turn_page)(p, m->n_runs);
+    return &p->tile;
 }
 
 #if SUMS
@@ -278,6 +356,10 @@ INLINE void LOOP(rows)(const cbn_tile *m, const cbn_tile *r, const int plain, co
     /* Backward, apply may be CHECKED for float64 elements alone */
     const int bare = plain || (backward && !ELEM_IS_DOUBLE);
     const ptrdiff_t n_runs = applying ? m->n_runs : r->n_runs;
+    const int paged = applying && !reducing && LOOP(is_paged)(m);
+    LOOP(page) page;
+    if (paged)
+        m = LOOP(open_page)(&page, m);
     const int down = applying && LOOP(downwards)(m, reducing ? r : NULL, backward);
     real room[ALL_FACTORS][ROOM] __attribute__((aligned(CACHE_LINE)));
     LOOP(apply_rows) a = {.act = bare ? (LOOP(activation)){.kind = PLAIN} : LOOP(activation_of)(applying ? m : r)};
@@ -303,8 +385,10 @@ INLINE void LOOP(rows)(const cbn_tile *m, const cbn_tile *r, const int plain, co
     ptrdiff_t height = 0;
     for (ptrdiff_t n = 0; n < n_runs; n += height) {
         const int wrapped = a.wraps && n < n_runs - 1;
-        height = MIN(rows, wrapped ? n_runs - 1 - n : n_runs - n);
-        if (selection && LOOP(skip_rows)(&a, m, r, n, &height, rows, columns, plain, backward, applying))
+        if (paged && n == m->n_runs)
+            LOOP(turn_page)(&page, n_runs);
+        height = MIN(rows, wrapped ? n_runs - 1 - n : (paged ? m->n_runs : n_runs) - n);
+        if (selection && LOOP(skip_rows)(&a, m, r, n, &height, rows, columns, plain, backward, applying, paged))
             continue;
         const ptrdiff_t end = a.columns + (wrapped ? a.head : 0);
         if (a.nontemporal && rows == 1 && !RARE)
@@ -340,8 +424,10 @@ INLINE void LOOP(rows)(const cbn_tile *m, const cbn_tile *r, const int plain, co
 #endif
         }
         if (applying && selection)
-            LOOP(zero_columns)(m, n, height, a.skip, a.columns);
+            LOOP(zero_between)(m, n, height, a.skip, a.columns);
     }
+    if (paged)
+        LOOP(turn_page)(&page, n_runs);
 #if SUMS
     for (ptrdiff_t j = 0; reducing && !begun && j < r_columns; j++)
         of_column.sum[j] = of_column.square[j] = 0;
