@@ -1,10 +1,13 @@
 """`make neon`: the loops for 64-bit Arm, cross-compiled, run by an emulator, and compared with the reference.
 
 Every type, both layouts and directions, plain and activated, with and without a residual; reduction, apply, both at
-once. The results of each set have to lie within the limits of tests/paths.py. Where the compiler fuses no
-multiplication with an addition (-ffp-contract=off), the sets `baseline` and `neon` have to give the same bits, and
-on an x86-64 machine its own `baseline` too. By default the compiler fuses, and may choose other places in the two
-sets; then the number of cases with the same bits is shown.
+once. `driver.c` reads these cases from a file. The driver makes others itself: selections and bounds of an activation
+(`selected.c`), reductions that count, second derivatives and few rows at once (`others.c`).
+
+The results of each set have to lie within the limits of tests/paths.py. Where the compiler fuses no multiplication with
+an addition (-ffp-contract=off), the sets `baseline` and `neon` have to give the same bits, and on an x86-64 machine its
+own `baseline` too. By default the compiler fuses, and may choose other places in the two sets; then the number of cases
+with the same bits is shown.
 """
 
 import os
@@ -27,6 +30,7 @@ from ..paths import GRADIENT_LIMIT, LIMIT, STATISTICS_LIMIT
 
 ROOT = Path(__file__).parents[2]
 KERNELS = ROOT / "cbn" / "kernels"
+DRIVER = [Path(__file__).parent / name for name in ("driver.c", "selected.c", "others.c")]
 TOOLS = ("aarch64-linux-gnu-gcc", "qemu-aarch64")
 SETS = ("baseline", "neon")
 NATIVE = "baseline of x86-64"
@@ -35,7 +39,7 @@ FLAGS = ["-O1", "-fexpensive-optimizations", "-std=gnu11", "-fno-math-errno", "-
          "-Wextra", "-Werror", f"-I{KERNELS}"]  # fmt: skip
 NOT_FUSED = "not fused"
 VARIANTS = {"fused": [], NOT_FUSED: ["-ffp-contract=off"]}
-PARTS = ("y or dx", "mean or S(dh)", "m2 or S(dh*d)", "dh")  # whose errors the driver prints
+PARTS = ("y or dx", "mean or S(dh)", "m2 or S(dh*d)", "dh or counts")  # whose errors the driver prints
 
 F32, F64, BF16, F16, U8, I8 = (np.dtype(t) for t in ("f4", "f8", ml_dtypes.bfloat16, "f2", "u1", "i1"))
 KINDS = (F32, F64, BF16, F16, U8, I8)
@@ -147,6 +151,15 @@ def limits(type_, backward):
     return LIMIT[type_], STATISTICS_LIMIT[type_], 0
 
 
+def limits_of(case):
+    """The same of a case that the driver makes itself."""
+    type_, _, _, direction = case.split()[:4]
+    y_type = TYPES[type_][1]
+    if direction == "second":  # float64 arithmetic, rounded once; the two statistics are sums, of an array and of two
+        return LIMIT[y_type], STATISTICS_LIMIT[F64], LIMIT[y_type]
+    return limits(y_type, direction == "backward")
+
+
 def compile_all(folder):
     """The driver of each variant. Both sets are in each; the files that take long are compiled side by side."""
 
@@ -156,7 +169,7 @@ def compile_all(folder):
         return variant, path
 
     sources = [KERNELS / "sets" / f"{name}.c" for name in SETS]
-    sources += [KERNELS / "select.c", Path(__file__).parent / "driver.c"]
+    sources += [KERNELS / "select.c", *DRIVER]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         jobs = [pool.submit(compile_one, variant, source) for variant in VARIANTS for source in sources]
         objects = [job.result() for job in jobs]
@@ -169,7 +182,7 @@ def compile_all(folder):
 def compile_native(folder):
     """The driver for this machine, with the baseline of x86-64, which has no instruction that fuses."""
     program = folder / "native"
-    sources = [KERNELS / "sets" / "baseline.c", Path(__file__).parent / "driver.c"]
+    sources = [KERNELS / "sets" / "baseline.c", *DRIVER]
     subprocess.run(["cc", *FLAGS, "-DBASELINE_ALONE", *sources, "-lm", "-o", program], check=True)
     return program
 
@@ -180,15 +193,17 @@ def results(program, name, path, emulator=(TOOLS[1], "-L", "/usr/aarch64-linux-g
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{' '.join(map(str, command))}: status {done.returncode}\n{done.stderr}")
-    lines = (line.split("|") for line in done.stdout.splitlines())
-    return {case: ([float(e) for e in errors], digest) for case, *errors, digest in lines}
+    lines = [line.split("|") for line in done.stdout.splitlines()]
+    found = {case: ([float(e) for e in errors], digest) for case, *errors, digest in lines}
+    assert len(found) == len(lines), "every case has a name of its own"
+    return found
 
 
 def differences(variant, found, about):
     """Prints what is wrong, and returns how much is: results of each set, beside the limits of each case."""
     failures, worst = 0, {}
     for name, of_set in found.items():
-        assert of_set.keys() == about.keys(), "every case has a name of its own, and a result"
+        assert of_set.keys() == about.keys(), "every case has a result of each set"
         for case, (errors, _) in of_set.items():
             y, statistics, dh = about[case]
             for what, error, limit in zip(PARTS, errors, (y, statistics, statistics, dh), strict=True):
@@ -225,9 +240,10 @@ def main():
                 about[case] = limits(y_type, backward)
         for variant, program in compile_all(folder):
             found = {name: results(program, name, path) for name in SETS}
+            assert found[SETS[0]].keys() >= about.keys(), "every case of the file has a result"
             if variant == NOT_FUSED and platform.machine() == "x86_64":
                 found[NATIVE] = results(compile_native(folder), "baseline", path, emulator=())
-            failures += differences(variant, found, about)
+            failures += differences(variant, found, {case: limits_of(case) for case in found[SETS[0]]} | about)
     print(f"{'failed' if failures else 'passed'} in {time.monotonic() - began:.0f} s")
     return failures > 0
 

@@ -1,4 +1,5 @@
-/* driver.c: runs the loops of one instruction set over the cases of a file, beside what they should give.
+/* driver.c: runs the loops of one instruction set over the cases of a file, beside what they should give; and over
+ * those of selected.c and others.c, which need no file.
  *
  *   driver <set> <file>
  *
@@ -6,14 +7,7 @@
  * dx, of the statistics and of dh, relative to the largest number that was expected, and a digest of all bits that were
  * written. The statistics are the mean and m2, or backward S(dh) and S(dh*d).
  */
-#include <math.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-
-#include "half.h"
-#include "kernels.h"
+#include "arrays.h"
 
 enum { NAME_LENGTH = 96 };
 
@@ -31,73 +25,46 @@ typedef struct {
     double *coef, *forward, *shift, *y_exact, *sum_exact, *square_exact, *dh_exact;
 } test_case;
 
-static const size_t sizes[] = {4, 8, 2, 2, 1, 1}; /* F32, F64, BF16, F16, U8, I8 */
+static void *memory[64];
+static size_t n_memory;
+
+static void *remembered(void *p)
+{
+    if (!p || n_memory == sizeof memory / sizeof *memory) {
+        fprintf(stderr, "a case has too many arrays, or too large ones\n");
+        exit(2);
+    }
+    return memory[n_memory++] = p;
+}
+
+char *output(size_t n, size_t size)
+{
+    char *p = memset(remembered(malloc(n * size + 128)), 0xa5, n * size + 128);
+    return (char *)(((uintptr_t)p + 63) / 64 * 64) + 3 * size;
+}
+
+double *doubles(size_t n)
+{
+    return remembered(calloc(n, sizeof(double)));
+}
+
+void forget(void)
+{
+    while (n_memory)
+        free(memory[--n_memory]);
+}
 
 static size_t elements(const header *h)
 {
     return (size_t)(h->n_runs * h->n_channels * h->length * h->copies);
 }
 
-static double value_of(const char *p, size_t i, int64_t kind)
-{
-    if (kind == 0)
-        return ((const float *)p)[i];
-    if (kind == 1)
-        return ((const double *)p)[i];
-    const uint16_t e = ((const uint16_t *)p)[i];
-    return kind == 2 ? cbn_from_bf16(e) : cbn_from_f16(e);
-}
-
-/* The largest difference, relative to the largest expected number; NaN where one is NaN. */
-static double error_of(const char *p, const double *exact, size_t n, int64_t kind)
-{
-    double largest = 0, scale = 0;
-    for (size_t i = 0; i < n; i++) {
-        const double d = fabs(value_of(p, i, kind) - exact[i]);
-        if (isnan(d))
-            return NAN;
-        largest = d > largest ? d : largest;
-        scale = fabs(exact[i]) > scale ? fabs(exact[i]) : scale;
-    }
-    return scale > 0 ? largest / scale : largest;
-}
-
-static uint64_t digest(uint64_t hash, const void *p, size_t n)
-{
-    for (size_t i = 0; i < n; i++)
-        hash = (hash ^ ((const unsigned char *)p)[i]) * 0x100000001b3;
-    return hash;
-}
-
-/* Memory at no round address: what vectors of any set have to cope with. */
-static char *output(size_t n, size_t size)
-{
-    char *p = malloc(n * size + 128);
-    memset(p, 0xa5, n * size + 128);
-    return (char *)(((uintptr_t)p + 63) / 64 * 64) + 3 * size;
-}
-
-static const cbn_loops *loops_of(const cbn_isa *isa, const char *type)
-{
-    const struct {
-        const char *name;
-        const cbn_loops *loops;
-    } all[] = {{"f32", isa->f32}, {"f32_in_f64", isa->f32_in_f64}, {"f64", isa->f64}, {"bf16", isa->bf16},
-               {"bf16_in_f64", isa->bf16_in_f64}, {"f16", isa->f16}, {"f16_in_f64", isa->f16_in_f64},
-               {"u8_f32", isa->u8_f32}, {"u8_bf16", isa->u8_bf16}, {"i8_f32", isa->i8_f32}, {"i8_bf16", isa->i8_bf16}};
-    for (size_t i = 0; i < sizeof all / sizeof *all; i++)
-        if (!strcmp(all[i].name, type))
-            return all[i].loops;
-    fprintf(stderr, "no loops for %s\n", type);
-    exit(2);
-}
-
 static void run(const cbn_isa *isa, const test_case *t)
 {
     const header *h = &t->h;
-    const size_t n = elements(h), c = (size_t)h->n_channels, x_size = sizes[h->x_kind], y_size = sizes[h->y_kind];
+    const size_t n = elements(h), c = (size_t)h->n_channels, x_size = size_of(h->x_kind), y_size = size_of(h->y_kind);
     char *y = output(n, y_size), *dh = output(n, x_size), *x_copy = output(n, x_size);
-    double *sum = calloc(c, sizeof *sum), *square = calloc(c, sizeof *square);
+    double *sum = doubles(c), *square = doubles(c);
     const ptrdiff_t n_step = (ptrdiff_t)(n / (size_t)h->n_runs), c_step = h->length;
 #define VIEW(data) {(char *)(data), n_step, c_step}
     const cbn_view none = {NULL, n_step, c_step};
@@ -129,7 +96,7 @@ static void run(const cbn_isa *isa, const test_case *t)
     loop(h->applies ? &apply : NULL, h->reduces ? &reduction : NULL);
 
     double errors[4] = {0, 0, 0, 0};
-    uint64_t hash = 0xcbf29ce484222325;
+    uint64_t hash = NO_DIGEST;
     if (h->applies) {
         errors[0] = error_of(y, t->y_exact, n, h->y_kind);
         hash = digest(hash, y, n * y_size);
@@ -149,8 +116,7 @@ static void run(const cbn_isa *isa, const test_case *t)
     }
     if (h->reduces && h->copying && memcmp(x_copy, t->x, n * x_size))
         errors[3] = NAN;
-    printf("%s|%.3e|%.3e|%.3e|%.3e|%016llx\n", h->name, errors[0], errors[1], errors[2], errors[3],
-           (unsigned long long)hash);
+    print_case(h->name, errors, hash);
 }
 
 /* The next array of the file. */
@@ -182,7 +148,7 @@ int main(int argc, char **argv)
     test_case t;
     while (fread(&t.h, sizeof t.h, 1, file) == 1) {
         const size_t n = elements(&t.h), c = (size_t)t.h.n_channels;
-        const size_t x_size = sizes[t.h.x_kind], y_size = sizes[t.h.y_kind];
+        const size_t x_size = size_of(t.h.x_kind), y_size = size_of(t.h.y_kind);
         t.x = array(file, n, x_size);
         t.dy = array(file, n, x_size);
         t.z = array(file, n, y_size);
@@ -195,6 +161,9 @@ int main(int argc, char **argv)
         t.square_exact = array(file, c, sizeof(double));
         t.dh_exact = array(file, n, sizeof(double));
         run(isa, &t);
+        forget();
     }
+    run_selected(isa);
+    run_others(isa);
     return 0;
 }
