@@ -93,7 +93,7 @@ def variants(data):
     for case, slot in by_case(data, "variants").items():
         cells = [case.variant, OP_WORDS[case.op], shape_words(case.shape), LAYOUT_WORDS[case.layout], case.threads]
         rows.append([*cells, duration(slot[OURS].time), *(cost_html(slot.get(name)) for name in (VARIANT, LOOP))])
-    head = ["variant", "plain call", "shape", "layout", ">threads", ">plain call", ">with the variant"]
+    head = ["variant", "plain call", "shape", "layout", ">threads", ">its time", ">with the variant"]
     return table([*head, ">loop over slices"], rows, "tall") if rows else ""
 
 
