@@ -357,16 +357,16 @@ INLINE void LOOP(reduce_columns)(LOOP(columns) *k, const cbn_tile *r, LOOP(sourc
         LOOP(reduce_line)(p, step, height, j, ahead, k, act, act.kind != PLAIN, turn, backward, sum_in_float64);
 }
 
-/* The sum of each channel. */
-INLINE void LOOP(end_reduce_rows)(LOOP(columns) *k, const cbn_tile *r, ptrdiff_t columns, const int flushing)
+/* The sum of each channel; zeros, if no row has `begun` them. */
+INLINE void LOOP(end_reduce_rows)(LOOP(columns) *k, const cbn_tile *r, ptrdiff_t columns, int begun, const int flushing)
 {
+    for (ptrdiff_t j = 0; !begun && j < columns; j++)
+        k->sum[j] = k->square[j] = 0;
 #if ELEM_IS_DOUBLE
     for (ptrdiff_t j = 0; flushing && j < columns; j += DLANES) {
         LOOP(take_low)(k->total_sum + j, k->sum_low + j);
         LOOP(take_low)(k->total_square + j, k->square_low + j);
     }
-#else
-    (void)columns;
 #endif
     LOOP(fold)(r, flushing ? k->total_sum : k->sum, r->sum_c);
     LOOP(fold)(r, flushing ? k->total_square : k->square, r->square_c);

@@ -271,7 +271,7 @@ INLINE void LOOP(count_rows)(const cbn_tile *r, const int what)
         for (; j < columns; j += DLANES)
             LOOP(count_columns)(&k, x, r->x.n, height, j, columns, 0, turn, w, what, 1);
     }
-    LOOP(end_reduce_rows)(&k.sums, r, columns, 1);
+    LOOP(end_reduce_rows)(&k.sums, r, columns, 1, 1);
     if (what & COUNTING)
         LOOP(fold)(r, k.count, r->count_c + CBN_COUNT * r->pitch);
     if (what & EXTREMES) {

@@ -332,19 +332,24 @@ INLINE const cbn_tile *LOOP(open_page)(LOOP(page) *p, const cbn_tile *m)
 
 #if SUMS
 /* Backward, some rows for a reduction in a tile of their own: copies with zeros in what does not count. */
-INLINE void LOOP(copy_rows)(const cbn_tile *r, ptrdiff_t n, ptrdiff_t height, elem (*x)[ROOM], elem (*g)[ROOM],
-                            cbn_tile *copies)
+typedef struct {
+    cbn_tile tile;
+    elem x[ROWS][ROOM], g[ROWS][ROOM];
+} LOOP(copies);
+
+INLINE const cbn_tile *LOOP(copy_rows)(LOOP(copies) *to, const cbn_tile *r, ptrdiff_t n, ptrdiff_t height)
 {
-    *copies = *r;
-    copies->x = (cbn_view){(char *)x[0], ROOM, 1};
-    copies->g = (cbn_view){(char *)g[0], ROOM, 1};
-    copies->dh.data = (char *)AT(r->dh, n, 0);
-    copies->z.data = r->z.data ? (char *)AT(r->z, n, 0) : NULL;
+    to->tile = *r;
+    to->tile.x = (cbn_view){(char *)to->x[0], ROOM, 1};
+    to->tile.g = (cbn_view){(char *)to->g[0], ROOM, 1};
+    to->tile.dh.data = (char *)AT(r->dh, n, 0);
+    to->tile.z.data = r->z.data ? (char *)AT(r->z, n, 0) : NULL;
     for (ptrdiff_t row = 0; row < height; row++) {
         const int8_t *mask = LOOP(counting_of)(r, n + row, 0).mask;
-        LOOP(copy_counted)(x[row], AT(r->x, n + row, 0), r->n_channels, mask, 0);
-        LOOP(copy_counted)(g[row], AT(r->g, n + row, 0), r->n_channels, mask, 0);
+        LOOP(copy_counted)(to->x[row], AT(r->x, n + row, 0), r->n_channels, mask, 0);
+        LOOP(copy_counted)(to->g[row], AT(r->g, n + row, 0), r->n_channels, mask, 0);
     }
+    return &to->tile;
 }
 #endif
 
@@ -382,8 +387,7 @@ INLINE void LOOP(rows)(const cbn_tile *m, const cbn_tile *r, const int plain, co
     const cbn_selection *selection = BYTE ? NULL : (applying ? m : r)->selection;
     int begun = 0; /* the sums */
     (void)begun;
-    ptrdiff_t height = 0;
-    for (ptrdiff_t n = 0; n < n_runs; n += height) {
+    for (ptrdiff_t n = 0, height = 0; n < n_runs; n += height) {
         const int wrapped = a.wraps && n < n_runs - 1;
         if (paged && n == m->n_runs)
             LOOP(turn_page)(&page, n_runs);
@@ -399,11 +403,9 @@ INLINE void LOOP(rows)(const cbn_tile *m, const cbn_tile *r, const int plain, co
 #if SUMS
         const cbn_tile *of_rows = reducing ? r : m; /* where row `at_n` is row n of the tile */
         ptrdiff_t at_n = n;
-        elem x_room[ROWS][ROOM], g_room[ROWS][ROOM];
-        cbn_tile copies;
+        LOOP(copies) copies;
         if (reducing && backward && selection && selection->mask.data) {
-            LOOP(copy_rows)(r, n, height, x_room, g_room, &copies);
-            of_rows = &copies;
+            of_rows = LOOP(copy_rows)(&copies, r, n, height);
             step.x = step.g = ROOM;
             at_n = 0;
         }
@@ -429,9 +431,7 @@ INLINE void LOOP(rows)(const cbn_tile *m, const cbn_tile *r, const int plain, co
     if (paged)
         LOOP(turn_page)(&page, n_runs);
 #if SUMS
-    for (ptrdiff_t j = 0; reducing && !begun && j < r_columns; j++)
-        of_column.sum[j] = of_column.square[j] = 0;
     if (reducing)
-        LOOP(end_reduce_rows)(&of_column, r, r_columns, flushing);
+        LOOP(end_reduce_rows)(&of_column, r, r_columns, begun, flushing);
 #endif
 }
