@@ -74,13 +74,10 @@ class Process:
             preexec_fn=before_it_starts,
             start_new_session=True,  # Ctrl-C is for the suite alone
         )
-        self.stopped = False
 
     def ask(self, **command):
         """Its answer; it runs until then, and is stopped again."""
-        if self.stopped:
-            self.process.send_signal(signal.SIGCONT)
-            self.stopped = False
+        self.process.send_signal(signal.SIGCONT)
         try:
             self.process.stdin.write(json.dumps(command) + "\n")
             self.process.stdin.flush()
@@ -92,7 +89,6 @@ class Process:
             why = " (killed; the system may have run out of memory)" if status == -signal.SIGKILL else ""
             return {"error": f"the process ended with status {status}{why}"}
         self.process.send_signal(signal.SIGSTOP)
-        self.stopped = True
         return json.loads(line)
 
     def end(self):

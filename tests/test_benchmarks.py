@@ -203,7 +203,7 @@ def test_ratios_are_formed_turn_by_turn(tmp_path):
 def test_an_interruption_leaves_what_was_measured(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-m", "benchmarks", "run", "--out", str(tmp_path), "--shape", "64x7x9", "--shape", "2048x512",
-         "--turns", "50", "--seconds", "0.1", "--peer", "numpy", "--threads", "1"],
+         "--turns", "50", "--seconds", "0.01", "--peer", "numpy", "--threads", "1"],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
     )  # fmt: skip
     path = tmp_path / "results.json"
