@@ -6,8 +6,9 @@ import pytest
 
 from cbn.kernels import engine
 
-# Its doctests need scikit-learn
-collect_ignore = [] if importlib.util.find_spec("sklearn") else ["cbn/sklearn.py"]
+# Their doctests need these packages
+OPTIONAL = {"sklearn": "cbn/sklearn.py", "torch": "cbn/torch"}
+collect_ignore = [path for name, path in OPTIONAL.items() if not importlib.util.find_spec(name)]
 
 
 @pytest.fixture(autouse=True)

@@ -22,7 +22,9 @@ NAMES = (
     "sklearn.preprocessing.StandardScaler",
 )
 nitpick_ignore = [("py:obj", name) for name in NAMES]
+nitpick_ignore_regex = [("py:obj", r"torch\..*")]
 autosummary_generate = False
+autodoc_mock_imports = ["torch"]  # which is large
 autodoc_typehints = "none"  # docstrings have the types
 autodoc_preserve_defaults = True
 autodoc_member_order = "groupwise"

@@ -141,6 +141,12 @@ def test_imports_run_one_way():
         assert set(above) <= {"batchnorm", "checks"}, path
         assert path.stem == "__init__" or set(beside) <= {"common"}, path
 
+    for path in (ROOT / "cbn" / "torch").glob("*.py"):
+        above = re.findall(r"^\s*from \.\. import (.*)$", path.read_text(), re.M)
+        above = {name for names in above for name in names.split(", ")}
+        above |= set(re.findall(r"^\s*from \.\.(\w+)", path.read_text(), re.M))
+        assert above <= {"checks", "functional", "inputs", "kernels", "moments", "steps"}, path
+
 
 def test_cimports_run_one_way():
     allowed = {

@@ -1,0 +1,318 @@
+"""Batch norm of tensors: which calls the kernels take, and gradients of first and second order.
+
+A call that the kernels take shares the memory of its tensors. What backward needs belongs to the call: x, weight and
+residual are saved tensors, so that PyTorch's version counters see a change in place, and saved-tensor hooks and
+checkpoints work; statistics are float64 arrays. All other calls go to PyTorch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
+from torch.nn import Parameter
+
+from .. import functional, steps
+from ..checks import NO_ACT, Act
+from ..inputs import as_gradient, as_input
+from ..kernels import channels, passes
+
+OF_TENSORS = (Tensor, Parameter)  # other classes, as of fake tensors, have ways of their own
+# Of x, and of the parameters beside it; PyTorch also takes parameters of x's own 16 bits, which are converted
+DTYPES = {
+    torch.float32: torch.float32,
+    torch.float64: torch.float64,
+    torch.float16: torch.float32,
+    torch.bfloat16: torch.float32,
+}
+NO_GRADIENTS = (None,) * 10
+FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+    act: Act = NO_ACT,
+) -> Tensor:
+    """`torch.nn.functional.batch_norm` on cbn's kernels, if they take the call; act(. + residual) in the same pass."""
+    of_channels = (weight, bias, running_mean, running_var)
+    compiling = torch.compiler.is_compiling()
+    if not is_taken(x, of_channels, residual, training, momentum, eps, compiling):
+        y = torch.nn.functional.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+        return followed(y, residual, act)
+    momentum = momentum if training else 0.0
+    if not (x.is_contiguous() or (x.dim() in FORMATS and x.is_contiguous(memory_format=FORMATS[x.dim()]))):
+        x = x.contiguous()
+    if compiling:
+        return library.normalize(x, of_channels, residual, training, momentum, eps, act)
+    if forward_ad._current_level >= 0 and (residual is not None or act != NO_ACT):
+        return followed(batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps), residual, act)
+    if forward_ad._current_level >= 0 or (
+        torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, residual))
+    ):
+        return _BatchNorm.apply(x, weight, bias, residual, running_mean, running_var, training, momentum, eps, act)
+    return _forward(x, of_channels, residual, training, momentum, eps, act)[0]
+
+
+def is_taken(
+    x: Tensor,
+    of_channels: tuple[Tensor | None, ...],
+    residual: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    compiling: bool,
+) -> bool:
+    """Whether the kernels take a call; what is wrong with one that they do not, PyTorch says."""
+    if not compiling and (
+        x.is_neg()  # as the imaginary part of a conjugate
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.is_functorch_wrapped_tensor(x)
+        or torch._C._get_tracing_state() is not None
+    ):
+        return False
+    if type(x) not in OF_TENSORS or not x.is_cpu or x.layout is not torch.strided or x.dtype not in DTYPES:
+        return False
+    shape, dtype, mean, var = x.shape, DTYPES[x.dtype], of_channels[2], of_channels[3]
+    if len(shape) < 2 or 0 in shape:
+        return False
+    first = next((t for t in of_channels if t is not None), None)
+    if first is not None and first.dtype is x.dtype:
+        dtype = x.dtype
+    for t in of_channels:
+        if t is not None and not (
+            type(t) in OF_TENSORS and t.is_cpu and t.dtype is dtype and t.shape == shape[1:2] and t.is_contiguous()
+        ):
+            return False
+    if residual is not None and not (
+        type(residual) in OF_TENSORS and residual.is_cpu and residual.dtype is x.dtype and residual.shape == shape
+    ):
+        return False
+    if (mean is None) != (var is None):
+        return False
+    if training:
+        return x.numel() > shape[1] and eps > 0 and 0 <= momentum <= 1
+    return mean is not None and eps >= 0
+
+
+def followed(y: Tensor, residual: Tensor | None, act: Act) -> Tensor:
+    """act(y + residual) by PyTorch's operators."""
+    if residual is not None:
+        y = y + residual
+    if act == NO_ACT:
+        return y
+    slope, low, high = act
+    y = y if slope == 1 else torch.relu(y) if slope == 0 else torch.nn.functional.leaky_relu(y, slope)
+    return y if (low, high) == (-np.inf, np.inf) else y.clamp(low, high)
+
+
+# ---- arrays and tensors ----------------------------------------------------------------------------------------------
+
+
+def as_array(t: Tensor | None) -> Any:
+    """The memory of a tensor as an array; grad mode must be off if it requires grad."""
+    if t is None:
+        return None
+    if t.dtype is torch.bfloat16:
+        import ml_dtypes
+
+        return t.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+    return t.numpy()
+
+
+def as_tensor(a: Any, dtype: torch.dtype | None = None) -> Tensor | None:
+    """The memory of an array as a tensor, converted if it has another dtype."""
+    if a is None:
+        return None
+    t = torch.from_numpy(a.view(np.uint16)).view(torch.bfloat16) if a.dtype.name == "bfloat16" else torch.from_numpy(a)
+    return t if dtype is None else t.to(dtype)
+
+
+def of_parameter(t: Tensor | None) -> Tensor | None:
+    """A tensor, or that of a parameter of 16 bits as float32, which the functions take."""
+    return t.float() if t is not None and t.dim() == 1 and t.dtype.itemsize == 2 else t
+
+
+def as_doubles(n_channels: int, *of_channels: Tensor | None) -> tuple[Any, ...]:
+    """Float64 arrays of parameters and statistics; None for None."""
+    return channels.as_doubles(n_channels, *(as_array(of_parameter(t)) for t in of_channels))
+
+
+# ---- passes ----------------------------------------------------------------------------------------------------------
+
+
+def _forward(
+    x: Tensor,
+    of_channels: tuple[Tensor | None, ...],
+    residual: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    act: Act,
+) -> tuple[Tensor, Any, Any]:
+    """y, and mean and invstd of the batch; moves the running statistics."""
+    given = [of_parameter(t) for t in of_channels]
+    weight, bias, mean, var = (as_array(t) for t in given)
+    if residual is None and act == NO_ACT:
+        found = functional.native_batch_norm(as_array(x), weight, bias, mean, var, training, momentum, eps)
+    else:
+        epilogue = steps.Epilogue(as_array(residual), act)
+        inp = as_input(as_array(x), 1)
+        found = functional._batch_norm(inp, (mean, var, weight, bias), training, momentum, eps, epilogue, None)
+    for t, moved in zip(of_channels[2:], given[2:], strict=True):
+        if training and t is not None and moved is not t:
+            t.copy_(moved)
+    y, save_mean, save_invstd = found
+    return as_tensor(y), save_mean, save_invstd
+
+
+class _BatchNorm(torch.autograd.Function):
+    """One call: y, and its gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        training: bool,
+        momentum: float,
+        eps: float,
+        act: Act,
+    ) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.training, ctx.eps, ctx.act = training, eps, act
+        of_channels = (weight, bias, running_mean, running_var)
+        running = (None, None) if training else as_doubles(x.shape[1], running_mean, running_var)
+        y, mean, invstd = _forward(x, of_channels, residual, training, momentum, eps, act)
+        ctx.statistics = (None, None, mean, invstd) if training else (*running, None, None)
+        ctx.save_for_backward(x, weight, bias, residual)
+        if forward_ad._current_level >= 0:
+            ctx.save_for_forward(x, weight, bias, residual)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return NO_GRADIENTS
+        x, weight, bias, residual = ctx.saved_tensors
+        fused, differentiable, dresidual = residual is not None or ctx.act != NO_ACT, torch.is_grad_enabled(), None
+        if fused and not differentiable:
+            return (*_fused_gradients(ctx, dy, x, weight, bias, residual), *NO_GRADIENTS[4:])
+        if fused:
+            dy = dy * _slopes(ctx, x, weight, bias, residual)
+            dresidual = dy if residual is not None else None
+        call = _Gradients.apply if differentiable else _gradients
+        dx, dweight, dbias = call(dy, x, weight, ctx.statistics, ctx.training, ctx.eps, ctx.needs_input_grad[:3])
+        if bias is not None and dbias is not None and dbias.dtype is not bias.dtype:
+            dbias = dbias.to(bias.dtype)
+        return (dx, dweight, dbias, dresidual, *NO_GRADIENTS[4:])
+
+    @staticmethod
+    def jvp(ctx: Any, x_t: Tensor | None, weight_t: Tensor | None, bias_t: Tensor | None, *_: None) -> Tensor | None:
+        x, weight, bias, _ = ctx.saved_tensors
+        given = [as_array(of_parameter(t)) for t in (x_t, weight_t, bias_t, x, weight, bias)]
+        arguments: tuple[Any, ...] = (*given, *ctx.statistics, ctx.training, ctx.eps)
+        return as_tensor(functional.batch_norm_jvp(*arguments), x.dtype)
+
+
+def _gradients(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    statistics: tuple[Any, ...],
+    training: bool,
+    eps: float,
+    wants: tuple[bool, ...],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dx, dweight and dbias of the plain call; None where they are not wanted."""
+    given = (as_array(dy), as_array(x), as_array(of_parameter(weight)))
+    arguments: tuple[Any, ...] = (*given, *statistics, training, eps, wants)
+    dx, dweight, dbias = functional.native_batch_norm_backward(*arguments)
+    dtype = None if weight is None else weight.dtype
+    return as_tensor(dx), as_tensor(dweight, dtype), as_tensor(dbias, dtype)
+
+
+class _Gradients(torch.autograd.Function):
+    """`_gradients` with gradients of its own, for a backward pass whose result is differentiated."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        dy: Tensor,
+        x: Tensor,
+        weight: Tensor | None,
+        statistics: tuple[Any, ...],
+        training: bool,
+        eps: float,
+        wants: tuple[bool, ...],
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        ctx.set_materialize_grads(False)
+        ctx.given = statistics, training, eps
+        ctx.save_for_backward(dy, x, weight)
+        return _gradients(dy, x, weight, statistics, training, eps, wants)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, ggI: Tensor | None, ggG: Tensor | None, ggB: Tensor | None) -> tuple[Tensor | None, ...]:
+        if ggI is None and ggG is None and ggB is None:
+            return NO_GRADIENTS[:7]
+        dy, x, weight = ctx.saved_tensors
+        statistics, training, eps = ctx.given
+        given = [as_array(t) for t in (ggI, of_parameter(ggG), of_parameter(ggB), dy, x, of_parameter(weight))]
+        arguments: tuple[Any, ...] = (*given, *statistics, training, eps)
+        found = functional.native_batch_norm_double_backward(*arguments)
+        dtypes = dy.dtype, x.dtype, None if weight is None else weight.dtype
+        grads = (as_tensor(a, dtype) for a, dtype in zip(found, dtypes, strict=True))
+        return (*grads, None, None, None, None)
+
+
+def _context(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> steps.Context:
+    """The context of the fused passes."""
+    inp = as_input(as_array(x), 1)
+    running_mean, running_var, mean, invstd = ctx.statistics
+    if not ctx.training:
+        mean, invstd = running_mean, passes.inverse_std(running_var, ctx.eps)
+    affine = steps.Affine(*as_doubles(inp.n_channels, weight, bias))
+    epilogue = steps.Epilogue(as_array(residual), ctx.act)
+    return steps.Context(inp, affine, epilogue, ctx.training, mean, invstd, None, inp.count)
+
+
+def _fused_gradients(
+    ctx: Any, dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """dx, dweight, dbias and dresidual through residual and activation, in the same passes."""
+    context, wants = _context(ctx, x, weight, bias, residual), ctx.needs_input_grad
+    found = steps.backward(as_gradient(context.inp, as_array(dy)), context, wants[0], wants[1] or wants[2], None)
+    return (
+        as_tensor(found.dx) if wants[0] else None,
+        as_tensor(found.dweight, weight.dtype) if weight is not None and wants[1] else None,
+        as_tensor(found.dbias, bias.dtype) if bias is not None and wants[2] else None,
+        as_tensor(found.dresidual) if wants[3] else None,
+    )
+
+
+def _slopes(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    """The derivative of the activation at every value, which is constant in pieces."""
+    with torch.no_grad():
+        a = torch.from_numpy(np.asarray(steps.before_activation(_context(ctx, x, weight, bias, residual)), np.float64))
+        slope, low, high = ctx.act
+        slopes = torch.full_like(a, slope).masked_fill(a > 0, 1)
+        return slopes.masked_fill((a <= low) | (a >= high), 0).to(x.dtype)
+
+
+from . import library  # noqa: E402  at the end, as it uses what is above
