@@ -7,7 +7,7 @@ checkpoints work; statistics are float64 arrays. All other calls go to PyTorch.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from ..checks import NO_ACT, Act
 from ..inputs import as_gradient, as_input
 from ..kernels import channels, passes
 
+SHORT = (torch.float16, torch.bfloat16)
 OF_TENSORS = (Tensor, Parameter)  # other classes, as of fake tensors, have ways of their own
 # Of x, and of the parameters beside it; PyTorch also takes parameters of x's own 16 bits, which are converted
 DTYPES = {
@@ -29,7 +30,8 @@ DTYPES = {
     torch.float16: torch.float32,
     torch.bfloat16: torch.float32,
 }
-NO_GRADIENTS = (None,) * 10
+NO_GRADIENTS = (None,) * 7
+OfChannels = tuple[Tensor | None, ...]  # weight, bias, running mean, running variance
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -44,66 +46,147 @@ def batch_norm(
     eps: float = 1e-5,
     residual: Tensor | None = None,
     act: Act = NO_ACT,
+    cache: dict[str, Any] | None = None,
 ) -> Tensor:
-    """`torch.nn.functional.batch_norm` on cbn's kernels, if they take the call; act(. + residual) in the same pass."""
+    """`torch.nn.functional.batch_norm` on cbn's kernels, if they take the call; act(. + residual) in the same pass.
+
+    cache: of a module, which keeps what was found of its parameters.
+    """
     of_channels = (weight, bias, running_mean, running_var)
-    compiling = torch.compiler.is_compiling()
-    if not is_taken(x, of_channels, residual, training, momentum, eps, compiling):
-        y = torch.nn.functional.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
-        return followed(y, residual, act)
     momentum = momentum if training else 0.0
-    if not (x.is_contiguous() or (x.dim() in FORMATS and x.is_contiguous(memory_format=FORMATS[x.dim()]))):
-        x = x.contiguous()
-    if compiling:
-        return library.normalize(x, of_channels, residual, training, momentum, eps, act)
-    if forward_ad._current_level >= 0 and (residual is not None or act != NO_ACT):
+    if torch.compiler.is_compiling():
+        if not (are_taken(of_channels, x) and is_taken(x, of_channels, residual, training, momentum, eps)):
+            return by_pytorch(x, of_channels, training, momentum, eps, residual, act)
+        return library.normalize(laid_out(x), of_channels, residual, training, momentum, eps, act)
+    found: Channels | None = None if cache is None else cache.get("_channels")
+    if found is None or not found.is_of(of_channels, x):
+        taken = type(x) in OF_TENSORS and x.dtype in DTYPES and x.dim() > 1 and are_taken(of_channels, x)
+        found = Channels(of_channels, x) if taken else None
+        if cache is not None:
+            cache["_channels"] = found
+    if found is None or is_transformed(x) or not is_taken(x, of_channels, residual, training, momentum, eps):
+        return by_pytorch(x, of_channels, training, momentum, eps, residual, act)
+    x = laid_out(x)
+    forward_mode = forward_ad._current_level >= 0
+    if forward_mode and (residual is not None or act != NO_ACT):
         return followed(batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps), residual, act)
-    if forward_ad._current_level >= 0 or (
-        torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, residual))
-    ):
-        return _BatchNorm.apply(x, weight, bias, residual, running_mean, running_var, training, momentum, eps, act)
-    return _forward(x, of_channels, residual, training, momentum, eps, act)[0]
+    differentiable = forward_mode or (
+        torch.is_grad_enabled()
+        and (
+            x.requires_grad
+            or (weight is not None and weight.requires_grad)
+            or (bias is not None and bias.requires_grad)
+            or (residual is not None and residual.requires_grad)
+        )
+    )
+    call = Call(found, training, momentum, eps, act)
+    if differentiable:
+        return _BatchNorm.apply(x, weight, bias, residual, call)
+    return _forward(x, residual, call)[0]
 
 
-def is_taken(
+def by_pytorch(
     x: Tensor,
-    of_channels: tuple[Tensor | None, ...],
-    residual: Tensor | None,
+    of_channels: OfChannels,
     training: bool,
     momentum: float,
     eps: float,
-    compiling: bool,
-) -> bool:
-    """Whether the kernels take a call; what is wrong with one that they do not, PyTorch says."""
-    if not compiling and (
-        x.is_neg()  # as the imaginary part of a conjugate
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._functorch.is_functorch_wrapped_tensor(x)
-        or torch._C._get_tracing_state() is not None
-    ):
-        return False
-    if type(x) not in OF_TENSORS or not x.is_cpu or x.layout is not torch.strided or x.dtype not in DTYPES:
-        return False
-    shape, dtype, mean, var = x.shape, DTYPES[x.dtype], of_channels[2], of_channels[3]
-    if len(shape) < 2 or 0 in shape:
-        return False
+    residual: Tensor | None,
+    act: Act,
+) -> Tensor:
+    """The same by PyTorch's operators."""
+    weight, bias, mean, var = of_channels
+    return followed(torch.nn.functional.batch_norm(x, mean, var, weight, bias, training, momentum, eps), residual, act)
+
+
+# ---- which calls the kernels take; what is wrong with others, PyTorch says -------------------------------------------
+
+
+class Channels:
+    """Parameters and statistics that the kernels take beside x, and their memory as arrays, until another call."""
+
+    __slots__ = ("arrays", "dtype", "n", "pointers", "tensors")
+
+    def __init__(self, of_channels: OfChannels, x: Tensor) -> None:
+        self.tensors, self.dtype, self.n = of_channels, x.dtype, x.shape[1]
+        self.pointers = pointers(of_channels)
+        short = any(t is not None and t.dtype in SHORT for t in of_channels)
+        # Those of 16 bits are converted in every call
+        self.arrays = None if short else tuple(None if t is None else as_array(t.detach()) for t in of_channels)
+
+    def is_of(self, of_channels: OfChannels, x: Tensor) -> bool:
+        """Whether these are still the tensors, with the memory that they had."""
+        weight, bias, mean, var = self.tensors
+        return (
+            of_channels[0] is weight
+            and of_channels[1] is bias
+            and of_channels[2] is mean
+            and of_channels[3] is var
+            and x.dtype is self.dtype
+            and self.pointers == pointers(of_channels)
+        )
+
+
+class Call(NamedTuple):
+    """What a call has beside tensors that may have gradients."""
+
+    channels: Channels
+    training: bool
+    momentum: float
+    eps: float
+    act: Act
+
+
+def pointers(of_channels: OfChannels) -> tuple[int, ...]:
+    """Where tensors have their memory: it moves where `data` is assigned, and so does the type."""
+    return tuple([0 if t is None else t.data_ptr() for t in of_channels])
+
+
+def are_taken(of_channels: OfChannels, x: Tensor) -> bool:
+    """Whether the kernels take these parameters and statistics."""
     first = next((t for t in of_channels if t is not None), None)
-    if first is not None and first.dtype is x.dtype:
-        dtype = x.dtype
-    for t in of_channels:
-        if t is not None and not (
-            type(t) in OF_TENSORS and t.is_cpu and t.dtype is dtype and t.shape == shape[1:2] and t.is_contiguous()
-        ):
-            return False
+    dtype = x.dtype if first is not None and first.dtype is x.dtype else DTYPES.get(x.dtype)
+    return (of_channels[2] is None) == (of_channels[3] is None) and all(
+        t is None
+        or (type(t) in OF_TENSORS and t.is_cpu and t.dtype is dtype and t.shape == x.shape[1:2] and t.is_contiguous())
+        for t in of_channels
+    )
+
+
+def is_taken(
+    x: Tensor, of_channels: OfChannels, residual: Tensor | None, training: bool, momentum: float, eps: float
+) -> bool:
+    """Whether the kernels take x and the options, beside parameters and statistics that they take."""
+    first = of_channels[0] if of_channels[0] is not None else of_channels[2]
+    shape = x.shape
+    if type(x) not in OF_TENSORS or not x.is_cpu or x.layout is not torch.strided or 0 in shape:
+        return False
+    if first is not None and shape[1] != first.shape[0]:
+        return False
     if residual is not None and not (
         type(residual) in OF_TENSORS and residual.is_cpu and residual.dtype is x.dtype and residual.shape == shape
     ):
         return False
-    if (mean is None) != (var is None):
-        return False
     if training:
         return x.numel() > shape[1] and eps > 0 and 0 <= momentum <= 1
-    return mean is not None and eps >= 0
+    return of_channels[2] is not None and eps >= 0
+
+
+def is_transformed(x: Tensor) -> bool:
+    """Whether something looks at PyTorch's operators, which a call of the kernels is not; or x is not what it holds."""
+    return bool(
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.is_functorch_wrapped_tensor(x)
+        or torch._C._get_tracing_state() is not None
+        or x.is_neg()  # as the imaginary part of a conjugate
+    )
+
+
+def laid_out(x: Tensor) -> Tensor:
+    """x, or a copy where PyTorch's own batch norm makes one."""
+    if x.is_contiguous() or (x.dim() in FORMATS and x.is_contiguous(memory_format=FORMATS[x.dim()])):
+        return x
+    return x.contiguous()
 
 
 def followed(y: Tensor, residual: Tensor | None, act: Act) -> Tensor:
@@ -135,13 +218,16 @@ def as_tensor(a: Any, dtype: torch.dtype | None = None) -> Tensor | None:
     """The memory of an array as a tensor, converted if it has another dtype."""
     if a is None:
         return None
-    t = torch.from_numpy(a.view(np.uint16)).view(torch.bfloat16) if a.dtype.name == "bfloat16" else torch.from_numpy(a)
-    return t if dtype is None else t.to(dtype)
+    if a.itemsize != 2 or a.dtype.char == "e":
+        t = torch.from_numpy(a)
+    else:
+        t = torch.from_numpy(a.view(np.uint16)).view(torch.bfloat16)
+    return t if dtype is None or t.dtype is dtype else t.to(dtype)
 
 
 def of_parameter(t: Tensor | None) -> Tensor | None:
     """A tensor, or that of a parameter of 16 bits as float32, which the functions take."""
-    return t.float() if t is not None and t.dim() == 1 and t.dtype.itemsize == 2 else t
+    return t.float() if t is not None and t.dtype in SHORT and t.dim() == 1 else t
 
 
 def as_doubles(n_channels: int, *of_channels: Tensor | None) -> tuple[Any, ...]:
@@ -152,28 +238,26 @@ def as_doubles(n_channels: int, *of_channels: Tensor | None) -> tuple[Any, ...]:
 # ---- passes ----------------------------------------------------------------------------------------------------------
 
 
-def _forward(
-    x: Tensor,
-    of_channels: tuple[Tensor | None, ...],
-    residual: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-    act: Act,
-) -> tuple[Tensor, Any, Any]:
+def _forward(x: Tensor, residual: Tensor | None, call: Call) -> tuple[Any, Any, Any]:
     """y, and mean and invstd of the batch; moves the running statistics."""
-    given = [of_parameter(t) for t in of_channels]
-    weight, bias, mean, var = (as_array(t) for t in given)
+    channels, training, momentum, eps, act = call
+    found = channels.arrays
+    given = channels.tensors
+    if found is None:
+        given = tuple(of_parameter(t) for t in channels.tensors)
+        found = tuple(as_array(t) for t in given)
+    weight, bias, mean, var = found
     if residual is None and act == NO_ACT:
-        found = functional.native_batch_norm(as_array(x), weight, bias, mean, var, training, momentum, eps)
+        done = functional.native_batch_norm(as_array(x), weight, bias, mean, var, training, momentum, eps)
     else:
         epilogue = steps.Epilogue(as_array(residual), act)
         inp = as_input(as_array(x), 1)
-        found = functional._batch_norm(inp, (mean, var, weight, bias), training, momentum, eps, epilogue, None)
-    for t, moved in zip(of_channels[2:], given[2:], strict=True):
-        if training and t is not None and moved is not t:
-            t.copy_(moved)
-    y, save_mean, save_invstd = found
+        done = functional._batch_norm(inp, (mean, var, weight, bias), training, momentum, eps, epilogue, None)
+    if training and channels.arrays is None:
+        for t, moved in zip(channels.tensors[2:], given[2:], strict=True):
+            if t is not None:
+                t.copy_(moved)
+    y, save_mean, save_invstd = done
     return as_tensor(y), save_mean, save_invstd
 
 
@@ -182,24 +266,13 @@ class _BatchNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        training: bool,
-        momentum: float,
-        eps: float,
-        act: Act,
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, call: Call
     ) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.training, ctx.eps, ctx.act = training, eps, act
-        of_channels = (weight, bias, running_mean, running_var)
-        running = (None, None) if training else as_doubles(x.shape[1], running_mean, running_var)
-        y, mean, invstd = _forward(x, of_channels, residual, training, momentum, eps, act)
-        ctx.statistics = (None, None, mean, invstd) if training else (*running, None, None)
+        ctx.training, ctx.eps, ctx.act = call.training, call.eps, call.act
+        running = (None, None) if call.training else as_doubles(x.shape[1], *call.channels.tensors[2:])
+        y, mean, invstd = _forward(x, residual, call)
+        ctx.statistics = (None, None, mean, invstd) if call.training else (*running, None, None)
         ctx.save_for_backward(x, weight, bias, residual)
         if forward_ad._current_level >= 0:
             ctx.save_for_forward(x, weight, bias, residual)
@@ -208,11 +281,11 @@ class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None:
-            return NO_GRADIENTS
+            return NO_GRADIENTS[:5]
         x, weight, bias, residual = ctx.saved_tensors
         fused, differentiable, dresidual = residual is not None or ctx.act != NO_ACT, torch.is_grad_enabled(), None
         if fused and not differentiable:
-            return (*_fused_gradients(ctx, dy, x, weight, bias, residual), *NO_GRADIENTS[4:])
+            return (*_fused_gradients(ctx, dy, x, weight, bias, residual), None)
         if fused:
             dy = dy * _slopes(ctx, x, weight, bias, residual)
             dresidual = dy if residual is not None else None
@@ -220,7 +293,7 @@ class _BatchNorm(torch.autograd.Function):
         dx, dweight, dbias = call(dy, x, weight, ctx.statistics, ctx.training, ctx.eps, ctx.needs_input_grad[:3])
         if bias is not None and dbias is not None and dbias.dtype is not bias.dtype:
             dbias = dbias.to(bias.dtype)
-        return (dx, dweight, dbias, dresidual, *NO_GRADIENTS[4:])
+        return (dx, dweight, dbias, dresidual, None)
 
     @staticmethod
     def jvp(ctx: Any, x_t: Tensor | None, weight_t: Tensor | None, bias_t: Tensor | None, *_: None) -> Tensor | None:
@@ -241,7 +314,9 @@ def _gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dx, dweight and dbias of the plain call; None where they are not wanted."""
     given = (as_array(dy), as_array(x), as_array(of_parameter(weight)))
-    arguments: tuple[Any, ...] = (*given, *statistics, training, eps, wants)
+    arguments: tuple[Any, ...] = (*given, *statistics, training, eps)
+    if not all(wants):
+        arguments += (wants,)
     dx, dweight, dbias = functional.native_batch_norm_backward(*arguments)
     dtype = None if weight is None else weight.dtype
     return as_tensor(dx), as_tensor(dweight, dtype), as_tensor(dbias, dtype)
@@ -270,7 +345,7 @@ class _Gradients(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, ggI: Tensor | None, ggG: Tensor | None, ggB: Tensor | None) -> tuple[Tensor | None, ...]:
         if ggI is None and ggG is None and ggB is None:
-            return NO_GRADIENTS[:7]
+            return NO_GRADIENTS
         dy, x, weight = ctx.saved_tensors
         statistics, training, eps = ctx.given
         given = [as_array(t) for t in (ggI, of_parameter(ggG), of_parameter(ggB), dy, x, of_parameter(weight))]

@@ -33,17 +33,28 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             return input.tracer.create_proxy("call_module", input.tracer.path_of_module(self), given, {})
         self._check_input_dim(input)
         momentum, training, tracks = self.momentum, self.training, self.track_running_stats
-        mean, var = self.running_mean, self.running_var
-        if training and tracks and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
+        parameters, buffers = self._parameters, self._buffers  # without the search of `__getattr__`
+        weight = parameters["weight"] if "weight" in parameters else self.weight
+        bias = parameters["bias"] if "bias" in parameters else self.bias
+        mean, var, counter = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
+        if training and tracks and counter is not None:
+            counter.add_(1)
             if momentum is None:
-                momentum = 1.0 / float(self.num_batches_tracked)
+                momentum = 1.0 / float(counter)
         batch = training or (mean is None and var is None)
         if training and not tracks:
             mean = var = None
         act = checks.NO_ACT if self.activation is None else checks.activation(self.activation)
         momentum = 0.0 if momentum is None else momentum
-        return autograd.batch_norm(input, mean, var, self.weight, self.bias, batch, momentum, self.eps, residual, act)
+        return autograd.batch_norm(
+            input, mean, var, weight, bias, batch, momentum, self.eps, residual, act, self.__dict__
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles hold: not what was found of the parameters."""
+        state = self.__dict__.copy()
+        state.pop("_channels", None)
+        return state
 
     def extra_repr(self) -> str:
         """PyTorch's, and the activation."""
