@@ -16,7 +16,7 @@ import cbn.torch  # noqa: E402
 from cbn.torch.autograd import batch_norm, followed  # noqa: E402
 
 nn = torch.nn
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")  # forward mode uses it
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # PyTorch itself uses it
 
 SHAPES = {"BatchNorm1d": ((6, 5), (4, 5, 7)), "BatchNorm2d": ((4, 5, 6, 7),), "BatchNorm3d": ((2, 5, 3, 4, 5),)}
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
