@@ -3,10 +3,14 @@
 import copy
 import itertools
 import pickle
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
+from cbn import config
 from cbn.checks import NO_ACT, Act
 
 from . import peer
@@ -439,6 +443,26 @@ def test_what_is_left_is_named_and_unchanged():
     cbn.torch.revert(model)
     assert [type(m).__module__ for m in model.modules() if "cbn" in type(m).__module__] == []
     assert type(cbn.torch.convert(nn.BatchNorm1d(3))) is cbn.torch.BatchNorm1d
+
+
+def test_a_second_openmp_runtime_is_named(tmp_path):
+    """Once, with a remedy; a copy of the runtime stands for one of another library."""
+    runtimes = [path for path in config.openmp_runtime() if "gomp" in path]
+    if not runtimes:
+        pytest.skip("no libgomp in this process")
+    other = shutil.copy(runtimes[0], tmp_path / "libgomp-of-another-library.so")
+    code = "import ctypes, sys, cbn; ctypes.CDLL(sys.argv[1]); import cbn.torch, cbn.torch.modules; cbn.show_config()"
+
+    done = subprocess.run(
+        [sys.executable, "-W", "always", "-c", code, str(other)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    assert done.stderr.count("this process has 2 OpenMP runtimes") == 1
+    assert any(f"LD_PRELOAD={path}" in done.stderr for path in (runtimes[0], other))
+    assert "more than one: parallel calls of different libraries" in done.stdout
 
 
 # ---- several ranks ---------------------------------------------------------------------------------------------------
