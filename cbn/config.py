@@ -1,6 +1,7 @@
 """show_config and the self-check."""
 
 import contextlib
+import ctypes
 import os
 import platform
 import sys
@@ -26,6 +27,28 @@ def openmp_runtime() -> list[str]:
     except OSError:
         return []
     return sorted(p for p in paths if os.path.basename(p).startswith(("libgomp", "libomp", "libiomp")))
+
+
+class _Symbol(ctypes.Structure):
+    """`Dl_info` of dlfcn.h."""
+
+    _fields_ = [
+        ("file", ctypes.c_char_p),
+        ("base", ctypes.c_void_p),
+        ("name", ctypes.c_char_p),
+        ("address", ctypes.c_void_p),
+    ]
+
+
+def openmp_of(library: str) -> str:
+    """Path of the OpenMP runtime that a loaded library calls; empty if there is none, or no way to find out."""
+    symbol = _Symbol()
+    try:
+        function = ctypes.cast(ctypes.CDLL(library).omp_get_max_threads, ctypes.c_void_p)
+        found = ctypes.CDLL(None).dladdr(function, ctypes.byref(symbol))
+    except (AttributeError, OSError, TypeError):
+        return ""
+    return os.path.realpath(os.fsdecode(symbol.file)) if found and symbol.file else ""
 
 
 def config() -> dict[str, str]:

@@ -1,6 +1,6 @@
-"""All ten examples, one after the other; pictures and tables go to examples/out.
+"""All examples, one after the other; pictures and tables go to examples/out.
 
-The tenth trains in PyTorch, and is left out where that is not installed.
+The last two train in PyTorch, and are left out where that is not installed.
 """
 
 import importlib.util
@@ -26,6 +26,7 @@ from examples import (
     report,
     sequences,
     tiny_batches,
+    torch_training,
 )
 
 ONCE = ("--seeds", "1", "--epochs", "1")
@@ -42,7 +43,10 @@ EXAMPLES = {  # with the arguments that make it short
     embed: ("--seconds", "60", "--repeats", "2"),
     hosts: ("--quick",),
 }
-WITH_TORCH = {pipeline: ("--epochs", "1", "--rounds", "1", "--milliseconds", "5")}
+WITH_TORCH = {
+    pipeline: ("--epochs", "1", "--rounds", "1", "--milliseconds", "5"),
+    torch_training: ("--rounds", "1"),
+}
 
 
 def main(argv=None):

@@ -16,7 +16,8 @@ try:
 except ImportError as error:
     raise ImportError('cbn.torch needs PyTorch 2.4 or newer: pip install "cbn[torch]"') from error
 
-from ..config import openmp_runtime
+from ..config import openmp_of
+from ..kernels import engine
 from .convert import Report, convert, report, revert
 from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from .sync import SyncBatchNorm
@@ -25,14 +26,13 @@ __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "Report", "SyncBatchNorm
 
 
 def _check_runtimes() -> None:
-    """Warn where PyTorch and cbn have an OpenMP runtime each: the threads of both wait busily for work."""
-    runtimes = openmp_runtime()
-    if len(runtimes) > 1:
-        folder = os.path.dirname(torch.__file__)
-        preload = next((path for path in runtimes if path.startswith(folder)), runtimes[0])
+    """Warn where PyTorch and cbn call an OpenMP runtime each: the threads of both wait busily for work."""
+    library = os.path.join(os.path.dirname(torch.__file__), "lib", "libtorch_cpu.so")
+    ours, theirs = (openmp_of(path) for path in (engine.__file__, library))
+    if ours and theirs and ours != theirs:
         warnings.warn(
-            f"this process has {len(runtimes)} OpenMP runtimes ({', '.join(runtimes)}), whose threads compete for the "
-            f"processors; one serves both if Python starts with LD_PRELOAD={preload}",
+            f"PyTorch and cbn have an OpenMP runtime each ({theirs}, {ours}), whose threads compete for processors; "
+            f"one serves both if Python starts with LD_PRELOAD={theirs}",
             RuntimeWarning,
             stacklevel=3,
         )
