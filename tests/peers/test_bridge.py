@@ -408,6 +408,60 @@ def test_converted_and_fused_models_train_as_before():
         np.testing.assert_allclose(losses(other), expected, rtol=2e-4, atol=2e-4)
 
 
+# Networks of articles about batch norm in PyTorch, on random data of their shapes
+ARTICLES = {
+    "binary classifier": (
+        lambda norms: nn.Sequential(nn.Linear(10, 5), norms.BatchNorm1d(5), nn.Linear(5, 1)),
+        (64, 10), nn.BCEWithLogitsLoss(), 0.01),
+    "binary classifier with ReLU": (
+        lambda norms: nn.Sequential(nn.Linear(10, 5), nn.ReLU(), norms.BatchNorm1d(5), nn.Linear(5, 1)),
+        (64, 10), nn.BCEWithLogitsLoss(), 0.01),
+    "binary classifier with sigmoid": (
+        lambda norms: nn.Sequential(nn.Linear(10, 5), norms.BatchNorm1d(5), nn.Linear(5, 1), nn.Sigmoid()),
+        (64, 10), nn.BCELoss(), 0.01),
+    "hidden layer": (
+        lambda norms: nn.Sequential(nn.Linear(100, 50), norms.BatchNorm1d(50), nn.ReLU(), nn.Linear(50, 10)),
+        (32, 100), nn.CrossEntropyLoss(), 1e-3),
+    "convolutions": (
+        lambda norms: nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), norms.BatchNorm2d(16), nn.ReLU(), nn.Flatten(),
+                                    nn.Linear(16 * 32 * 32, 10)),
+        (8, 3, 32, 32), nn.CrossEntropyLoss(), 1e-4),
+    "CIFAR-10 MLP": (
+        lambda norms: nn.Sequential(nn.Flatten(), nn.Linear(32 * 32 * 3, 64), norms.BatchNorm1d(64), nn.ReLU(),
+                                    nn.Linear(64, 32), norms.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 10)),
+        (10, 3, 32, 32), nn.CrossEntropyLoss(), 1e-4),
+    **{f"sequences of {c}": (
+        lambda norms, c=c: nn.Sequential(norms.BatchNorm1d(c), nn.Flatten(), nn.LazyLinear(10)),
+        (n, c, length), nn.CrossEntropyLoss(), 1e-3) for n, c, length in ((4, 1, 10), (8, 3, 15), (4, 2, 20))},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(ARTICLES))
+def test_networks_of_articles_train_as_with_pytorch(name):
+    """Losses of 50 steps of Adam, and of an evaluation after them."""
+    make, shape, criterion, rate = ARTICLES[name]
+    found = []
+    for norms in (nn, cbn.torch):
+        torch.manual_seed(42)
+        model = make(norms)
+        optimizer, losses = None, []
+        for _ in range(50):
+            x = torch.randn(shape)
+            t = torch.randint(2, (shape[0], 1)).float() if "binary" in name else torch.randint(10, shape[:1])
+            loss = criterion(model(x), t)
+            optimizer = optimizer or torch.optim.Adam(model.parameters(), lr=rate)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        losses.append(criterion(model.eval()(x), t).item())
+        found.append(losses)
+    np.testing.assert_allclose(found[1][:50], found[0][:50], rtol=1e-5)
+    # A bias before a batch norm has a gradient of rounding errors, which Adam makes steps of: the batch's mean takes
+    # them out again, the running one follows them late
+    np.testing.assert_allclose(found[1][50], found[0][50], rtol=1e-3)
+
+
 class Special(nn.BatchNorm2d):
     def forward(self, x):
         return super().forward(x) + 1
