@@ -7,7 +7,7 @@ checkpoints work; statistics are float64 arrays. All other calls go to PyTorch.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ DTYPES = {
     torch.bfloat16: torch.float32,
 }
 NO_GRADIENTS = (None,) * 7
-OfChannels = tuple[Tensor | None, ...]  # weight, bias, running mean, running variance
+OfChannels: TypeAlias = "tuple[Tensor | None, ...]"  # weight, bias, running mean, running variance
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 

@@ -7,8 +7,9 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from .. import checks
+from ..batchnorm import BatchNorm
 from ..checks import Activation
-from . import autograd
+from . import autograd, variants
 
 
 class _BatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -18,19 +19,61 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
     """
 
     activation: Activation = None
+    ghost_batch_size: int | None = None
+    num_domains: int | None = None
     takes_residual = False  # for reports: whether a graph gives it one
 
-    def __init__(self, *args: Any, activation: Activation = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        activation: Activation = None,
+        ghost_batch_size: int | None = None,
+        num_domains: int | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
-        checks.activation(activation)
-        if activation is not None:
-            self.activation = activation
+        options = {"activation": activation, "ghost_batch_size": ghost_batch_size, "num_domains": num_domains}
+        BatchNorm(self.num_features, **options)  # type: ignore[arg-type]  # which checks them
+        self.__dict__.update({name: value for name, value in options.items() if value is not None})
+        if num_domains is not None and self.track_running_stats:
+            for name in ("running_mean", "running_var", "num_batches_tracked"):
+                of_one = getattr(self, name)
+                self.register_buffer(name, of_one.expand(num_domains, *of_one.shape).clone())
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        """As PyTorch's; with a `residual` of the input's shape and type, which is added before the activation."""
+    def forward(
+        self,
+        input: Tensor,
+        residual: Tensor | None = None,
+        *,
+        mask: Any = None,
+        lengths: Any = None,
+        sample_weight: Any = None,
+        domain: Any = None,
+    ) -> Tensor:
+        """As PyTorch's, and what cbn's layers take.
+
+        Parameters
+        ----------
+        input : Tensor
+            As PyTorch's module takes it.
+        residual : Tensor, optional
+            Added before the activation; has the input's shape and type.
+        mask, lengths, sample_weight, domain : optional
+            As `cbn.BatchNorm` takes them; tensors too. They need float32 or float64 parameters and CPU tensors, and
+            have no second derivative.
+
+        Returns
+        -------
+        Tensor
+            y, with the input's shape and type.
+        """
         if isinstance(input, fx.Proxy) and self is not input.tracer.root:  # a leaf, as PyTorch's modules are
             given = (input,) if residual is None else (input, residual)
             return input.tracer.create_proxy("call_module", input.tracer.path_of_module(self), given, {})
+        options = variants.options(mask=mask, lengths=lengths, sample_weight=sample_weight, domain=domain)
+        if options or self.num_domains is not None or (self.training and self.ghost_batch_size is not None):
+            self._check_input_dim(input)
+            return variants.batch_norm(self, input, residual, options)
         self._check_input_dim(input)
         momentum, training, tracks = self.momentum, self.training, self.track_running_stats
         parameters, buffers = self._parameters, self._buffers  # without the search of `__getattr__`
@@ -57,28 +100,36 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         return state
 
     def extra_repr(self) -> str:
-        """PyTorch's, and the activation."""
-        return str(super().extra_repr()) + ("" if self.activation is None else f", activation={self.activation!r}")
+        """PyTorch's, and what is not at its default."""
+        names = ("activation", "ghost_batch_size", "num_domains")
+        own = [f", {name}={getattr(self, name)!r}" for name in names if getattr(self, name) is not None]
+        return str(super().extra_repr()) + "".join(own)
 
 
-_ACTIVATION = """
+_ARGUMENTS = """
     Parameters
     ----------
+    num_features, eps, momentum, affine, track_running_stats, device, dtype
+        As for PyTorch's.
     activation : None, "relu", ("leaky_relu", slope) or ("clip", low, high)
         Applied to y, after a `residual` that the call gets, in the same pass.
+    ghost_batch_size : int, optional
+        In training each slice of so many samples is normalized by itself, as in `cbn.BatchNorm`.
+    num_domains : int, optional
+        Sets of running statistics, of which a call names one with ``domain=``, as in `cbn.BatchNorm`.
 """
 
 
 class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
-    __doc__ = f"`torch.nn.BatchNorm1d` on cbn's kernels; what they do not take, PyTorch computes.\n{_ACTIVATION}"
+    __doc__ = f"`torch.nn.BatchNorm1d` on cbn's kernels; what they do not take, PyTorch computes.\n{_ARGUMENTS}"
 
 
 class BatchNorm2d(_BatchNorm, nn.BatchNorm2d):
-    __doc__ = f"`torch.nn.BatchNorm2d` on cbn's kernels; what they do not take, PyTorch computes.\n{_ACTIVATION}"
+    __doc__ = f"`torch.nn.BatchNorm2d` on cbn's kernels; what they do not take, PyTorch computes.\n{_ARGUMENTS}"
 
 
 class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
-    __doc__ = f"`torch.nn.BatchNorm3d` on cbn's kernels; what they do not take, PyTorch computes.\n{_ACTIVATION}"
+    __doc__ = f"`torch.nn.BatchNorm3d` on cbn's kernels; what they do not take, PyTorch computes.\n{_ARGUMENTS}"
 
 
 of_cbn = (BatchNorm1d, BatchNorm2d, BatchNorm3d)

@@ -16,7 +16,7 @@ from . import peer
 
 torch = peer("torch")
 import cbn.torch  # noqa: E402
-from cbn.torch.autograd import batch_norm, followed  # noqa: E402
+from cbn.torch.autograd import DTYPES, as_array, batch_norm, followed  # noqa: E402
 
 nn = torch.nn
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # PyTorch itself uses it
@@ -282,6 +282,65 @@ def test_all_that_holds_a_module():
     model = nn.Sequential(cbn.torch.BatchNorm2d(3))
     torch.optim.swa_utils.update_bn([image, image + 1], model)
     torch.testing.assert_close(model[0].running_mean, (image + 0.5).mean((0, 2, 3)))
+
+
+VARIANTS = {
+    "mask": ({}, {"mask": torch.arange(48).reshape(8, 6) % 5 > 0}),
+    "lengths": ({}, {"lengths": torch.tensor([6, 1, 3, 4, 6, 2, 5, 3])}),
+    "sample_weight": ({"activation": "relu"}, {"sample_weight": torch.linspace(0.5, 2, 8)}),
+    "ghost": ({"ghost_batch_size": 4}, {}),
+    "domain": ({"num_domains": 3}, {"domain": torch.tensor([0, 1, 1, 0, 2, 2, 1, 0])}),
+}
+
+
+@pytest.mark.parametrize("name", list(VARIANTS))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_variants_are_those_of_the_layers(name, dtype):
+    """The bits of cbn.BatchNorm, in both modes; a change in place is noticed; copies hold them.
+
+    In evaluation ghost batches are nothing special: the module calls a function, whose bits may differ from a layer's.
+    """
+    options, given = VARIANTS[name]
+    parameters = DTYPES[dtype]
+    module = cbn.torch.BatchNorm1d(3, **options).to(parameters)
+    layer = cbn.BatchNorm1d(3, dtype=str(parameters)[6:], **options)
+    layer.train_parameters = True
+    module = pickle.loads(pickle.dumps(copy.deepcopy(module)))
+    assert all(f"{key}={value!r}" in repr(module) for key, value in options.items())
+    for train in (True, True, False):
+        module.train(train), layer.train(train)
+        x, dy = (torch.randn(8, 3, 6).to(dtype) for _ in range(2))
+        x.requires_grad_()
+        y = module(x, **given)
+        y.backward(dy)
+        expected = layer(as_array(x.detach()), **{key: value.numpy() for key, value in given.items()})
+        layer.zero_grad()
+        dx = layer.backward(as_array(dy))
+        pairs = [(y.detach(), expected), (x.grad, dx), (module.weight.grad, layer.weight_grad)]
+        pairs += [(getattr(module, key), getattr(layer, key)) for key in ("running_mean", "running_var")]
+        plain = name == "ghost" and not train
+        for ours, theirs in pairs:
+            a, b = (np.asarray(v, np.float64) for v in (as_array(ours), theirs))
+            np.testing.assert_allclose(a, b, rtol=0, atol=10 * LIMITS[dtype] if plain else 0)
+        assert np.array_equal(module.num_batches_tracked.numpy(), layer.num_batches_tracked)
+        module.zero_grad()
+    y = module(x, **given)
+    with torch.no_grad():
+        x.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward(dy)
+    module.half()
+    with pytest.raises(TypeError, match="need parameters and statistics of"):
+        module.train()(x, **given)
+
+
+def test_variants_refuse(rng):
+    with pytest.raises(ValueError, match="ghost_batch_size"):
+        cbn.torch.BatchNorm1d(3, ghost_batch_size=0)
+    with pytest.raises(ValueError, match="the layer has num_domains=2: pass domain="):
+        cbn.torch.BatchNorm1d(3, num_domains=2)(torch.randn(4, 3))
+    with pytest.raises(TypeError, match="need a floating CPU tensor"):
+        cbn.torch.BatchNorm1d(3)(torch.ones(4, 3, dtype=torch.int64), sample_weight=torch.ones(4) / 2)
 
 
 # ---- graphs ----------------------------------------------------------------------------------------------------------
