@@ -105,10 +105,10 @@ def by_pytorch(
 class Channels:
     """Parameters and statistics that the kernels take beside x, and their memory as arrays, until another call."""
 
-    __slots__ = ("arrays", "dtype", "n", "pointers", "tensors")
+    __slots__ = ("arrays", "dtype", "pointers", "tensors")
 
     def __init__(self, of_channels: OfChannels, x: Tensor) -> None:
-        self.tensors, self.dtype, self.n = of_channels, x.dtype, x.shape[1]
+        self.tensors, self.dtype = of_channels, x.dtype
         self.pointers = pointers(of_channels)
         short = any(t is not None and t.dtype in SHORT for t in of_channels)
         # Those of 16 bits are converted in every call
@@ -157,7 +157,7 @@ def is_taken(
     x: Tensor, of_channels: OfChannels, residual: Tensor | None, training: bool, momentum: float, eps: float
 ) -> bool:
     """Whether the kernels take x and the options, beside parameters and statistics that they take."""
-    first = of_channels[0] if of_channels[0] is not None else of_channels[2]
+    first = next((t for t in of_channels if t is not None), None)
     shape = x.shape
     if type(x) not in OF_TENSORS or not x.is_cpu or x.layout is not torch.strided or 0 in shape:
         return False

@@ -148,7 +148,8 @@ def revert(module: nn.Module) -> nn.Module:
     Parameters
     ----------
     module : torch.nn.Module
-        A model. What batch norms computed in the same pass becomes operations of the graph again.
+        A model. What batch norms took in by `convert` becomes operations of the graph again. One that was made with
+        an activation, ghost batches or domains, which PyTorch's has not, stays cbn's.
 
     Returns
     -------
@@ -159,7 +160,10 @@ def revert(module: nn.Module) -> nn.Module:
         _unfuse(module)
     back = {ours: theirs for theirs, ours in SWAPS.items()}
     for part in module.modules():
-        _swap(part, back)
+        own = (getattr(part, name, None) for name in ("activation", "ghost_batch_size", "num_domains"))
+        if all(value is None for value in own) and _swap(part, back):
+            for name in ("_channels", "activation", "takes_residual"):
+                part.__dict__.pop(name, None)
     return module
 
 

@@ -131,5 +131,6 @@ class SyncBatchNorm(nn.SyncBatchNorm):
             return autograd.batch_norm(
                 input, mean, var, self.weight, self.bias, batch, momentum, self.eps, None, NO_ACT
             )
-        x = input if input.is_contiguous() else input.contiguous()
-        return _SyncBatchNorm.apply(x, self.weight, self.bias, mean, var, momentum, self.eps, group)
+        return _SyncBatchNorm.apply(
+            autograd.laid_out(input), self.weight, self.bias, mean, var, momentum, self.eps, group
+        )

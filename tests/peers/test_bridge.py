@@ -554,6 +554,9 @@ def test_what_is_left_is_named_and_unchanged():
     assert states["0"] == states["4"] == "cbn"  # called twice, and looked at by a hook
     cbn.torch.revert(model)
     assert [type(m).__module__ for m in model.modules() if "cbn" in type(m).__module__] == []
+    assert not any("_channels" in m.__dict__ for m in model.modules())  # nothing of cbn's in its pickles
+    own = cbn.torch.BatchNorm1d(3, activation="relu")
+    assert type(cbn.torch.revert(own)) is cbn.torch.BatchNorm1d  # PyTorch's has no activation
     assert type(cbn.torch.convert(nn.BatchNorm1d(3))) is cbn.torch.BatchNorm1d
 
 
