@@ -299,6 +299,27 @@ INLINE void LOOP(reduce_line)(LOOP(source) p, LOOP(steps) step, ptrdiff_t height
         LOOP(store_sums)(k, j + v * DLANES, turn, sum[v], square[v]);
 }
 
+/* Whole cache lines of some rows that are as far apart in both arrays: the same where no activation follows and nothing
+ * is fetched. With one distance, as the compiler has few registers for more. */
+INLINE void LOOP(reduce_across)(LOOP(source) p, ptrdiff_t step, const ptrdiff_t height, ptrdiff_t columns,
+                                LOOP(columns) *k, LOOP(turn) turn, const int backward)
+{
+    const LOOP(activation) none = {.kind = PLAIN};
+    for (ptrdiff_t j = 0; j < columns; j += LINE_ELEMS) {
+        const elem *x = p.x + j, *g = p.g + j;
+        dvec sum[LINE_ELEMS / DLANES], square[LINE_ELEMS / DLANES];
+        UNROLLED for (int v = 0; v < LINE_ELEMS / DLANES; v++)
+            LOOP(load_sums)(k, j + v * DLANES, turn, &sum[v], &square[v]);
+        UNROLLED for (ptrdiff_t row = 0; row < height; row++)
+            UNROLLED for (int v = 0; v < LINE_ELEMS / DLANES; v++)
+                LOOP(reduce_some)((LOOP(source)){x + row * step, g + row * step, NULL, NULL, NULL}, v * DLANES, DLANES,
+                                  load_double(k->shift + j + v * DLANES), NULL, none, &sum[v], &square[v], 0, backward,
+                                  0);
+        UNROLLED for (int v = 0; v < LINE_ELEMS / DLANES; v++)
+            LOOP(store_sums)(k, j + v * DLANES, turn, sum[v], square[v]);
+    }
+}
+
 /* Columns begin to end, less than a cache line; what lies beyond the end is room. */
 INLINE void LOOP(reduce_part)(const cbn_tile *r, ptrdiff_t n, ptrdiff_t height, ptrdiff_t begin, ptrdiff_t end,
                               LOOP(columns) *k, LOOP(activation) act, LOOP(turn) turn, const int backward)

@@ -195,6 +195,33 @@ INLINE void LOOP(apply_columns)(const LOOP(apply_rows) *a, const cbn_tile *m, LO
             LOOP(apply_line)(LOOP(row_at)(m, row), 1, j, factors, act, act.kind, backward, nontemporal, 0, normal);
 }
 
+/* Whole cache lines of some rows that are as far apart in all arrays: the same for arrays that stay in the caches. Row
+ * after row, as factors are in L1, and lines of three arrays from rows 4 KB apart would not all fit the same sets of it;
+ * and with one distance, as the compiler has few registers for more. */
+INLINE void LOOP(apply_across)(LOOP(row_of) at, ptrdiff_t height, ptrdiff_t begin, ptrdiff_t end,
+                               real (*factors)[ROOM], const int backward)
+{
+    for (ptrdiff_t row = 0; row < height; row++) {
+        const elem *x = at.x + row * at.y_n, *g = at.g + row * at.y_n;
+        elem_out *y = at.y + row * at.y_n;
+        for (ptrdiff_t j = begin; j < end; j += LINE_ELEMS) {
+            vec out[LINE_ELEMS / LANES], f[ALL_FACTORS] = {{0}}, seen;
+            UNROLLED for (int v = 0; v < LINE_ELEMS / LANES; v++) {
+                for (int i = 0; i < FACTORS(backward); i++)
+                    f[i] = load_real(factors[i] + j + v * LANES);
+                out[v] = LOOP(before)(x, g, NULL, j + v * LANES, 0, LANES, f, PLAIN, backward, &seen);
+            }
+            UNROLLED for (int v = 0; v < LINE_ELEMS / LANES; v++)
+                store(y + j + v * LANES, out[v]);
+        }
+    }
+}
+
+INLINE int LOOP(applies_across)(const LOOP(apply_rows) *a, LOOP(row_of) at, const int backward)
+{
+    return !a->nontemporal && !a->fetching && at.x_n == at.y_n && (!backward || at.g_n == at.y_n);
+}
+
 /* ---- where not every value counts ---- */
 
 /* How many rows from the n-th on go together: they have weight 0; or, of these `rows` at most, others, which are one if
@@ -386,7 +413,11 @@ INLINE void LOOP(rows)(const cbn_tile *m, const cbn_tile *r, const int plain, co
 #endif
     const cbn_selection *selection = BYTE ? NULL : (applying ? m : r)->selection;
     int begun = 0; /* the sums */
-    (void)begun;
+    int across = bare && !RARE && !selection && (!applying || LOOP(applies_across)(&a, LOOP(row_at)(m, 0), backward));
+#if SUMS
+    if (reducing)
+        across &= plain && !r->prefetch && sum_in_float64 && (!backward || step.x == step.g);
+#endif
     for (ptrdiff_t n = 0, height = 0; n < n_runs; n += height) {
         const int wrapped = a.wraps && n < n_runs - 1;
         if (paged && n == m->n_runs)
@@ -415,6 +446,22 @@ INLINE void LOOP(rows)(const cbn_tile *m, const cbn_tile *r, const int plain, co
         begun = 1;
         const LOOP(distance) ahead = LOOP(row_distance)(reducing ? r : m, n, rows, n_runs, r_columns);
 #endif
+        if (across && height == rows) {
+            const ptrdiff_t rest = end - (end - a.head) % LINE_ELEMS;
+            if (applying) {
+                LOOP(apply_across)(at, rows, a.head, rest, a.factors, backward);
+                LOOP(apply_columns)(&a, m, at, n, rows, rest, end, bare, backward, rows);
+            }
+#if SUMS
+            if (reducing) {
+                const ptrdiff_t rest_r = r_columns - r_columns % LINE_ELEMS;
+                LOOP(reduce_across)(source, step.x, rows, rest_r, &of_column, turn, backward);
+                LOOP(reduce_columns)(&of_column, r, source, step, n, rows, rest_r, r_columns, ahead, act_r, turn, plain,
+                                     backward, sum_in_float64, rows);
+            }
+#endif
+            continue;
+        }
         for (ptrdiff_t k = 0; k < columns; k += LINE_ELEMS) {
             const ptrdiff_t j = down ? (columns - 1) / LINE_ELEMS * LINE_ELEMS - k : k;
             if (applying)
