@@ -54,17 +54,27 @@ def batch_norm(
     """
     of_channels = (weight, bias, running_mean, running_var)
     momentum = momentum if training else 0.0
+    if not training and running_mean is None:
+        return by_pytorch(x, of_channels, training, momentum, eps, residual, act)  # which says so
     if torch.compiler.is_compiling():
-        if not (are_taken(of_channels, x) and is_taken(x, of_channels, residual, training, momentum, eps)):
+        if not (are_taken(of_channels, x) and is_taken(x, n_channels(of_channels), residual, training, momentum, eps)):
             return by_pytorch(x, of_channels, training, momentum, eps, residual, act)
         return library.normalize(laid_out(x), of_channels, residual, training, momentum, eps, act)
+    if is_transformed(x) or (residual is not None and is_transformed(residual)):
+        return by_pytorch(x, of_channels, training, momentum, eps, residual, act)
     found: Channels | None = None if cache is None else cache.get("_channels")
     if found is None or not found.is_of(of_channels, x):
-        taken = type(x) in OF_TENSORS and x.dtype in DTYPES and x.dim() > 1 and are_taken(of_channels, x)
+        taken = (
+            type(x) in OF_TENSORS
+            and x.dtype in DTYPES
+            and x.dim() > 1
+            and are_taken(of_channels, x)
+            and not any(t is not None and is_transformed(t) for t in of_channels)
+        )
         found = Channels(of_channels, x) if taken else None
         if cache is not None:
             cache["_channels"] = found
-    if found is None or is_transformed(x) or not is_taken(x, of_channels, residual, training, momentum, eps):
+    if found is None or not is_taken(x, found.n_channels, residual, training, momentum, eps):
         return by_pytorch(x, of_channels, training, momentum, eps, residual, act)
     x = laid_out(x)
     forward_mode = forward_ad._current_level >= 0
@@ -81,7 +91,7 @@ def batch_norm(
     )
     call = Call(found, training, momentum, eps, act)
     if differentiable:
-        return _BatchNorm.apply(x, weight, bias, residual, call)
+        return _apply(x, weight, bias, residual, call)
     return _forward(x, residual, call)[0]
 
 
@@ -105,10 +115,10 @@ def by_pytorch(
 class Channels:
     """Parameters and statistics that the kernels take beside x, and their memory as arrays, until another call."""
 
-    __slots__ = ("arrays", "dtype", "pointers", "tensors")
+    __slots__ = ("arrays", "dtype", "n_channels", "pointers", "tensors")
 
     def __init__(self, of_channels: OfChannels, x: Tensor) -> None:
-        self.tensors, self.dtype = of_channels, x.dtype
+        self.tensors, self.dtype, self.n_channels = of_channels, x.dtype, n_channels(of_channels)
         self.pointers = pointers(of_channels)
         short = any(t is not None and t.dtype in SHORT for t in of_channels)
         # Those of 16 bits are converted in every call
@@ -142,6 +152,11 @@ def pointers(of_channels: OfChannels) -> tuple[int, ...]:
     return tuple([0 if t is None else t.data_ptr() for t in of_channels])
 
 
+def n_channels(of_channels: OfChannels) -> int | None:
+    """None without parameters and statistics."""
+    return next((t.shape[0] for t in of_channels if t is not None and t.dim() == 1), None)
+
+
 def are_taken(of_channels: OfChannels, x: Tensor) -> bool:
     """Whether the kernels take these parameters and statistics."""
     first = next((t for t in of_channels if t is not None), None)
@@ -154,29 +169,32 @@ def are_taken(of_channels: OfChannels, x: Tensor) -> bool:
 
 
 def is_taken(
-    x: Tensor, of_channels: OfChannels, residual: Tensor | None, training: bool, momentum: float, eps: float
+    x: Tensor, n_channels: int | None, residual: Tensor | None, training: bool, momentum: float, eps: float
 ) -> bool:
     """Whether the kernels take x and the options, beside parameters and statistics that they take."""
-    first = next((t for t in of_channels if t is not None), None)
     shape = x.shape
-    if type(x) not in OF_TENSORS or not x.is_cpu or x.layout is not torch.strided or 0 in shape:
-        return False
-    if first is not None and shape[1] != first.shape[0]:
-        return False
-    if residual is not None and not (
-        type(residual) in OF_TENSORS and residual.is_cpu and residual.dtype is x.dtype and residual.shape == shape
-    ):
-        return False
-    if training:
-        return x.numel() > shape[1] and eps > 0 and 0 <= momentum <= 1
-    return of_channels[2] is not None and eps >= 0
+    return (
+        type(x) in OF_TENSORS
+        and x.is_cpu
+        and x.layout is torch.strided
+        and 0 not in shape
+        and (n_channels is None or shape[1] == n_channels)
+        and (residual is None or is_beside(residual, x))
+        and (x.numel() > shape[1] and eps > 0 and 0 <= momentum <= 1 if training else eps >= 0)
+    )
+
+
+def is_beside(residual: Tensor, x: Tensor) -> bool:
+    """Whether the kernels take the residual."""
+    return type(residual) in OF_TENSORS and residual.is_cpu and residual.dtype is x.dtype and residual.shape == x.shape
 
 
 def is_transformed(x: Tensor) -> bool:
     """Whether something looks at PyTorch's operators, which a call of the kernels is not; or x is not what it holds."""
     return bool(
         torch._C._len_torch_dispatch_stack()
-        or torch._C._functorch.is_functorch_wrapped_tensor(x)
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._functorch.is_functorch_wrapped_tensor(x)  # left over from a transform
         or torch._C._get_tracing_state() is not None
         or x.is_neg()  # as the imaginary part of a conjugate
     )
@@ -301,6 +319,10 @@ class _BatchNorm(torch.autograd.Function):
         given = [as_array(of_parameter(t)) for t in (x_t, weight_t, bias_t, x, weight, bias)]
         arguments: tuple[Any, ...] = (*given, *ctx.statistics, ctx.training, ctx.eps)
         return as_tensor(functional.batch_norm_jvp(*arguments), x.dtype)
+
+
+# `Function.apply` without a third of its time: it asks for transforms and what they left over, as `is_transformed` has
+_apply = super(torch.autograd.Function, _BatchNorm).apply
 
 
 def _gradients(

@@ -70,11 +70,14 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         if isinstance(input, fx.Proxy) and self is not input.tracer.root:  # a leaf, as PyTorch's modules are
             given = (input,) if residual is None else (input, residual)
             return input.tracer.create_proxy("call_module", input.tracer.path_of_module(self), given, {})
-        options = variants.options(mask=mask, lengths=lengths, sample_weight=sample_weight, domain=domain)
-        if options or self.num_domains is not None or (self.training and self.ghost_batch_size is not None):
-            self._check_input_dim(input)
-            return variants.batch_norm(self, input, residual, options)
         self._check_input_dim(input)
+        if (
+            not (mask is None and lengths is None and sample_weight is None and domain is None)
+            or self.num_domains is not None
+            or (self.training and self.ghost_batch_size is not None)
+        ):
+            options = variants.options(mask=mask, lengths=lengths, sample_weight=sample_weight, domain=domain)
+            return variants.batch_norm(self, input, residual, options)
         momentum, training, tracks = self.momentum, self.training, self.track_running_stats
         parameters, buffers = self._parameters, self._buffers  # without the search of `__getattr__`
         weight = parameters["weight"] if "weight" in parameters else self.weight

@@ -404,6 +404,24 @@ def test_exported_traced_and_mapped_modules():
     assert of_sample.shape == (5, 8, 2, 2)
 
 
+def test_transforms_of_parameters_and_what_they_leave_over():
+    of_pytorch = network().eval()
+    x, y, found, left = torch.randn(4, 3, 10, 10), torch.randn(4, 8, 2, 2), [], []
+    for model in (of_pytorch, cbn.torch.convert(copy.deepcopy(of_pytorch))):
+        buffers = dict(model.named_buffers())
+
+        def loss(parameters, x, model=model, buffers=buffers):
+            left.append(parameters["1.weight"])
+            return torch.func.functional_call(model, (parameters, buffers), (x[None],)).square().sum()
+
+        parameters = {name: p.detach() for name, p in model.named_parameters()}
+        found.append(torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x))
+        batch_norm = torch.nn.functional.batch_norm if model is of_pytorch else cbn.torch.autograd.batch_norm
+        found[-1]["left"] = batch_norm(y, None, None, left[-1], training=True)
+    for name, of_model in found[0].items():
+        torch.testing.assert_close(found[1][name], of_model, msg=name)
+
+
 # ---- conversion ------------------------------------------------------------------------------------------------------
 
 
