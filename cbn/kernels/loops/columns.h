@@ -304,7 +304,6 @@ INLINE void LOOP(reduce_line)(LOOP(source) p, LOOP(steps) step, ptrdiff_t height
 INLINE void LOOP(reduce_across)(LOOP(source) p, ptrdiff_t step, const ptrdiff_t height, ptrdiff_t columns,
                                 LOOP(columns) *k, LOOP(turn) turn, const int backward)
 {
-    const LOOP(activation) none = {.kind = PLAIN};
     for (ptrdiff_t j = 0; j < columns; j += LINE_ELEMS) {
         const elem *x = p.x + j, *g = p.g + j;
         dvec sum[LINE_ELEMS / DLANES], square[LINE_ELEMS / DLANES];
@@ -313,8 +312,8 @@ INLINE void LOOP(reduce_across)(LOOP(source) p, ptrdiff_t step, const ptrdiff_t 
         UNROLLED for (ptrdiff_t row = 0; row < height; row++)
             UNROLLED for (int v = 0; v < LINE_ELEMS / DLANES; v++)
                 LOOP(reduce_some)((LOOP(source)){x + row * step, g + row * step, NULL, NULL, NULL}, v * DLANES, DLANES,
-                                  load_double(k->shift + j + v * DLANES), NULL, none, &sum[v], &square[v], 0, backward,
-                                  0);
+                                  load_double(k->shift + j + v * DLANES), NULL, (LOOP(activation)){.kind = PLAIN},
+                                  &sum[v], &square[v], 0, backward, 0);
         UNROLLED for (int v = 0; v < LINE_ELEMS / DLANES; v++)
             LOOP(store_sums)(k, j + v * DLANES, turn, sum[v], square[v]);
     }

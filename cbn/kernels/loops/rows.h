@@ -195,9 +195,9 @@ INLINE void LOOP(apply_columns)(const LOOP(apply_rows) *a, const cbn_tile *m, LO
             LOOP(apply_line)(LOOP(row_at)(m, row), 1, j, factors, act, act.kind, backward, nontemporal, 0, normal);
 }
 
-/* Whole cache lines of some rows that are as far apart in all arrays: the same for arrays that stay in the caches. Row
- * after row, as factors are in L1, and lines of three arrays from rows 4 KB apart would not all fit the same sets of it;
- * and with one distance, as the compiler has few registers for more. */
+/* Whole cache lines of some rows that are as far apart in all arrays, for arrays that stay in the caches. Row after row,
+ * as factors are in L1, and lines of three arrays from rows 4 KB apart would not all fit the same sets of it; and with
+ * one distance, as the compiler has few registers for more. */
 INLINE void LOOP(apply_across)(LOOP(row_of) at, ptrdiff_t height, ptrdiff_t begin, ptrdiff_t end,
                                real (*factors)[ROOM], const int backward)
 {
@@ -215,11 +215,6 @@ INLINE void LOOP(apply_across)(LOOP(row_of) at, ptrdiff_t height, ptrdiff_t begi
                 store(y + j + v * LANES, out[v]);
         }
     }
-}
-
-INLINE int LOOP(applies_across)(const LOOP(apply_rows) *a, LOOP(row_of) at, const int backward)
-{
-    return !a->nontemporal && !a->fetching && at.x_n == at.y_n && (!backward || at.g_n == at.y_n);
 }
 
 /* ---- where not every value counts ---- */
@@ -382,8 +377,67 @@ INLINE const cbn_tile *LOOP(copy_rows)(LOOP(copies) *to, const cbn_tile *r, ptrd
 
 /* ---- both ---- */
 
-INLINE void LOOP(rows)(const cbn_tile *m, const cbn_tile *r, const int plain, const int backward, const int applying,
-                       const int reducing, const ptrdiff_t rows)
+/* Whether `rows_across` is for these. */
+INLINE int LOOP(go_across)(const cbn_tile *m, const cbn_tile *r, const int plain, const int backward,
+                           const int applying, const int reducing)
+{
+    const int bare = plain || (backward && !ELEM_IS_DOUBLE), in_float64 = backward || !HALF;
+    if (!bare || RARE || BYTE || (applying ? m : r)->selection)
+        return 0;
+    if (applying && (m->nontemporal || (m->prefetch && !reducing) || m->x.n != m->y.n || (backward && m->g.n != m->y.n)))
+        return 0;
+    return !reducing || (plain && !r->prefetch && (in_float64 || r->sum_in_float64) && (!backward || r->x.n == r->g.n));
+}
+
+/* Rows of arrays that stay in the caches, where every value counts and no activation follows. */
+INLINE void LOOP(rows_across)(const cbn_tile *m, const cbn_tile *r, const int backward, const int applying,
+                              const int reducing, const ptrdiff_t rows)
+{
+    const LOOP(activation) none = {.kind = PLAIN};
+    const ptrdiff_t n_runs = applying ? m->n_runs : r->n_runs;
+    real room[ALL_FACTORS][ROOM] __attribute__((aligned(CACHE_LINE)));
+    LOOP(apply_rows) a = {.act = none};
+    if (applying) {
+        LOOP(begin_apply_rows)(&a, m, room, backward, reducing, rows);
+        LOOP(set_factors)(&a, m, 1, backward);
+    }
+    const ptrdiff_t whole = a.columns - (a.columns - a.head) % LINE_ELEMS;
+#if SUMS
+    LOOP(columns) of_column __attribute__((aligned(CACHE_LINE)));
+    const LOOP(steps) step = reducing ? (LOOP(steps)){r->x.n, r->g.n, 0, 0} : (LOOP(steps)){0, 0, 0, 0};
+    const ptrdiff_t columns = reducing ? r->copies * r->n_channels * r->length : 0;
+    const ptrdiff_t whole_r = columns - columns % LINE_ELEMS;
+    if (reducing)
+        LOOP(begin_reduce_rows)(&of_column, r, columns, none, backward);
+#endif
+    for (ptrdiff_t n = 0, height = 0; n < n_runs; n += height) {
+        height = MIN(rows, n_runs - n);
+        if (applying) {
+            LOOP(apply_part)(m, n, height, a.skip, a.head, a.factors, none, backward);
+            LOOP(apply_across)(LOOP(row_at)(m, n), height, a.head, whole, a.factors, backward);
+            LOOP(apply_part)(m, n, height, whole, a.columns, a.factors, none, backward);
+        }
+#if SUMS
+        if (reducing) {
+            const LOOP(source) p = LOOP(row_source)(r, n, none, backward);
+            const LOOP(turn) turn = LOOP(turn_of)(n, height, n_runs, !backward);
+            if (height == rows)
+                LOOP(reduce_across)(p, step.x, rows, whole_r, &of_column, turn, backward);
+            else
+                LOOP(reduce_across)(p, step.x, height, whole_r, &of_column, turn, backward);
+            if (whole_r < columns)
+                LOOP(reduce_part)(r, n, height, whole_r, columns, &of_column, none, turn, backward);
+        }
+#endif
+    }
+#if SUMS
+    if (reducing)
+        LOOP(end_reduce_rows)(&of_column, r, columns, n_runs > 0, !backward);
+#endif
+}
+
+INLINE void LOOP(rows_by_lines)(const cbn_tile *m, const cbn_tile *r, const int plain, const int backward,
+                                const int applying, const int reducing, const ptrdiff_t rows)
 {
     /* Backward, apply may be CHECKED for float64 elements alone */
     const int bare = plain || (backward && !ELEM_IS_DOUBLE);
@@ -413,11 +467,7 @@ INLINE void LOOP(rows)(const cbn_tile *m, const cbn_tile *r, const int plain, co
 #endif
     const cbn_selection *selection = BYTE ? NULL : (applying ? m : r)->selection;
     int begun = 0; /* the sums */
-    int across = bare && !RARE && !selection && (!applying || LOOP(applies_across)(&a, LOOP(row_at)(m, 0), backward));
-#if SUMS
-    if (reducing)
-        across &= plain && !r->prefetch && sum_in_float64 && (!backward || step.x == step.g);
-#endif
+    (void)begun;
     for (ptrdiff_t n = 0, height = 0; n < n_runs; n += height) {
         const int wrapped = a.wraps && n < n_runs - 1;
         if (paged && n == m->n_runs)
@@ -446,22 +496,6 @@ INLINE void LOOP(rows)(const cbn_tile *m, const cbn_tile *r, const int plain, co
         begun = 1;
         const LOOP(distance) ahead = LOOP(row_distance)(reducing ? r : m, n, rows, n_runs, r_columns);
 #endif
-        if (across && height == rows) {
-            const ptrdiff_t rest = end - (end - a.head) % LINE_ELEMS;
-            if (applying) {
-                LOOP(apply_across)(at, rows, a.head, rest, a.factors, backward);
-                LOOP(apply_columns)(&a, m, at, n, rows, rest, end, bare, backward, rows);
-            }
-#if SUMS
-            if (reducing) {
-                const ptrdiff_t rest_r = r_columns - r_columns % LINE_ELEMS;
-                LOOP(reduce_across)(source, step.x, rows, rest_r, &of_column, turn, backward);
-                LOOP(reduce_columns)(&of_column, r, source, step, n, rows, rest_r, r_columns, ahead, act_r, turn, plain,
-                                     backward, sum_in_float64, rows);
-            }
-#endif
-            continue;
-        }
         for (ptrdiff_t k = 0; k < columns; k += LINE_ELEMS) {
             const ptrdiff_t j = down ? (columns - 1) / LINE_ELEMS * LINE_ELEMS - k : k;
             if (applying)
@@ -481,4 +515,13 @@ INLINE void LOOP(rows)(const cbn_tile *m, const cbn_tile *r, const int plain, co
     if (reducing)
         LOOP(end_reduce_rows)(&of_column, r, r_columns, begun, flushing);
 #endif
+}
+
+INLINE void LOOP(rows)(const cbn_tile *m, const cbn_tile *r, const int plain, const int backward, const int applying,
+                       const int reducing, const ptrdiff_t rows)
+{
+    if (LOOP(go_across)(m, r, plain, backward, applying, reducing))
+        LOOP(rows_across)(m, r, backward, applying, reducing, rows);
+    else
+        LOOP(rows_by_lines)(m, r, plain, backward, applying, reducing, rows);
 }
