@@ -33,7 +33,10 @@ def parser():
     run.add_argument("--full", action="store_true", help="every shape, one core and all; hours rather than minutes")
     run.add_argument("--group", action="append", choices=cases.GROUPS[1:], help="only this group; may be repeated")
     run.add_argument(
-        "--op", action="append", choices=(*cases.OPS, *cases.STATISTICS), help="only this operation; may be repeated"
+        "--op",
+        action="append",
+        choices=(*cases.OPS, "step", *cases.STATISTICS),
+        help="only this operation; may be repeated",
     )
     run.add_argument("--shape", action="append", help="this shape instead of the list's, as 32x64x56x56")
     run.add_argument("--layout", choices=cases.LAYOUTS, help="only this layout")

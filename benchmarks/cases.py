@@ -1,4 +1,4 @@
-"""What is measured: operations, shapes, networks, chains, statistics, variants; the short list and the full one."""
+"""What is measured, in a short list and a full one: operations, shapes, and the other groups."""
 
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -10,7 +10,7 @@ ITEMSIZE = {"bfloat16": 2, "float32": 4, "float64": 8, "uint8": 1}  # of the inp
 OPS = ("eval", "train", "backward")
 FUSED = ("relu", "add+relu")
 LAYOUTS = ("first", "last")
-GROUPS = ("shapes", "functions", "networks", "chain", "statistics", "variants")
+GROUPS = ("shapes", "functions", "networks", "chain", "statistics", "variants", "modules", "steps")
 
 # ResNet-50's stages at N = 32, the largest of each stage's; and at N = 1, as an inference service sees them.
 RESNET = ((32, 64, 112, 112), (32, 256, 56, 56), (32, 512, 28, 28), (32, 1024, 14, 14), (32, 2048, 7, 7))
@@ -65,6 +65,11 @@ VARIANTS = {
     **dict.fromkeys(("double backward", "tangent"), (("backward",), (SEQUENCES, PICTURES, ROWS))),
 }
 
+# PyTorch's modules as called, from small to large; "step" is forward and backward.
+MODULES = ((32, 64), ROWS, (32, 128, 14, 14), (32, 64, 28, 28), (32, 64, 112, 112))
+# Training steps of networks with these inputs; the networks are those of examples/torch_training.py.
+STEPS = (("ResNet-18", (32, 3, 112, 112)), ("MobileNet", (32, 3, 112, 112)), ("1-D convolutions", (32, 1, 4000)))
+
 
 @dataclass(frozen=True)
 class Case:
@@ -77,7 +82,9 @@ class Case:
     `group` is one of GROUPS. "functions" are called through functions, where "shapes" may go through a layer. Of
     "networks" a case is all batch norms of the `network` in their order, through functions; its shape is (N,). Of
     "chain" it is a batch norm and the passes of other code that the `chain` names. "statistics" has operations of its
-    own, the keys of STATISTICS. Of "variants" it is a plain call, beside which the `variant` is measured.
+    own, the keys of STATISTICS. Of "variants" it is a plain call, beside which the `variant` is measured. Of
+    "modules" it is a call of PyTorch's module on tensors, and of "steps" a training step of the `network`; there an
+    operation may be "step", forward and backward.
     """
 
     op: str
@@ -97,13 +104,13 @@ class Case:
         """As in results and on the command line: train-32x64x112x112-first-float32-out-1t."""
         op = f"{self.op}+{self.fused}" if self.fused else self.op
         group = self.chain or self.variant or self.group
-        group = "" if group in ("shapes", "networks") else group.replace(" ", "_") + "-"
+        group = "" if group in ("shapes", "networks", "steps") else group.replace(" ", "_") + "-"
         return f"{group}{op}-{self.shape_name}-{self.layout}-{self.dtype}-{self.memory}-{self.threads}t"
 
     @property
     def shape_name(self):
         name = "x".join(map(str, self.shape))
-        return f"{self.network}@{name}" if self.network else name
+        return f"{self.network.replace(' ', '_')}@{name}" if self.network else name
 
     @property
     def subject(self):
@@ -111,9 +118,14 @@ class Case:
         return (self.network, *self.shape) if self.network else self.shape
 
     @property
+    def is_many(self):
+        """Whether it stands for all batch norms of a network."""
+        return self.group == "networks" and self.network != ""
+
+    @property
     def parts(self):
-        """The case itself; of a network a case for each batch norm, in their order."""
-        if not self.network:
+        """The case itself; of "networks" a case for each batch norm, in their order."""
+        if not self.is_many:
             return (self,)
         return tuple(replace(self, shape=shape, network="") for shape in batch_norms(self.network, *self.shape))
 
@@ -124,8 +136,8 @@ class Case:
 
     @property
     def n_bytes(self):
-        """Bytes of one array: a unit of traffic. Of a network one of each batch norm."""
-        if self.network:
+        """Bytes of one array: a unit of traffic. Of "networks" one of each batch norm."""
+        if self.is_many:
             return sum(part.n_bytes for part in self.parts)
         return prod(self.shape) * ITEMSIZE[self.dtype]
 
@@ -140,10 +152,13 @@ class Case:
         A channel (of x, in backward of x and dy) that stays in half a core's cache between the two passes is read
         once; else twice. In channels last every channel goes through every row, so it never stays.
         """
-        if self.network:
+        if self.is_many:
             parts = Counter(self.parts)
             units = sum(n * part.n_bytes * part.units(cache)[0] for part, n in parts.items()) / self.n_bytes
             return units, "each batch norm by itself"
+        if self.op == "step":
+            both = [replace(self, op=op).units(cache) for op in ("train", "backward")]
+            return sum(units for units, _ in both), "; ".join(why for _, why in both)
         if self.fused == "add+relu":
             units, why = replace(self, fused="").units(cache)
             return units + 1, f"{why}; read the residual"
@@ -235,6 +250,21 @@ def of_variants(threads):
     ]  # fmt: skip
 
 
+def of_modules(threads):
+    """Cases of PyTorch's modules, as called."""
+    return of_shapes(MODULES, threads, ("eval", "train", "step"), memory="called", group="modules")
+
+
+def of_steps(threads):
+    """Cases of training steps."""
+    return [
+        Case("step", shape, layout, t, "called", group="steps", network=network)
+        for t in threads
+        for network, shape in STEPS
+        for layout in (LAYOUTS if len(shape) == 4 else LAYOUTS[:1])
+    ]
+
+
 def of_groups(groups, threads):
     """Cases of some groups other than the shapes."""
     makers = {
@@ -243,6 +273,8 @@ def of_groups(groups, threads):
         "chain": of_chains,
         "statistics": of_statistics,
         "variants": of_variants,
+        "modules": of_modules,
+        "steps": of_steps,
     }
     return [case for group in dict.fromkeys(groups) for case in makers[group](threads)]
 

@@ -1,4 +1,4 @@
-"""The sections of the page on networks, functions, chains, statistics and variants."""
+"""The sections of the page on networks, functions, chains, statistics, variants, PyTorch's modules and steps."""
 
 from .html import Html, table
 from .results import (
@@ -16,7 +16,17 @@ from .results import (
 
 LAYERS, STORES = "cbn layers", ("cbn, plain stores", "cbn, non-temporal stores")
 VARIANT, LOOP = "cbn, variant", "cbn, loop over slices"
-PEERS = ("numpy", "PyTorch", "oneDNN", BEST, "scikit-learn", "fast-array-utils", "stable-baselines3")
+FUSED = "cbn, fused"
+PEERS = (
+    "numpy",
+    "PyTorch",
+    "PyTorch, compiled",
+    "oneDNN",
+    BEST,
+    "scikit-learn",
+    "fast-array-utils",
+    "stable-baselines3",
+)
 
 
 def by_case(data, group):
@@ -73,6 +83,22 @@ def statistics(data):
         OP_WORDS[c.op], shape_words(c.subject), c.dtype, c.threads])  # fmt: skip
 
 
+def modules(data):
+    return compared(data, "modules", ["shape", "call", "layout", ">threads"], lambda c: [
+        shape_words(c.subject), OP_WORDS[c.op], LAYOUT_WORDS[c.layout], c.threads])  # fmt: skip
+
+
+def steps(data):
+    """A row for each network: the times of its step with cbn's modules, fused and not, and with PyTorch's."""
+    rows = []
+    for case, slot in by_case(data, "steps").items():
+        cells = [shape_words(case.subject), LAYOUT_WORDS[case.layout], case.threads, duration(slot[OURS].time)]
+        peers = (ratio_html(slot.get(name)) for name in ("PyTorch", "PyTorch, compiled"))
+        rows.append([*cells, cost_html(slot.get(FUSED)), *peers])
+    head = ["network", "layout", ">threads", ">cbn", ">fused", ">PyTorch", ">PyTorch, compiled"]
+    return table(head, rows, "tall") if rows else ""
+
+
 def memory_words(case):
     return "given" if case.memory == "out" else "allocated"
 
@@ -98,7 +124,7 @@ def variants(data):
 
 
 def cost_html(row):
-    """A multiple of the plain call's time, with the quartiles."""
+    """A multiple of the time of cbn's plain call, with the quartiles."""
     if row is None or row.ratio is None:
         return ""
     found = f"{row.ratio['median']:.2f}×<small>{row.ratio['q1']:.2f}–{row.ratio['q3']:.2f}</small>"

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from .cases import LAYOUTS, OPS
-from .groups import chains, functions, networks, statistics, variants
+from .groups import chains, functions, modules, networks, statistics, steps, variants
 from .html import Html, table
 from .plots import (
     PAGE,
@@ -78,6 +78,9 @@ PROSE = {
         quartiles): values that do not count, ghost batches and a loop over their slices in Python, other statistics.
         Given moments are held against evaluation, which moves the same arrays, derivatives against the backward pass:
         it moves three arrays, a double backward five, a tangent three.""",
+    "modules": """PyTorch’s modules as called on tensors, and those of `cbn.torch` in their place. All allocate.""",
+    "steps": """Training steps of whole networks, forward and backward; only the batch norms are different. “Fused”:
+        ReLU and residual additions are in the batch norm’s pass; a multiple of the step without.""",
     "latency": """Single calls on one thread, each timed by itself: on an idle machine, and beside one busy process
         per core. Further left is better.""",
     "growth": "Arrays of 5 channels, channels first. The flat part on the left is the cost of a call.",
@@ -234,7 +237,8 @@ def plots(data):
                   for threads, pictures in drawn[1:] if pictures]  # fmt: skip
     for name, title, draw in (("networks", "Networks", networks), ("functions", "Functions, small calls", functions),
                               ("chains", "Chains", chains), ("statistics", "Statistics", statistics),
-                              ("variants", "Variants", variants)):  # fmt: skip
+                              ("variants", "Variants", variants), ("modules", "Modules", modules),
+                              ("steps", "Training steps", steps)):  # fmt: skip
         drawn = draw(data)
         parts.append(f'<h2 id="{name}">{title}</h2>' + (prose(name) + drawn if drawn else prose("none")))
     parts.append('<h2 id="latency">Latency of a call</h2>' + (latency(data) or prose("none")))
@@ -461,9 +465,10 @@ svg text { font-family: system-ui, "DejaVu Sans", sans-serif !important; }
 summary { cursor: pointer; color: var(--fast); margin: .6rem 0; } li { max-width: 85ch; margin: .3rem 0; }
 """
 NAV = {"limit": "share of the limit", "ratios": "ratios", "networks": "networks", "functions": "functions",
-       "chains": "chains", "statistics": "statistics", "variants": "variants", "latency": "latency", "growth": "size",
-       "threads": "threads", "losses": "losses", "faults": "wrong, failed, absent", "first": "first call",
-       "all": "all rows", "method": "how it was measured"}  # fmt: skip
+       "chains": "chains", "statistics": "statistics", "variants": "variants", "modules": "modules", "steps": "steps",
+       "latency": "latency", "growth": "size", "threads": "threads", "losses": "losses",
+       "faults": "wrong, failed, absent", "first": "first call", "all": "all rows",
+       "method": "how it was measured"}  # fmt: skip
 
 
 def page(data):

@@ -10,7 +10,7 @@ from .cases import GROWTH, LAYOUTS, OPS, SMALL, Case
 OURS = "cbn"
 OP_WORDS = {"eval": "evaluation", "train": "training", "backward": "backward", "moments": "moments",
             "moments+extrema": "moments with extrema", "moments+skipna": "moments without NaN", "update": "update",
-            "standardize+clip": "standardize with clip"}  # fmt: skip
+            "standardize+clip": "standardize with clip", "step": "forward and backward"}  # fmt: skip
 LAYOUT_WORDS = {"first": "channels first", "last": "channels last"}
 SMALL_CALLS = ("small calls", "")  # stands where (op, layout) stands
 NETWORKS = [(f"networks, {op}", layout) for layout in LAYOUTS for op in OPS]
@@ -99,7 +99,7 @@ class Results:
 
 def group_of(case):
     """(op, layout) under which a case stands on the page; None for what has a plot or a section of its own."""
-    if case.group in ("chain", "statistics", "variants"):
+    if case.group in ("chain", "statistics", "variants", "modules", "steps"):
         return None
     if case.dtype != "float32" or case.fused or case.shape in GROWTH_SHAPES:
         return None

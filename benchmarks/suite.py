@@ -104,6 +104,10 @@ class Exact:
 
     def __init__(self, case, folder, prefix=""):
         data = contenders.Data(case)
+        self.files = {}
+        if case.group == "steps":
+            self.save(contenders.exact_step(case, data), folder, prefix)
+            return
         # channel by channel: float64 copies of all at once would not fit beside the contenders
         names = contenders.RESULTS.get(case.op, ("y",))
         if case.variant:
@@ -116,7 +120,9 @@ class Exact:
             part = slice(c, c + step)
             for name, value in zip(names, find(case, data, part), strict=True):
                 results[name][(slice(None), part) if name in wide else part] = value
-        self.files = {}
+        self.save(results, folder, prefix)
+
+    def save(self, results, folder, prefix):
         for name, a in results.items():
             self.files[name] = str(Path(folder) / f"{prefix}{name}.npy")
             np.save(self.files[name], a)
@@ -129,7 +135,7 @@ class Exact:
         if case.op != "eval":
             n, mean, m2 = reference.moments(x)
             var = m2 / n
-        if case.op == "backward":
+        if case.op in ("backward", "step"):
             return reference.backward(data.dy[rows, part], x, mean, var, weight, contenders.EPS)
         y = reference.normalize(x, mean, var, weight, data.bias[part], contenders.EPS)
         if case.fused:
@@ -327,6 +333,8 @@ class Suite:
         """Time one case: all contenders that can do it, and the limits, turn by turn."""
         every = [n for n in self.peers if contenders.of(n, case).fuses or not case.fused]
         names = [n for n in every if all(contenders.of(n, case).supports(part) for part in set(case.parts))]
+        if not names:
+            return
         with self.prepared(case, names) as ready:
             turns = {name: [] for name in ready}
             for turn in range(self.turns):

@@ -49,7 +49,7 @@ def test_traffic_model(case, units):
 def test_lists():
     full = cases.full(2)
     assert len(set(full)) == len(full) > 100
-    assert {c.op for c in full} == {*cases.OPS, *cases.STATISTICS}
+    assert {c.op for c in full} == {*cases.OPS, "step", *cases.STATISTICS}
     assert {c.memory for c in full} == {"out", "called"}
     assert {c.threads for c in full} == {1, 2}
     assert len([c for c in cases.short(2) if c.group == "shapes"]) < 40

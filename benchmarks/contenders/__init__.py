@@ -10,6 +10,7 @@ called as its users call it and allocates.
 
 from .base import CLIP, EPS, RESULTS, Contender, Data
 from .limits import LIMITS, LimitRead, LimitScale, LimitStream
+from .modules import CbnFused, CbnModule, CompiledModule, TorchModule, exact_step
 from .onednn import OneDnnBlocked8, OneDnnBlocked16, OneDnnLast, OneDnnPlain
 from .ours import Cbn, CbnLayers, CbnNonTemporal, CbnPlain
 from .plain import Numpy
@@ -19,15 +20,17 @@ from .statistics import CbnStatistics, FastArrayUtils, NumpyStatistics, ScikitLe
 from .variants import Loop, Plain, Variant, exact, names_of
 
 __all__ = ["ALL", "CLIP", "EPS", "LIMITS", "OURS", "PEERS", "RESULTS", "Cbn", "Contender", "Data", "LimitRead",
-           "LimitScale", "LimitStream", "Numpy", "exact", "names_of", "of"]  # fmt: skip
+           "LimitScale", "LimitStream", "Numpy", "exact", "exact_step", "names_of", "of"]  # fmt: skip
 
-OURS = (Cbn, CbnLayers, CbnPlain, CbnNonTemporal, Variant, Loop)
-PEERS = (Numpy, Torch, OneDnnPlain, OneDnnLast, OneDnnBlocked8, OneDnnBlocked16, OnnxRuntime, OpenVino, Jax,
-         ScikitLearn, FastArrayUtils, StableBaselines3)  # fmt: skip
+OURS = (Cbn, CbnLayers, CbnPlain, CbnNonTemporal, Variant, Loop, CbnFused)
+PEERS = (Numpy, Torch, CompiledModule, OneDnnPlain, OneDnnLast, OneDnnBlocked8, OneDnnBlocked16, OnnxRuntime,
+         OpenVino, Jax, ScikitLearn, FastArrayUtils, StableBaselines3)  # fmt: skip
 ALL = {c.name: c for c in (*OURS, *PEERS, *LIMITS)}
 OTHERS = {  # classes under the same names
     "statistics": {c.name: c for c in (CbnStatistics, NumpyStatistics, TorchStatistics)},
     "variants": {Plain.name: Plain},
+    "modules": {c.name: c for c in (CbnModule, TorchModule)},
+    "steps": {c.name: c for c in (CbnModule, TorchModule)},
 }
 
 

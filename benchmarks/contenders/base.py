@@ -11,6 +11,7 @@ RESULTS = {
     "moments+extrema": ("mean", "var", "min", "max"),
     "moments+skipna": ("mean", "var"),
     "update": ("mean", "var"),
+    "step": ("dx", "dweight", "dbias"),
 }
 
 
@@ -37,7 +38,7 @@ class Data:
         if statistics:
             self.mean += 1000
         self.var = rng.uniform(0.5, 2, n_channels).astype(self.parameters)
-        if case.op != "backward" and case.fused != "add+relu":
+        if case.op not in ("backward", "step") and case.fused != "add+relu":
             self.dy = None  # drawn all the same, so that the other arrays are those of every operation
         self.shape = shape
 
