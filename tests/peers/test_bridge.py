@@ -596,25 +596,29 @@ def test_a_second_openmp_runtime_is_named(monkeypatch, recwarn):
 # ---- several ranks ---------------------------------------------------------------------------------------------------
 
 
-def rank(index, sizes, folder, dtype):
+def rank(index, sizes, folder, dtype, shape):
     """One process of a group: a step on its part of a batch."""
     torch.set_num_threads(1)
     distributed = torch.distributed
     distributed.init_process_group("gloo", init_method=f"file://{folder}/group", rank=index, world_size=len(sizes))
-    x, dy, module = joined(sizes, dtype, cbn.torch.SyncBatchNorm)
+    x, dy, module = joined(sizes, dtype, cbn.torch.SyncBatchNorm, shape)
     part = slice(sum(sizes[:index]), sum(sizes[: index + 1]))
     given = x[part].clone().requires_grad_()
     y = module(given)
     y.backward(dy[part])
     grads = given.grad, module.weight.grad, module.bias.grad
+    assert not given.numel() or y.stride() == given.grad.stride() == given.stride()
     torch.save([y.detach(), *grads, module.running_mean, module.running_var], f"{folder}/{index}")
     distributed.barrier()
     distributed.destroy_process_group()
 
 
-def joined(sizes, dtype, cls):
+def joined(sizes, dtype, cls, shape):
+    """With four dimensions in channels last."""
     torch.manual_seed(5)
-    x, dy = (torch.randn(sum(sizes), 5, 7, dtype=dtype) for _ in range(2))
+    x, dy = (torch.randn(sum(sizes), *shape, dtype=dtype) for _ in range(2))
+    if len(shape) == 3:
+        x, dy = (t.contiguous(memory_format=torch.channels_last) for t in (x, dy))
     module = cls(5).to(dtype)
     with torch.no_grad():
         module.weight.normal_()
@@ -622,13 +626,20 @@ def joined(sizes, dtype, cls):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "dtype"), [((6, 3), torch.float32), ((1, 5), torch.float64), ((0, 4, 2), torch.float32)], ids=str
+    ("sizes", "dtype", "shape"),
+    [
+        ((6, 3), torch.float32, (5, 7)),
+        ((1, 5), torch.float64, (5, 7)),
+        ((0, 4, 2), torch.float32, (5, 7)),
+        ((3, 2), torch.float32, (5, 4, 3)),
+    ],
+    ids=str,
 )
-def test_ranks_equal_one_process(sizes, dtype, tmp_path):
+def test_ranks_equal_one_process(sizes, dtype, shape, tmp_path):
     """Uneven batches, one of one sample, an empty one; the same bits of the statistics on every rank."""
-    torch.multiprocessing.spawn(rank, (sizes, str(tmp_path), dtype), len(sizes))
+    torch.multiprocessing.spawn(rank, (sizes, str(tmp_path), dtype, shape), len(sizes))
     found = [torch.load(tmp_path / str(i)) for i in range(len(sizes))]
-    x, dy, module = joined(sizes, dtype, nn.BatchNorm1d)
+    x, dy, module = joined(sizes, dtype, nn.BatchNorm1d if len(shape) == 2 else nn.BatchNorm2d, shape)
     x.requires_grad_()
     y = module(x)
     y.backward(dy)
