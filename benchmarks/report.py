@@ -419,7 +419,8 @@ def method(data):
 
 def version_words(data):
     """numpy 2.4.6, oneDNN 2.6.3, ...: cbn and oneDNN once."""
-    every = data.suite["versions"].items()
+    measured = {row.name for row in data.rows}
+    every = [(name, version) for name, version in data.suite["versions"].items() if name in measured]
     versions = {re.match(r"cbn|oneDNN|.*", name)[0]: version for name, version in every}
     return ", ".join(f"{n} {v}" for n, v in versions.items() if v)
 
