@@ -78,7 +78,7 @@ PROSE = {
         quartiles): values that do not count, ghost batches and a loop over their slices in Python, other statistics.
         Given moments are held against evaluation, which moves the same arrays, derivatives against the backward pass:
         it moves three arrays, a double backward five, a tangent three.""",
-    "modules": """PyTorch’s modules as called on tensors, and those of `cbn.torch` in their place. All allocate.""",
+    "modules": """PyTorch’s modules as called on tensors, and those of cbn.torch in their place. All allocate.""",
     "steps": """Training steps of whole networks, forward and backward; only the batch norms are different. “Fused”:
         ReLU and residual additions are in the batch norm’s pass; a multiple of the step without.""",
     "latency": """Single calls on one thread, each timed by itself: on an idle machine, and beside one busy process
