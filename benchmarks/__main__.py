@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import signal
 import sys
 import time
 from dataclasses import replace
@@ -133,11 +134,19 @@ def measure(options):
     suite = Suite(path, options.peer, options.turns, options.seconds, note)
     for name, why in suite.absent.items():
         bar.write(f"absent: {name} ({why})")
-    begin = time.monotonic()
+    begin, interruptions = time.monotonic(), []
+
+    def interrupt(*_):
+        interruptions.append(True)  # Python ignores the exception if it meets a destructor
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupt)
     try:
         for case in plan:
             suite.measure(case)
             bar.update()
+            if interruptions:
+                raise KeyboardInterrupt
         if extras:
             for case in LATENCY_CASES:
                 suite.latency(case)
@@ -146,6 +155,7 @@ def measure(options):
     except KeyboardInterrupt:
         bar.write("interrupted: the report holds what was measured")
     finally:
+        signal.signal(signal.SIGINT, before)
         bar.close()
         suite.end()
         suite.results["suite"]["minutes"] = (time.monotonic() - begin) / 60
