@@ -91,7 +91,7 @@ def batch_norm(
     )
     call = Call(found, training, momentum, eps, act)
     if differentiable:
-        return _apply(x, weight, bias, residual, call)
+        return _BatchNorm.call(x, weight, bias, residual, call)
     return _forward(x, residual, call)[0]
 
 
@@ -282,6 +282,11 @@ def _forward(x: Tensor, residual: Tensor | None, call: Call) -> tuple[Any, Any, 
 class _BatchNorm(torch.autograd.Function):
     """One call: y, and its gradients."""
 
+    @classmethod
+    def call(cls, *args: Any) -> Any:
+        """`apply` without a third of its time: it asks for transforms and what they left, as `is_transformed` has."""
+        return super(torch.autograd.Function, cls).apply(*args)
+
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, call: Call
@@ -319,10 +324,6 @@ class _BatchNorm(torch.autograd.Function):
         given = [as_array(of_parameter(t)) for t in (x_t, weight_t, bias_t, x, weight, bias)]
         arguments: tuple[Any, ...] = (*given, *ctx.statistics, ctx.training, ctx.eps)
         return as_tensor(functional.batch_norm_jvp(*arguments), x.dtype)
-
-
-# `Function.apply` without a third of its time: it asks for transforms and what they left over, as `is_transformed` has
-_apply = super(torch.autograd.Function, _BatchNorm).apply
 
 
 def _gradients(
