@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, SupportsIndex
@@ -18,6 +20,10 @@ from .masked import Selection
 __all__ = ["Moments", "moments"]
 
 MOST_INT32 = 1 << 32  # values of int32 whose sum 64 bits hold
+# Of moments as bytes, all little-endian: magic, version, whether there are extremes, 0, channels, CRC-32 of the rows.
+# Then the rows, float64: count, mean, m2, what float64 lacks of the mean, and min and max
+HEAD = struct.Struct("<4sBBHQI")
+MAGIC, VERSION = b"cbnM", 1
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -134,6 +140,70 @@ class Moments:
             parts += [f"min={self.min!r}", f"max={self.max!r}"]
         return f"{type(self).__name__}({', '.join(parts)})"
 
+    def to_bytes(self) -> bytes:
+        """All of it as bytes, for a file, a message or a collector; equal moments give equal bytes.
+
+        Returns
+        -------
+        bytes
+            20 bytes, and 32 for each channel, or 48 with extremes. `from_bytes` reads them on any machine.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import cbn
+        >>> m = cbn.moments(np.array([[0.0, 1.0], [4.0, 1.0]]))
+        >>> cbn.Moments.from_bytes(m.to_bytes())
+        Moments(count=array([2., 2.]), mean=array([2., 1.]), m2=array([8., 0.]))
+        """
+        rows = [*self._rows] if self.min is None else [*self._rows, self.min, self.max]
+        content = np.stack(rows).astype("<f8").tobytes()
+        return HEAD.pack(MAGIC, VERSION, self.min is not None, 0, self.mean.size, zlib.crc32(content)) + content
+
+    @classmethod
+    def from_bytes(cls, data: bytes | bytearray | memoryview, *, allow_nonfinite: bool = False) -> Moments:
+        """The moments that `to_bytes` made bytes of; runs no code of theirs, and believes nothing.
+
+        Parameters
+        ----------
+        data : bytes-like
+            From `to_bytes`, of this or an older version.
+        allow_nonfinite : bool
+            Whether count, mean and m2 may be NaN or infinite, as those of data with NaN are. One such part spoils all
+            that it is merged with.
+
+        Returns
+        -------
+        Moments
+
+        Raises
+        ------
+        TypeError
+            If data is not bytes-like.
+        ValueError
+            If the bytes are cut, longer, damaged or of a newer version, or are not the moments of any data: a negative
+            count or m2, extremes between which the mean is not.
+        """
+        try:
+            view = memoryview(data).cast("B")
+        except TypeError:
+            raise TypeError(f"data must be bytes-like and contiguous, not {type(data).__name__}") from None
+        if view.nbytes < HEAD.size or bytes(view[:4]) != MAGIC:
+            raise ValueError(f"the {view.nbytes} bytes do not begin as those of Moments.to_bytes do")
+        _, version, extremes, zero, n_channels, crc = HEAD.unpack_from(view)
+        if version != VERSION or extremes > 1 or zero != 0:
+            raise ValueError(f"these are moments of version {version}, and this version of cbn reads {VERSION}")
+        expected = HEAD.size + (6 if extremes else 4) * 8 * n_channels
+        if view.nbytes != expected:
+            raise ValueError(f"moments of {n_channels} channels have {expected} bytes, but there are {view.nbytes}")
+        content = view[HEAD.size :]
+        if zlib.crc32(content) != crc:
+            raise ValueError("the bytes are damaged: their checksum is another one")
+        rows = np.frombuffer(content, "<f8").reshape(6 if extremes else 4, n_channels).astype(np.float64)
+        found = cls._of(*(row.copy() for row in rows))
+        _refuse_impossible(found, checks.boolean(allow_nonfinite, "allow_nonfinite"))
+        return found
+
     def var(self, correction: Number = 0) -> npt.NDArray[np.float64]:
         """Variance ``m2 / (count - correction)``: biased with 0, unbiased with 1; NaN if count is too small."""
         return running.variance(self.count, self.m2, checks.number(correction, "correction", "a number"))
@@ -171,6 +241,26 @@ class Moments:
         for part in parts[1:]:
             total = total + part
         return total
+
+
+def _refuse_impossible(m: Moments, allow_nonfinite: bool) -> None:
+    """Refuse what no data have. NaN compares as False, so what is asked for is what would be wrong."""
+    finite = np.isfinite(m.count) & np.isfinite(m.mean) & np.isfinite(m.m2)
+    with np.errstate(invalid="ignore"):
+        wrong = {
+            "a negative count": m.count < 0,
+            "a negative m2": m.m2 < 0,
+            "a mean with more digits than it can have": finite & ~(m.mean + m._low == m.mean),
+        }
+        if m.min is not None:
+            rounding = 1e-12 * (np.abs(m.min) + np.abs(m.max))
+            inside = (m.min - rounding <= m.mean) & (m.mean <= m.max + rounding)
+            wrong["a mean outside of min and max"] = finite & (m.count > 0) & ~inside
+    if not allow_nonfinite:
+        wrong["a value that is not finite (allow_nonfinite=True takes it)"] = ~finite
+    for what, bad in wrong.items():
+        if bad.any():
+            raise ValueError(f"the bytes hold {what} in {checks.channel_list(np.flatnonzero(bad))}")
 
 
 @dataclass(frozen=True, eq=False)

@@ -110,3 +110,80 @@ def test_a_sum_of_a_list_and_the_standard_deviation(rng):
     assert np.isnan(cbn.moments(parts[1]).std(1)).all()
     with pytest.raises(TypeError):
         1 + whole
+
+
+# ---- as bytes --------------------------------------------------------------------------------------------------------
+
+
+def rows_of(m):
+    return [m.count, m.mean, m.m2, m._low, *([] if m.min is None else [m.min, m.max])]
+
+
+@pytest.mark.parametrize("extrema", [False, True])
+def test_bytes_hold_every_bit_of_moments(rng, extrema):
+    x = (rng.standard_normal((200, 3)) + np.array([0, 1e8, -3])).astype(np.float32)
+    parts = [cbn.moments(p, extrema=extrema) for p in np.split(x, [1, 7, 7, 90])]  # one is empty
+    for m in (*parts, sum(parts), cbn.moments(x[:, :0], extrema=extrema)):
+        data = m.to_bytes()
+        assert len(data) == 20 + (48 if extrema else 32) * m.mean.size
+        for given in (data, bytearray(data), memoryview(data)):
+            read = Moments.from_bytes(given)
+            assert [a.tobytes() for a in rows_of(read)] == [a.tobytes() for a in rows_of(m)]
+            assert read.to_bytes() == data
+        (read + m).mean.sum()  # a whole object
+        assert read.count.flags.writeable
+        assert read.count.flags.owndata
+
+
+def test_collected_bytes_merge_as_their_moments(rng):
+    x = rng.standard_normal((64, 5)) + 1e6
+    parts = [cbn.moments(p, extrema=True) for p in np.split(x, [3, 20])]
+    merged = Moments.merge(Moments.from_bytes(m.to_bytes()) for m in parts)
+    assert merged.to_bytes() == Moments.merge(parts).to_bytes()
+
+
+def test_bytes_of_moments_that_are_not_finite(rng):
+    x = rng.standard_normal((4, 3))
+    x[1, 1] = np.nan
+    data = cbn.moments(x).to_bytes()
+    with pytest.raises(ValueError, match=r"not finite \(allow_nonfinite=True takes it\) in channel 1"):
+        Moments.from_bytes(data)
+    assert np.isnan(Moments.from_bytes(data, allow_nonfinite=True).mean).tolist() == [False, True, False]
+
+
+def test_hostile_bytes_are_refused(rng):
+    m = cbn.moments(rng.standard_normal((9, 4)), extrema=True)
+    good = m.to_bytes()
+    for data, words in (
+        (b"", "the 0 bytes do not begin as those of Moments.to_bytes do"),
+        (b"PK" + good[2:], "do not begin"),
+        (good[:19], "do not begin"),
+        (good[:-1], "moments of 4 channels have 212 bytes, but there are 211"),
+        (good + b"\0", "but there are 213"),
+        (good[:4] + b"\2" + good[5:], "version 2, and this version of cbn reads 1"),
+        (good[:5] + b"\2" + good[6:], "version 1"),
+        (good[:8] + b"\xff" * 8 + good[16:], "channels have"),
+        (good[:40] + bytes([good[40] ^ 1]) + good[41:], "damaged"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            Moments.from_bytes(data)
+    for data in (None, "text", 3, np.arange(8)[::2]):
+        with pytest.raises(TypeError, match="data must be bytes-like and contiguous, not"):
+            Moments.from_bytes(data)
+    for name, value, words in (
+        ("count", -1.0, "a negative count in channel 2"),
+        ("m2", -1e-300, "a negative m2 in channel 2"),
+        ("mean", 1e9, "a mean outside of min and max in channel 2"),
+        ("_low", 1.0, "a mean with more digits than it can have in channel 2"),
+        ("m2", np.inf, "not finite"),
+    ):
+        rows = {key: getattr(m, key).copy() for key in ("count", "mean", "m2", "_low", "min", "max")}
+        rows[name][2] = value
+        with pytest.raises(ValueError, match=words):
+            Moments.from_bytes(Moments._of(*rows.values()).to_bytes())
+    for byte in range(len(good)):  # no bit may pass unseen
+        for bit in range(8):
+            data = bytearray(good)
+            data[byte] ^= 1 << bit
+            with pytest.raises(ValueError, match=r"bytes|version"):
+                Moments.from_bytes(data)
