@@ -9,7 +9,7 @@ SOURCES := setup.py pyproject.toml $(wildcard $(foreach end,pyx pxd c h,cbn/kern
 SOURCES := $(filter-out $(MODULES:.pyx=.c),$(SOURCES))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-sdist neon peers accuracy docs readme bench bench-full bench-peers bench-compare lint sanitize self-check wheel clean
+.PHONY: help demo test test-slow test-distributed test-sdist neon peers accuracy docs readme bench bench-full bench-peers bench-compare lint sanitize self-check wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -51,6 +51,9 @@ test: $(NEEDED_BY_TESTS) ## every test but the slow ones and those of other pack
 
 test-slow: $(NEEDED_BY_TESTS) ## the tests that compile cbn anew
 	$(BIN)/python -m pytest -m slow
+
+test-distributed: $(VENV)/.with-test $(VENV)/.with-test-distributed ## the tests on several processes
+	CBN_REQUIRE_PEERS=1 $(BIN)/python -m pytest tests/distributed
 
 test-sdist: $(VENV)/.created ## the tests, in an unpacked source distribution that sets itself up
 	rm -rf build/sdist cbn.egg-info/SOURCES.txt

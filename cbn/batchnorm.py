@@ -139,6 +139,8 @@ class BatchNorm(Population):
     array([[0.61357015, 0.948678  ]], dtype=float32)
     """
 
+    _merges_gradients = False  # whether `backward` has the sums of all parts of a batch (cbn/sync.py)
+
     # ---- passes ----------------------------------------------------------------------------------------------------
 
     def forward(
@@ -336,7 +338,7 @@ class BatchNorm(Population):
         saved: str | Context = context if remembers else AFTER_EVAL
         if remembers and digests.checking:
             digests.note(context)
-        if context.special.of_others:
+        if context.special.of_others and not self._merges_gradients:
             saved = course.OF_OTHERS if remembers else saved
         elif remembers and out is not None and context.is_overwritten_by(out):
             saved = OVERWRITTEN
@@ -498,7 +500,7 @@ class BatchNorm(Population):
             if done is not None:
                 dx, dweight, dbias = done
                 return steps.Gradients(dx, None, dweight, dbias)
-        return steps.backward(dy, context, True, want_sums, out)
+        return steps.backward(dy, context, True, want_sums, out, special.merge)
 
     def _coefficients(self) -> Doubles:
         """(3, C): the current mean, scale and offset of evaluation."""

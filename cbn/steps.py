@@ -76,6 +76,7 @@ class Special(NamedTuple):
     of_others: bool = False  # the statistics are given ones, and stand for more than this batch
     weights: Weights | None = None  # how much the values count; None: all alike
     selection: Selection | None = None  # the same for the passes
+    merge: GradMerge | None = None  # what adds the backward sums of all parts of the batch
     ghost: int = 0  # samples of a slice that was normalized by itself: mean, m2 and invstd have a row for each
     parts: Sequence[tuple[Array, Context]] = ()  # samples that were normalized by themselves; then no statistics
 
@@ -343,7 +344,7 @@ def _backward(
             _scale(dy if dh is None else dh, context, dx, selection)
         elif merge is not None:
             total = merge(_grad_moments(inp, sums, products))
-            _solve_and_apply(dy if dh is None else dh, context, total, dx)
+            _solve_and_apply(dy if dh is None else dh, context, total, dx, selection)
         dx = copied_into(dx, out)
     return Gradients(dx, dresidual, dweight, sums)
 
@@ -388,12 +389,14 @@ def _selected(dy: Array, inp: Input, selection: Selection) -> Array:
     return found
 
 
-def _solve_and_apply(dh: Array, context: Context, total: GradMoments, dx: Array) -> None:
-    """dx through batch statistics, from the sums of all parts."""
+def _solve_and_apply(
+    dh: Array, context: Context, total: GradMoments, dx: Array, selection: Selection | None = None
+) -> None:
+    """dx through batch statistics, from the sums of all parts; a `selection` is scaled, with the count of all parts."""
     inp = context.inp
-    sums = total.sum_dh, total.sum_dh_xmu, total.count
+    sums = total.sum_dh, total.sum_dh_xmu, total.count if selection is None else selection.counts
     coef = passes.grad_coefficients(context.mean, context.invstd, context.affine.weight, *sums)
-    passes.grad_apply(inp.layout, dh, inp.x, dx, coef, inp.in_float64)
+    passes.grad_apply(inp.layout, dh, inp.x, dx, coef, inp.in_float64, selection)
 
 
 def _grad_moments(inp: Input, sums: Doubles, products: Doubles) -> GradMoments:

@@ -101,7 +101,15 @@ def grad_coefficients(
     sum_dh_xmu: _Doubles,
     count: _Doubles,
 ) -> _Doubles: ...
-def grad_apply(layout: Layout, dh: _Array, x: _Array, dx: _Array, coef: _Doubles, in_float64: bool = False) -> None: ...
+def grad_apply(
+    layout: Layout,
+    dh: _Array,
+    x: _Array,
+    dx: _Array,
+    coef: _Doubles,
+    in_float64: bool = False,
+    selection: Any = None,
+) -> None: ...
 def double_backward(
     layout: Layout,
     ggI: _Array,

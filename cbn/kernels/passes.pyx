@@ -381,9 +381,14 @@ def grad_coefficients(cnp.ndarray mean, cnp.ndarray invstd, cnp.ndarray weight, 
     return coef
 
 
-def grad_apply(Layout layout, cnp.ndarray dh, cnp.ndarray x, cnp.ndarray dx, cnp.ndarray coef, bint in_float64=False):
-    """dx = (dh - grad_mean)*scale - (x - mean)*slope with these `grad_coefficients`."""
+def grad_apply(Layout layout, cnp.ndarray dh, cnp.ndarray x, cnp.ndarray dx, cnp.ndarray coef, bint in_float64=False,
+               selection=None):
+    """dx = (dh - grad_mean)*scale - (x - mean)*slope with these `grad_coefficients`; 0 outside a `selection`."""
+    cdef cbn_selection selected
     cdef Job job = job_of(layout, x, in_float64)
+    if selection is not None:
+        selected = selection_of(layout, selection)
+        set_selection(&job, &layout.extents, &selected, doubles(selection[3], layout.extents.C))
     check_coefficients(coef, BACKWARD_ROWS, layout)
     job.backward = True
     job.g = layout.view(dh)

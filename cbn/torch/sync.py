@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, distributed, nn
 from torch.autograd.function import once_differentiable
@@ -13,31 +13,18 @@ from .. import steps
 from ..checks import NO_ACT
 from ..inputs import as_gradient, as_input
 from ..kernels import channels
-from ..moments import GradMoments, Moments
+from ..moments import Moments
+from ..sync import merged_moments, merged_sums
 from . import autograd
 from .autograd import as_array, as_doubles, as_tensor, of_parameter
 
 
-def gathered(rows: tuple[Any, ...], group: Any) -> list[Any]:
-    """The rows of every rank, (rows, C) float64, in the order of the ranks."""
-    mine = torch.from_numpy(np.stack(rows))
+def gather(group: Any, rows: Any) -> list[Any]:
+    """The rows of every rank, in the order of the ranks."""
+    mine = torch.from_numpy(rows)
     parts = [torch.empty_like(mine) for _ in range(distributed.get_world_size(group))]
     distributed.all_gather(parts, mine, group=group)
     return [part.numpy() for part in parts]
-
-
-def merged_moments(found: Moments, group: Any) -> Moments:
-    """The moments of all ranks, merged in their order, so that every rank has the same bits."""
-    return Moments.merge(Moments._of(*rows) for rows in gathered(found._rows, group))
-
-
-def merged_sums(found: GradMoments, group: Any) -> GradMoments:
-    """The sums of all ranks, added in their order."""
-    parts = gathered((found.count, found.sum_dh, found.sum_dh_xmu), group)
-    total = GradMoments(*parts[0])
-    for rows in parts[1:]:
-        total = total + GradMoments(*rows)
-    return total
 
 
 class _SyncBatchNorm(torch.autograd.Function):
@@ -59,7 +46,7 @@ class _SyncBatchNorm(torch.autograd.Function):
         merged: list[Moments] = []
 
         def merge(found: Moments) -> Moments:
-            merged.append(merged_moments(found, group))
+            merged.append(merged_moments(found, functools.partial(gather, group)))
             least = float(merged[0].count.min())
             if not least > 1:
                 raise ValueError(
@@ -89,8 +76,9 @@ class _SyncBatchNorm(torch.autograd.Function):
         affine = steps.Affine(*as_doubles(inp.n_channels, weight, bias))
         context = steps.Context(inp, affine, steps.NO_EPILOGUE, True, *ctx.statistics)
         dy = as_gradient(inp, as_array(dy))
+        rows_of_all = functools.partial(gather, ctx.group)
         dx, _, dweight, dbias = steps.backward(
-            dy, context, True, True, None, merge=lambda found: merged_sums(found, ctx.group)
+            dy, context, True, True, None, merge=lambda found: merged_sums(found, rows_of_all)
         )
         of_weight = None if weight is None else as_tensor(dweight, weight.dtype)
         return as_tensor(dx), of_weight, None if bias is None else as_tensor(dbias, bias.dtype), *(None,) * 5
