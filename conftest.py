@@ -7,7 +7,7 @@ import pytest
 from cbn.kernels import engine
 
 # Their doctests need these packages
-OPTIONAL = {"sklearn": "cbn/sklearn.py", "torch": "cbn/torch", "mpi4py": "cbn/mpi.py"}
+OPTIONAL = {"sklearn": "cbn/sklearn.py", "torch": "cbn/torch", "mpi4py": "cbn/mpi.py", "dask": "cbn/dask.py"}
 collect_ignore = [path for name, path in OPTIONAL.items() if not importlib.util.find_spec(name)]
 
 

@@ -126,6 +126,7 @@ def test_imports_run_one_way():
         "fuse": {"batchnorm", "checks", "kernels"},
         "sync": {"batchnorm", "checks", "course", "masked", "moments", "steps"},
         "mpi": {"checks", "sync"},
+        "dask": {"batchnorm", "checks", "inputs", "kernels", "moments", "scaling", "steps", "threads"},
         "config": {"checks", "functional", "kernels", "memory", "reference", "threads"},
     }
     for path in (ROOT / "cbn").glob("*.py"):
