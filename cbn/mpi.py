@@ -28,7 +28,8 @@ NAP = 100e-6
 GRACE = 1.0  # seconds for the answers to a roll call, and at most a quarter of the timeout
 END = 3.0  # seconds for the end of MPI after ranks were missing
 
-_exchanges: dict[int, Exchange] = {}  # by the communicator's handle
+_EXCHANGE = MPI.Comm.Create_keyval()  # an attribute of a communicator, which ends with it: handles are used again
+_ending: list[str] = []  # why `_end` is registered
 
 
 class MissingRanksError(TimeoutError):
@@ -136,8 +137,9 @@ class Exchange:
         if not ranks:
             who = "some rank, which answers all the same,"
         came = f"{who} of {self.comm.size} did not come to {started.what} {when}"
-        if not any(exchange.broken for exchange in _exchanges.values()):
+        if not _ending:
             atexit.register(_end)
+            _ending.append(came)
         self.broken = came
         self.lost.append(started)
         raise MissingRanksError(f"rank {self.comm.rank} waited in vain: {came}", ranks)
@@ -167,10 +169,11 @@ class _Engine:
 
 def _exchange_of(comm: Any) -> Exchange:
     """The exchange over a communicator's ranks. The first call of this is collective."""
-    key = MPI._handleof(comm)
-    if key not in _exchanges:
-        _exchanges[key] = Exchange(comm)
-    return _exchanges[key]
+    exchange = comm.Get_attr(_EXCHANGE)
+    if exchange is None:
+        exchange = Exchange(comm)
+        comm.Set_attr(_EXCHANGE, exchange)
+    return exchange  # type: ignore[no-any-return]
 
 
 class SyncBatchNorm(sync.SyncBatchNorm):

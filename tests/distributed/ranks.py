@@ -83,6 +83,19 @@ def in_flight(comm):
     return {"y": y, "dx": [layer.backward(dy[part]) for layer in layers]}
 
 
+def freed(comm):
+    """A communicator of all ranks, and after its end one of two, which may have its handle."""
+    from cbn.mpi import SyncBatchNorm
+
+    x = given(3, "first", "float64")[0][comm.rank : comm.rank + 1]
+    found = []
+    for color in (0, comm.rank // 2):
+        part = comm.Split(color)
+        found.append(SyncBatchNorm(5, dtype="float64", comm=part, timeout=5)(x))
+        part.Free()
+    return found
+
+
 def missing(comm):
     """Rank 1 raises in the middle of a step; the others say so in time."""
     import time

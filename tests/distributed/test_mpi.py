@@ -99,6 +99,15 @@ def test_copies_evaluation_given_moments_and_refusals(tmp_path):
     agree(found[0]["eval"], x[:2] / np.sqrt(1 + 1e-5), 1e-12, "eval")
 
 
+def test_a_communicator_ends_and_another_has_its_handle(tmp_path):
+    found = run("freed", 3, tmp_path)
+    x = ranks.given(3, "first", "float64")[0]
+    for k, parts in enumerate((((0, 1, 2),), ((0, 1), (2,)))):
+        for part in parts:
+            whole = cbn.BatchNorm(5, dtype="float64")(x[list(part)])
+            agree(np.concatenate([found[rank][k] for rank in part]), whole, 1e-12, part)
+
+
 def test_a_rank_that_raises_is_named_in_time(tmp_path):
     found = run("missing", 3, tmp_path)
     assert "dy has shape (2, 5, 4, 3)" in found[1]
