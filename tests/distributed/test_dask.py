@@ -42,6 +42,14 @@ def test_moments_of_chunks(rng, chunks, axis):
             assert np.array_equal(getattr(found, name), getattr(expected, name))
 
 
+@pytest.mark.parametrize("n", [1, 16, 17, 33, 257])
+def test_every_chunk_is_merged(n):
+    x = np.arange(2.0 * n).reshape(n, 2)
+    m = cbn.dask.moments(da.from_array(x, chunks=(1, 2))).compute()
+    assert (m.count == n).all()
+    agree(m.mean, x.mean(0), 1e-12)
+
+
 @pytest.mark.parametrize("chunks", CHUNKS, ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
 def test_batch_norm_of_chunks(rng, chunks, dtype):
