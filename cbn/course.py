@@ -222,7 +222,7 @@ def _batch(
 ) -> tuple[Array, Context]:
     """y, normalized with the batch's statistics, or given ones."""
     if given is not None:
-        _check_moments(given, inp.n_channels)
+        check_moments(given, inp.n_channels)
     elif now.nonfinite == "raise" or now.course.single:
         given = measure(inp, selection=selection)
     if given is not None:
@@ -244,7 +244,7 @@ def _batch(
     return y, context
 
 
-def _check_moments(given: Moments, n_channels: int) -> None:
+def check_moments(given: Moments, n_channels: int) -> None:
     if given.mean.size != n_channels:
         raise ValueError(f"moments are of {given.mean.size} channels; expected {n_channels}, as the input has")
     if n_channels and not given.count.min() > 1:

@@ -10,12 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from . import checks, scaling, steps
+from . import checks, scaling
 from . import moments as measured
 from .batchnorm import BatchNorm
+from .blocks import Evaluation
 from .checks import Array, Doubles, Number
-from .inputs import as_input
-from .kernels import passes
 from .moments import Moments
 from .threads import num_threads
 
@@ -101,32 +100,13 @@ def batch_norm(array: Any, bn: BatchNorm, *, threads: int = 1) -> Any:
     TypeError, ValueError
         If bn is no layer, or the array has another number of channels or a dtype that layers do not take.
     """
-    if not isinstance(bn, BatchNorm):
-        raise TypeError(f"bn must be a cbn.BatchNorm, not {type(bn).__name__}")
-    a, axis = _checked(array, bn.channel_axis)
-    if a.shape[axis] != bn.num_features:
-        raise ValueError(f"the array has {a.shape[axis]} channels, and the layer {bn.num_features}")
-    if checks.native_input(a.dtype) is None:
-        raise TypeError(f"the array has dtype {a.dtype}; expected {checks.INPUTS}")
-    batch = bn.use_batch_stats
-    if batch is None:
-        batch = bn.training or bn.running_mean is None
-    if batch:
+    a, axis = _checked(array, getattr(bn, "channel_axis", 1))
+    layer = Evaluation.of(bn, a.shape, a.dtype)
+    if layer.statistics is None:
         statistics = dask.delayed(_mean_and_var, pure=True)(moments(a, channel_axis=axis, threads=threads))
     else:
-        statistics = tuple(np.array(v, np.float64) for v in (bn.running_mean, bn.running_var))
-    affine = [None if v is None else np.array(v, np.float64) for v in (bn.weight, bn.bias)]
-    how = {"dtype_of_layer": bn.dtype, "eps": bn.eps, "act": checks.activation(bn.activation)}
-    found = a.map_blocks(
-        _normalize,
-        axis=axis,
-        threads=threads,
-        affine=affine,
-        statistics=statistics,
-        how=how,
-        dtype=a.dtype,
-        meta=a._meta,
-    )
+        statistics = layer.statistics
+    found = a.map_blocks(_normalize, layer=layer, threads=threads, statistics=statistics, dtype=a.dtype, meta=a._meta)
     return _like(array, found)
 
 
@@ -204,17 +184,9 @@ def _channels(block_info: Any, axis: int) -> slice:
     return slice(*block_info[0]["array-location"][axis])
 
 
-def _normalize(
-    block: Array, *, axis: int, threads: int, affine: Any, statistics: Any, how: dict[str, Any], block_info: Any = None
-) -> Array:
-    own = _channels(block_info, axis)
-    mean, var = (v[own] for v in statistics)
-    weight, bias = (None if v is None else v[own] for v in affine)
-    inp = as_input(block, axis)
-    inp.promote_for(how["dtype_of_layer"])
+def _normalize(block: Array, *, layer: Evaluation, threads: int, statistics: Any, block_info: Any = None) -> Array:
     with num_threads(threads):
-        coef = steps.coefficients(mean, passes.inverse_std(var, how["eps"]), steps.Affine(weight, bias))
-        return steps.forward_fixed(inp, coef, steps.Epilogue(None, how["act"]), None)
+        return layer(block, _channels(block_info, layer.axis), statistics)
 
 
 def _standardize(

@@ -226,6 +226,21 @@ class Moments:
             return Moments._of(*merged)
         return Moments._of(*merged, np.minimum(self.min, other.min), np.maximum(self.max, other.max))
 
+    def _copy(self) -> Moments:
+        """The same in memory of its own."""
+        extremes = () if self.min is None else (self.min.copy(), self.max.copy())
+        return Moments._of(*(row.copy() for row in self._rows), *extremes)
+
+    def _merge(self, other: Moments, channels: slice) -> None:
+        """Merge, in place, what some of the channels have elsewhere."""
+        count, mean, m2, low = (row[channels] for row in self._rows)
+        merged = passes.merge_moments((count, mean, m2, low), other._rows)
+        for row, new in zip(self._rows, merged, strict=True):
+            row[channels] = new
+        if self.min is not None:
+            self.min[channels] = np.minimum(self.min[channels], other.min)
+            self.max[channels] = np.maximum(self.max[channels], other.max)
+
     @classmethod
     def merge(cls, parts: Iterable[Moments]) -> Moments:
         """Merge any number of moments, at least one, in the order given."""
@@ -325,6 +340,11 @@ def moments(
     TypeError, ValueError
         For another dtype, fewer dimensions, an axis out of range, a mask that is not bool or does not broadcast, and
         for weights of another shape, negative or not finite ones.
+
+    See Also
+    --------
+    cbn.outofcore.moments : of an array larger than memory.
+    RunningMoments : of a stream.
 
     Notes
     -----

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, overload
@@ -19,6 +18,7 @@ from .kernels import arrays, channels
 from .masked import Weights, select
 from .moments import Moments, measure
 from .population import HOOKS
+from .progress import bar_on_terminal
 
 __all__ = ["Recalibration", "recalibrate"]
 
@@ -197,7 +197,8 @@ def recalibrate(
         raise TypeError(f"forward must be callable, not {type(forward).__name__}")
     if isinstance(batches, (str, bytes)) or not isinstance(batches, Iterable):
         raise TypeError(f"batches must be an iterable of inputs, not {type(batches).__name__}")
-    shown = _with_progress(batches, checks.boolean(progress, "progress"))
+    bar = bar_on_terminal(checks.boolean(progress, "progress"), batches, desc="recalibrate", unit="batch")
+    shown = batches if bar is None else bar
     recorders = [_Recorder(layer, f"layers[{i}], {layer!r}") for i, layer in enumerate(found)]
     if forward is None:
         _measure(recorders[0], shown)
@@ -225,17 +226,6 @@ def _checked_layers(layers: Any) -> list[BatchNorm]:
         if not HOOKS.isdisjoint(vars(layer)):
             raise RuntimeError(f"layers[{i}], {layer!r}, is being recalibrated already")
     return list(found)
-
-
-def _with_progress(batches: Iterable[Any], progress: bool) -> Iterable[Any]:
-    """The batches, with a bar on a terminal."""
-    if not progress or sys.stderr is None or not sys.stderr.isatty():
-        return batches
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return batches
-    return tqdm(batches, desc="recalibrate", unit="batch", file=sys.stderr)  # type: ignore[no-any-return]
 
 
 def _measure(recorder: _Recorder, batches: Iterable[ArrayLike]) -> None:

@@ -136,7 +136,7 @@ def _save(
     _build(header, described, arrays.items, allow_nonfinite, allow_negative_var)
     content = _content(package, json.dumps(header), arrays)
     if path is not None:
-        _replace(path, content)
+        replace(path, content)
     else:
         _write(cast(BinaryIO, file), content)
 
@@ -273,7 +273,7 @@ def _write(file: BinaryIO, content: bytes) -> None:
         raise TypeError(f"file {_name(file)!r} takes no bytes ({error}); open it with 'wb'") from None
 
 
-def _replace(path: str, content: bytes) -> None:
+def replace(path: str, content: bytes) -> None:
     """Replace a regular file as a whole or not at all, with the old mode and owner; or create it.
 
     Anything else (a pipe, a device, the descriptor behind /dev/stdout) is written to.

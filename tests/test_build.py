@@ -122,11 +122,17 @@ def test_imports_run_one_way():
             *("attributes", "checks", "course", "digests", "domains", "ghost", "inputs", "kernels", "moments"),
             *("masked", "plan", "population", "quantized", "steps", "storage"),
         },
-        "recalibrate": {"batchnorm", "checks", "course", "inputs", "kernels", "masked", "moments", "population"},
+        "recalibrate": {
+            *("batchnorm", "checks", "course", "inputs", "kernels", "masked", "moments", "population", "progress"),
+        },
         "fuse": {"batchnorm", "checks", "kernels"},
         "sync": {"batchnorm", "checks", "course", "masked", "moments", "steps"},
         "mpi": {"checks", "sync"},
-        "dask": {"batchnorm", "checks", "inputs", "kernels", "moments", "scaling", "steps", "threads"},
+        "dask": {"batchnorm", "blocks", "checks", "moments", "scaling", "threads"},
+        "progress": set(),
+        "blocks": {"batchnorm", "checks", "inputs", "kernels", "steps"},
+        "work": {"blocks", "checks", "moments", "progress", "storage", "threads"},
+        "outofcore": {"blocks", "checks", "course", "moments", "running", "scaling", "work"},
         "config": {"checks", "functional", "kernels", "memory", "reference", "threads"},
     }
     for path in (ROOT / "cbn").glob("*.py"):
