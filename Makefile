@@ -52,7 +52,7 @@ test: $(NEEDED_BY_TESTS) ## every test but the slow ones and those of other pack
 test-slow: $(NEEDED_BY_TESTS) ## the tests that compile cbn anew
 	$(BIN)/python -m pytest -m slow
 
-test-distributed: $(VENV)/.with-test $(VENV)/.with-test-distributed ## the tests on several processes
+test-distributed: $(VENV)/.with-test $(VENV)/.with-examples $(VENV)/.with-test-distributed ## the tests on several processes
 	CBN_REQUIRE_PEERS=1 $(BIN)/python -m pytest tests/distributed
 
 test-sdist: $(VENV)/.created ## the tests, in an unpacked source distribution that sets itself up
@@ -76,7 +76,7 @@ accuracy: $(VENV)/.with-peers ## largest errors against float64, beside PyTorch'
 docs: $(VENV)/.with-docs ## the pages and the public API as a site, in docs/_build/html
 	$(BIN)/python -m sphinx -q -E -W --keep-going -c docs -d docs/_build/doctrees -b html . docs/_build/html
 
-readme: accuracy demo bench ## measure again what the pages show, and put it there
+readme: accuracy $(VENV)/.with-test-distributed demo bench ## measure again what the pages show, and put it there
 	$(BIN)/python docs/update_readme.py
 
 bench: $(VENV)/.with-bench ## measure a short list against the peers that are installed; a report to look at

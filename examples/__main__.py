@@ -1,6 +1,6 @@
 """All examples, one after the other; pictures and tables go to examples/out.
 
-The last two train in PyTorch, and are left out where that is not installed.
+The last three need MPI or PyTorch, and are left out where that is not installed.
 """
 
 import importlib.util
@@ -17,11 +17,13 @@ from examples import (
     binary_logits,
     digits_mlp,
     embed,
+    federated,
     four_steps,
     hosts,
     lengths,
     pipeline,
     producer,
+    ranks,
     recalibration,
     report,
     sequences,
@@ -40,12 +42,14 @@ EXAMPLES = {  # with the arguments that make it short
     tiny_batches: ONCE,
     adaptation: ONCE,
     producer: ("--rounds", "2"),
+    federated: ("--seeds", "1", "--rounds", "2"),
     embed: ("--seconds", "60", "--repeats", "2"),
     hosts: ("--quick",),
 }
-WITH_TORCH = {
-    pipeline: ("--epochs", "1", "--rounds", "1", "--milliseconds", "5"),
-    torch_training: ("--rounds", "1"),
+OPTIONAL = {  # with the package that they need, and how to install it
+    ranks: (ONCE, "mpi4py", ranks.NEEDED),
+    pipeline: (("--epochs", "1", "--rounds", "1", "--milliseconds", "5"), "torch", pipeline.PEERS),
+    torch_training: (("--rounds", "1"), "torch", pipeline.PEERS),
 }
 
 
@@ -61,12 +65,11 @@ def main(argv=None):
 
     for i, (example, short) in enumerate(EXAMPLES.items(), 1):
         run(example, short, f"{i}/{len(EXAMPLES)}")
-    for example, short in WITH_TORCH.items():
-        if importlib.util.find_spec("torch"):
-            run(example, short, "with PyTorch")
+    for example, (short, package, command) in OPTIONAL.items():
+        if importlib.util.find_spec(package):
+            run(example, short, f"with {package}")
         else:
-            script = Path(example.__file__).name
-            print(f"left out: {script}, which needs PyTorch: {pipeline.PEERS}", file=sys.stderr)
+            print(f"left out: {Path(example.__file__).name}, which needs {package}: {command}", file=sys.stderr)
     print(f"{time.monotonic() - start:.0f} s; everything above is in {args.out}", file=sys.stderr)
 
 

@@ -27,14 +27,14 @@ ARTICLE = {
 }
 
 
-def network(n_in, with_bn, rng, dtype=np.float32, **options):
-    """n_in-64-32-10; batch norm, if any, between the linear map and ReLU, with the options that are given."""
+def network(n_in, with_bn, rng, dtype=np.float32, layer=BatchNorm1d, **options):
+    """n_in-64-32-10; batch norm, if any, between the linear map and ReLU: a `layer` with the options that are given."""
     return Sequential(
         Linear(n_in, 64, rng, dtype),
-        BatchNorm1d(64, dtype=dtype, **options) if with_bn else None,
+        layer(64, dtype=dtype, **options) if with_bn else None,
         ReLU(),
         Linear(64, 32, rng, dtype),
-        BatchNorm1d(32, dtype=dtype, **options) if with_bn else None,
+        layer(32, dtype=dtype, **options) if with_bn else None,
         ReLU(),
         Linear(32, 10, rng, dtype),
     )

@@ -4,6 +4,7 @@ import csv
 import pickle
 import re
 import runpy
+import socket
 import struct
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from examples import (  # noqa: E402
     binary_logits,
     digits_mlp,
     embed,
+    federated,
     four_steps,
     layers,
     lengths,
@@ -51,6 +53,8 @@ NAMES = (
     "tiny_batches",
     "adaptation",
     "embed",
+    "federated",
+    "ranks",
     "hosts/__main__",
 )
 
@@ -789,6 +793,37 @@ def test_arguments_that_are_refused(example, arguments, message, capsys):
         example.main(arguments)
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+# ---- federated -----------------------------------------------------------------------------------------------------
+
+
+def test_federated(tmp_path, capsys):
+    federated.main(["--seeds", "1", "--rounds", "2", "--out", str(tmp_path)])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert [row[0] for row in rows] == list(federated.WORDS)
+    losses, errors = ([float(row[i].split()[0]) for row in rows] for i in (1, 3))
+    assert errors[2] < 1e-6 < errors[0]  # the moments that clients measured are those of all data
+    assert losses[2] < min(losses[:2])
+    assert png_size(tmp_path / "federated.png")[0] > 1000
+
+
+def test_the_server_refuses_what_is_no_message():
+    server, client = socket.socketpair()
+    with server, client:
+        client.sendall(struct.pack("<Q", 1 << 40))
+        with pytest.raises(ValueError, match="a message of 1099511627776 bytes; expected 67108864 at most"):
+            federated.receive(server)
+        federated.send(client, [np.arange(3)], 5, {"moments": b"no moments"})
+        arrays, count, metrics = federated.receive(server)
+        assert (arrays[0].tolist(), count) == ([0, 1, 2], 5)
+        with pytest.raises(ValueError, match="do not begin as those of"):
+            federated.moments_of([[metrics["moments"]]])
+        client.sendall(b"\0\0")
+        client.close()
+        with pytest.raises(ConnectionError, match="the other side has hung up"):
+            federated.receive(server)
 
 
 @pytest.mark.parametrize("script", NAMES)

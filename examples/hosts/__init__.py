@@ -6,6 +6,7 @@
 `stable_baselines3_`  stable-baselines3's `VecNormalize`
 `fast_array_utils_`   fast-array-utils' `mean_var`
 `scanpy_`             scanpy's `scale`
+`dask_ml_`            dask-ml's `StandardScaler`, with `partial_fit`
 `lerobot_`            running statistics of lerobot and openpi
 `anemoi_`             the statistics collector of anemoi-datasets
 `onnx_`               `BatchNormalization` for onnx's reference evaluator

@@ -251,6 +251,21 @@ def onnx(n, training):
     return Case(title, what, [], [BatchNormalization], use, exact, False)
 
 
+def dask_ml(n):
+    title, theirs = host("dask-ml", "dask_ml.preprocessing", "StandardScaler")
+    import dask.array as da
+
+    from examples.hosts.dask_ml_ import StandardScaler
+
+    x = normal(n, 64)
+    lazy = da.from_array(x, chunks=(n // 16, 64))
+
+    def use(scaler):
+        return lambda: scaler().fit(lazy), scaler().fit(lazy).var_
+
+    return Case(title, f"fit ({n:,}, 64), 16 chunks", theirs, StandardScaler, use, exactly(x)[1])
+
+
 # With the sizes of the table, and those of --quick
 CASES = [
     (gymnasium_update, (2000,), (20,)),
@@ -260,6 +275,7 @@ CASES = [
     (fast_array_utils, (100_000,), (1000,)),
     (scanpy, (10_000,), (100,)),
     (scikit_learn, (100_000,), (1000,)),
+    (dask_ml, (800_000,), (1600,)),
     (lerobot, (32,), (2,)),
     (openpi, (2000,), (20,)),
     (anemoi, (100,), (2,)),

@@ -159,3 +159,30 @@ def test_a_worker_that_dies_changes_nothing(rng):
         assert not future.done()
         os.kill(client.run(os.getpid)[next(iter(client.scheduler_info()["workers"]))], signal.SIGKILL)
         assert future.result(timeout=60).to_bytes() == expected
+
+
+def test_partial_fit_in_dask_mls_place(rng):
+    """`examples/hosts/dask_ml_.py` against scikit-learn, whose partial_fit takes arrays."""
+    preprocessing = peer("sklearn.preprocessing")
+    from examples.hosts.dask_ml_ import StandardScaler
+
+    x = rng.standard_normal((300, 7)) * 3 + np.arange(7) * 100
+    x[:, 3] = 5
+    x[7, 2] = np.nan
+    for options in ({}, {"with_mean": False}, {"with_std": False}):
+        ours, exact = StandardScaler(**options), preprocessing.StandardScaler(**options)
+        for begin in (0, 100, 200):
+            part = x[begin : begin + 100]
+            assert ours.partial_fit(da.from_array(part, chunks=(13, 3))) is ours
+            exact.partial_fit(part)
+        assert ours.n_samples_seen_ == 300
+        for name in ("mean_", "var_", "scale_") if not options else ():
+            agree(getattr(ours, name), getattr(exact, name), 1e-12)
+        z = ours.transform(da.from_array(x, chunks=(50, 4)))
+        assert isinstance(z, da.Array)
+        np.testing.assert_allclose(z.compute(), exact.transform(x), rtol=1e-9, atol=1e-9)
+        with pytest.raises(ValueError, match="X has 5 features, and this scaler has seen 7"):
+            ours.partial_fit(da.from_array(x[:, :5], chunks=50))
+        again = ours.fit(da.from_array(x[:50], chunks=7))
+        assert again.n_samples_seen_ == 50
+        agree(again.moments_.mean, np.nanmean(x[:50], 0), 1e-12)

@@ -118,3 +118,20 @@ def test_a_rank_that_raises_is_named_in_time(tmp_path):
         assert missing == (1,)
         assert 1.4 < seconds < 2.5
         assert after == f"the forward pass of 'stage 2' cannot exchange anything any more, since {words}"
+
+
+def test_digits_on_two_ranks(tmp_path, capsys):
+    """`examples/ranks.py`: synchronized, the losses of one process; each rank its own, others."""
+    for package in ("sklearn", "matplotlib", "tqdm"):
+        peer(package)
+    from examples import ranks
+
+    ranks.main(["--seeds", "1", "--epochs", "1", "--out", str(tmp_path)])
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
+    assert [row[1].strip() for row in rows] == [ranks.ONE, ranks.SYNCHRONIZED, ranks.OWN]
+    assert float(rows[1][5]) < 1e-12 < 1e-2 < float(rows[2][5])
+    assert float(rows[1][6]) == 0 < float(rows[2][6])
+    assert (tmp_path / "ranks.png").exists()
+    with pytest.raises(SystemExit):
+        ranks.main(["--ranks", "9"])
+    assert "--ranks must be from 2 to half of the batch, 8, not 9" in capsys.readouterr().err
