@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import os
 import threading
 import time
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ except RuntimeError as error:
 __all__ = ["MissingRanksError", "SyncBatchNorm"]
 
 CALL, HERE = 1, 2  # tags of a roll call: who is there, and an answer
-SPIN = 200e-6  # seconds of waiting without sleep; most exchanges are done by then
+SPIN = 1e-3  # seconds of waiting without sleep; most exchanges are done by then
 NAP = 100e-6
 GRACE = 1.0  # seconds for the answers to a roll call, and at most a quarter of the timeout
 END = 3.0  # seconds for the end of MPI after ranks were missing
@@ -86,6 +87,8 @@ class Exchange:
             elif waited > SPIN:
                 self._answer()
                 time.sleep(NAP)
+            else:
+                os.sched_yield()  # to a rank that shares this core
         return list(started.all)
 
     def _is_done(self, started: _Gathering) -> bool:
