@@ -66,6 +66,7 @@ docs/api/index
 docs/architecture
 docs/numerics
 docs/performance
+docs/scaling
 docs/glossary
 CONTRIBUTING
 CHANGELOG

@@ -4,11 +4,13 @@
 """
 
 import re
+import shutil
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/numerics.md", "docs/performance.md", "examples/README.md")
+PAGES = ("README.md", "docs/numerics.md", "docs/performance.md", "docs/scaling.md", "examples/README.md")
+PICTURES = ("scaling.svg",)  # of benchmarks/out, that pages show
 BLOCK = re.compile(r"(<!-- from (\S+?)(?:#(\d+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -35,6 +37,8 @@ def main():
     for name in PAGES:
         page = ROOT / name
         page.write_text(updated(page.read_text()))
+    for name in PICTURES:
+        shutil.copy(ROOT / "benchmarks" / "out" / name, ROOT / "docs" / "_static" / name)
 
 
 if __name__ == "__main__":

@@ -135,3 +135,17 @@ def test_digits_on_two_ranks(tmp_path, capsys):
     with pytest.raises(SystemExit):
         ranks.main(["--ranks", "9"])
     assert "--ranks must be from 2 to half of the batch, 8, not 9" in capsys.readouterr().err
+
+
+def test_the_cost_model_runs(tmp_path, capsys):
+    for package in ("matplotlib", "tqdm"):
+        peer(package)
+    from benchmarks import scaling
+
+    scaling.main(["--quick", "--out", str(tmp_path)])
+    text = (tmp_path / "scaling.md").read_text()
+    assert text == capsys.readouterr().out
+    ratios = [float(line.split("|")[-2]) for line in text.splitlines() if " ranks, " in line]
+    assert len(ratios) == 8
+    assert all(0.05 < ratio < 20 for ratio in ratios)  # of three calls each
+    assert (tmp_path / "scaling.svg").read_text().count('<g id="axes_') == 4
