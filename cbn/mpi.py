@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import os
-import threading
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -149,12 +149,11 @@ class Exchange:
 
 
 def _end() -> None:
-    """End MPI, which waits for dead ranks for ever: then the whole job ends."""
-    ending = threading.Thread(target=MPI.Finalize, daemon=True)
-    ending.start()
-    ending.join(END)
-    if ending.is_alive():
-        MPI.COMM_WORLD.Abort(1)
+    """End MPI, which may wait for dead ranks for ever, and hold Python's lock: a C thread ends the process then."""
+    with open(os.devnull, "w") as nowhere:
+        faulthandler.dump_traceback_later(END, exit=True, file=nowhere)
+        MPI.Finalize()
+        faulthandler.cancel_dump_traceback_later()
 
 
 class _Engine:

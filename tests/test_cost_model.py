@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install -e '.[bench]'")
 
-from benchmarks import scaling  # noqa: E402
+from benchmarks import scaling
 
 NETWORK = scaling.Network("test", 1e-5, 1e-9, 2e-9)
 

@@ -100,23 +100,48 @@ def missing(comm):
     """Rank 1 raises in the middle of a step; the others say so in time."""
     import time
 
-    from cbn.mpi import MissingRanksError, SyncBatchNorm
+    from cbn.mpi import SyncBatchNorm
 
     layer = SyncBatchNorm(5, timeout=1.5, name="stage 2")
     x, dy, _ = given(4, "first", "float32")
     layer(x)
-    begin = time.monotonic()
     try:
-        layer.backward(dy if comm.rank != 1 else dy[:2])
-    except MissingRanksError as error:
-        first = str(error), error.ranks, time.monotonic() - begin
-        try:
-            layer(x)
-        except RuntimeError as after:
-            return (*first, str(after))
+        return missing_of(layer, lambda: layer.backward(dy if comm.rank != 1 else dy[:2]))
     except ValueError as error:
         time.sleep(4)
         return str(error)
+
+
+def killed(comm):
+    """Rank 1 is killed in the middle of a step; the others write what they were told, and end by themselves."""
+    import os
+    import signal
+
+    from cbn.mpi import SyncBatchNorm
+
+    layer = SyncBatchNorm(5, timeout=1.5, name="stage 2")
+    x, dy, _ = given(4, "first", "float32")
+    layer(x)
+    if comm.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return missing_of(layer, lambda: layer.backward(dy))
+
+
+def missing_of(layer, call):
+    """(message, ranks missing, seconds, what a later call says) of a call for which ranks do not come."""
+    import time
+
+    from cbn.mpi import MissingRanksError
+
+    begin = time.monotonic()
+    try:
+        call()
+    except MissingRanksError as error:
+        first = str(error), error.ranks, time.monotonic() - begin
+        try:
+            layer(given(4, "first", "float32")[0])
+        except RuntimeError as after:
+            return (*first, str(after))
 
 
 def details(comm):

@@ -1,10 +1,14 @@
 """`cbn.mpi` on several ranks against one process with the whole batch, and where ranks are missing."""
 
+import contextlib
 import os
 import pickle
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -108,9 +112,8 @@ def test_a_communicator_ends_and_another_has_its_handle(tmp_path):
             agree(np.concatenate([found[rank][k] for rank in part]), whole, 1e-12, part)
 
 
-def test_a_rank_that_raises_is_named_in_time(tmp_path):
-    found = run("missing", 3, tmp_path)
-    assert "dy has shape (2, 5, 4, 3)" in found[1]
+def were_told(found):
+    """Ranks 0 and 2, that rank 1 is missing."""
     for rank in (0, 2):
         message, missing, seconds, after = found[rank]
         words = "rank 1 of 3 did not come to the backward pass of 'stage 2' within 1.5 s"
@@ -118,6 +121,41 @@ def test_a_rank_that_raises_is_named_in_time(tmp_path):
         assert missing == (1,)
         assert 1.4 < seconds < 2.5
         assert after == f"the forward pass of 'stage 2' cannot exchange anything any more, since {words}"
+
+
+def test_a_rank_that_raises_is_named_in_time(tmp_path):
+    found = run("missing", 3, tmp_path)
+    assert "dy has shape (2, 5, 4, 3)" in found[1]
+    were_told(found)
+
+
+def test_a_rank_that_is_killed_is_named_in_time(tmp_path):
+    """mpiexec itself would end the job at once: shells stand between it and the ranks, hide the signal by which it
+    tells them of a failure, and say how they ended.
+    """
+    said = shlex.quote(str(tmp_path)) + "/$PMI_RANK"
+    then = f'trap "" USR1; "$@"; echo $? > {said}.part && mv {said}.part {said}.ended'
+    command = [MPIEXEC, "-disable-auto-cleanup", "-n", "3", "sh", "-c", then, "-", sys.executable]
+    job = subprocess.Popen(
+        [*command, "-m", "tests.distributed.ranks", "killed", str(tmp_path)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        ended = [tmp_path / f"{rank}.ended" for rank in range(3)]
+        deadline = time.monotonic() + 30
+        while not all(file.exists() for file in ended) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert ended[1].read_text() == "137\n"
+        assert all(file.exists() for file in ended)  # nobody waits for ever
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(job.pid, signal.SIGKILL)
+        job.wait()
+    were_told({rank: pickle.loads((tmp_path / f"{rank}.pickle").read_bytes()) for rank in (0, 2)})
 
 
 def test_digits_on_two_ranks(tmp_path, capsys):
