@@ -9,7 +9,7 @@ SOURCES := setup.py pyproject.toml $(wildcard $(foreach end,pyx pxd c h,cbn/kern
 SOURCES := $(filter-out $(MODULES:.pyx=.c),$(SOURCES))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-distributed test-sdist neon peers accuracy scaling docs readme bench bench-full bench-peers bench-compare lint sanitize self-check wheel clean
+.PHONY: help demo test test-slow test-distributed test-sdist neon peers accuracy scaling docs readme bench bench-full bench-peers bench-outofcore bench-compare lint sanitize self-check wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -79,7 +79,10 @@ docs: $(VENV)/.with-docs ## the pages and the public API as a site, in docs/_bui
 scaling: $(VENV)/.with-bench $(VENV)/.with-test-distributed ## the cost model for ranks and threads, beside runs of two and four ranks
 	$(BIN)/python -m benchmarks.scaling
 
-readme: accuracy scaling demo bench ## measure again what the pages show, and put it there
+bench-outofcore: $(VENV)/.built ## files of 4 GB, normalized within 100 MB of memory, beside a copy of the file
+	$(BIN)/python -m benchmarks.outofcore
+
+readme: accuracy scaling bench-outofcore demo bench ## measure again what the pages show, and put it there
 	$(BIN)/python docs/update_readme.py
 
 bench: $(VENV)/.with-bench ## measure a short list against the peers that are installed; a report to look at

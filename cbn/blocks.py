@@ -104,7 +104,7 @@ def positions(shape: Sequence[int], size: Sequence[int], order: Sequence[int]) -
 class Blocks:
     """An array that is read and written by blocks: one of numpy, of h5py or zarr, or any with shape, dtype, slices."""
 
-    copies = 3  # of a block, that a library may have in memory on the way to the disk or from it
+    copies = 4  # of a block, that a library may have in memory on the way to the disk or from it: measured
 
     def __init__(self, array: Any) -> None:
         self.array = array

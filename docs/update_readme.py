@@ -9,7 +9,14 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/numerics.md", "docs/performance.md", "docs/scaling.md", "examples/README.md")
+PAGES = (
+    "README.md",
+    "docs/numerics.md",
+    "docs/performance.md",
+    "docs/scaling.md",
+    "docs/api/outofcore.md",
+    "examples/README.md",
+)
 PICTURES = ("scaling.svg",)  # of benchmarks/out, that pages show
 BLOCK = re.compile(r"(<!-- from (\S+?)(?:#(\d+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 

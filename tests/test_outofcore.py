@@ -282,12 +282,12 @@ def test_a_memmap_that_has_no_file_any_more(rng, tmp_path, x):
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 GROWTH = """
-import resource, sys
 import numpy as np
 import cbn, cbn.outofcore
 bn = cbn.BatchNorm2d(16)
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+def peak():  # getrusage has the parent's memory in it
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) << 10 for line in status if line.startswith("VmHWM"))
 x = np.zeros((8, 16, 8, 8), np.float32)
 cbn.outofcore.batch_norm(x, bn, out="warm.npy")  # what is loaded once
 before = peak()
@@ -331,8 +331,8 @@ def calls(rng, x):
     """What can be interrupted: from a source and an out, with a state."""
     bn = layer(rng)
     return {
-        "moments": lambda a, out, **o: cbn.outofcore.moments(a, extrema=True, memory=30_000, **o).to_bytes(),
-        "update": lambda a, out, **o: cbn.outofcore.update(cbn.RunningMoments(12), a, memory=30_000, **o)._rows(),
+        "moments": lambda a, out, **o: cbn.outofcore.moments(a, extrema=True, memory=40_000, **o).to_bytes(),
+        "update": lambda a, out, **o: cbn.outofcore.update(cbn.RunningMoments(12), a, memory=40_000, **o)._rows(),
         "eval": lambda a, out, **o: np.array(cbn.outofcore.batch_norm(a, bn, out=out, memory=60_000, **o)),
         "train": lambda a, out, **o: np.array(
             cbn.outofcore.batch_norm(a, cbn.BatchNorm(6, eps=0.1), out=out, memory=60_000, **o)
@@ -515,7 +515,7 @@ def test_refusals(rng, tmp_path, x):
     refused(ValueError, "memory is 3 bytes, but the smallest block", run, path, bn, out=y, memory=3)
     refused(
         ValueError,
-        "of chunks of (3, 6, 10, 10), and takes 28,800",
+        "of chunks of (3, 6, 10, 10), and takes 36,000",
         run,
         Chunked(x, (3, 6, 10, 10)),
         bn,
@@ -565,3 +565,19 @@ def test_a_bar_on_a_terminal(rng, monkeypatch, x):
         cbn.outofcore.batch_norm(x, cbn.BatchNorm(6), out=np.empty_like(x), memory=20_000, **options)
         assert ("batch_norm: 100%" in stream.getvalue()) == shown
         assert ("173k/173k" in stream.getvalue()) == shown  # read twice
+
+
+def test_the_benchmark_checks_its_contenders(tmp_path):
+    from benchmarks import outofcore
+
+    assert outofcore.make(tmp_path, 1) == 64 * 4 * 64 * 56 * 56
+    for name in outofcore.CONTENDERS:
+        seconds, peak = outofcore.one_turn(tmp_path, name)
+        assert seconds > 0
+        assert peak is None or 2e7 < peak < 5e8
+        outofcore.check(tmp_path, name)
+        (tmp_path / "y.npy").unlink(missing_ok=True)
+    outofcore.one_turn(tmp_path, "evaluation")
+    np.load(tmp_path / "y.npy", mmap_mode="r+")[21] += 1
+    with pytest.raises(RuntimeError, match="evaluation: y is wrong from sample 21 on"):
+        outofcore.check(tmp_path, "evaluation")
