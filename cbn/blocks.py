@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import itertools
 import math
 import mmap
@@ -47,7 +49,10 @@ class Evaluation:
             raise TypeError(f"bn must be a cbn.BatchNorm, not {type(bn).__name__}")
         axis = checks.axis_index(bn.channel_axis, len(shape))
         if shape[axis] != bn.num_features:
-            raise ValueError(f"the array has {shape[axis]} channels, and the layer {bn.num_features}")
+            known = "does not know yet how many it has" if bn.num_features is None else f"has {bn.num_features}"
+            raise ValueError(f"the array has {shape[axis]} channels, and the layer {known}")
+        if bn.num_domains is not None:
+            raise ValueError(f"bn has {bn.num_domains} sets of statistics, of which an array in blocks cannot choose")
         if checks.native_input(dtype) is None:
             raise TypeError(f"the array has dtype {dtype}; expected {checks.INPUTS}")
         batch = bn.use_batch_stats
@@ -227,14 +232,24 @@ class Mapped(InMemory):
     def create(cls, path: str, like: Blocks, dtype: np.dtype[Any]) -> Mapped:
         """A new .npy file, for the results of this array's blocks."""
         fortran = like.order == tuple(reversed(range(len(like.shape)))) and len(like.shape) > 1
-        np.lib.format.open_memmap(path + PART, "w+", dtype, like.shape, fortran_order=fortran)
-        return cls.resume(path)
+        file = _locked(path + PART)
+        try:
+            array = np.lib.format.open_memmap(path + PART, "w+", dtype, like.shape, fortran_order=fortran)
+        except BaseException:
+            os.close(file)
+            raise
+        return cls(array, file, path)
 
     @classmethod
     def resume(cls, path: str) -> Mapped:
         """The file that `create` began."""
-        array = np.lib.format.open_memmap(path + PART, "r+")
-        return cls(array, os.open(path + PART, os.O_RDWR), path)
+        file = _locked(path + PART)
+        try:
+            array = np.lib.format.open_memmap(path + PART, "r+")
+        except BaseException:
+            os.close(file)
+            raise
+        return cls(array, file, path)
 
     @property
     def modified(self) -> int | None:
@@ -301,8 +316,8 @@ class Mapped(InMemory):
     def _wait(self, i: int) -> None:
         writing = self.writing[i]
         if writing is not None:
+            writing.result()  # an error stays: what was to be written is not there
             self.writing[i] = None
-            writing.result()
 
     def flush(self) -> None:
         self._wait(0)
@@ -318,8 +333,9 @@ class Mapped(InMemory):
         self.flush()
         if self.path is None:
             return self.array
-        os.replace(self.path + PART, self.path)
-        return np.load(self.path, mmap_mode="r+")
+        path, self.path = self.path, None
+        os.replace(path + PART, path)
+        return np.load(path, mmap_mode="r+")
 
     def abandon(self, resumable: bool) -> None:
         self.writer.shutdown()
@@ -327,8 +343,7 @@ class Mapped(InMemory):
             os.close(self.file)
             self.file = None
         if self.path is not None and not resumable:
-            with contextlib.suppress(FileNotFoundError):  # it is whole
-                os.unlink(self.path + PART)
+            os.unlink(self.path + PART)
 
     def span(self, at: Slices) -> int:
         """Bytes between the first and the last one of a block, all of which may come to memory with it."""
@@ -348,6 +363,19 @@ class Mapped(InMemory):
         if mine == others and self.array.strides == other.array.strides and self.dtype == other.dtype:
             return True
         raise ValueError("out overlaps the array in its file, and is another one")
+
+
+def _locked(path: str) -> int:
+    """A descriptor of a file, which may be new and which no other process writes at the same time."""
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(file)
+        raise BlockingIOError(errno.EAGAIN, "it is being written already", path) from None
+    except OSError:
+        pass  # a file system without locks
+    return file
 
 
 def _write_all(file: int, content: memoryview, place: int) -> None:
@@ -372,7 +400,9 @@ def source_of(array: Any, name: str = "array") -> Blocks:
 def target_of(out: Any, source: Blocks, dtype: np.dtype[Any], begun: bool) -> Blocks:
     """Where results go. A path: a new .npy file, or the one that was `begun`."""
     if isinstance(out, (str, os.PathLike)):
-        path = os.path.abspath(os.fspath(out))
+        path = os.path.realpath(os.fspath(out))
+        if os.path.isdir(path):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
         if not path.endswith(".npy"):
             raise ValueError(
                 f"out is {os.fspath(out)!r}; a path ends with .npy, and other files are passed as open arrays"
@@ -385,15 +415,24 @@ def target_of(out: Any, source: Blocks, dtype: np.dtype[Any], begun: bool) -> Bl
         target: Blocks = Mapped.resume(path) if begun else Mapped.create(path, source, dtype)
     else:
         target = _array(out, "out")
-    if target.shape != source.shape:
-        raise ValueError(f"out has shape {target.shape}; expected {source.shape}, as the array")
+    try:
+        _expect(target, source.shape, dtype)
+    except BaseException:
+        target.abandon(begun)
+        raise
+    return target
+
+
+def _expect(target: Blocks, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    """Refuse an `out` that cannot take results of this shape and dtype."""
+    if target.shape != shape:
+        raise ValueError(f"out has shape {target.shape}; expected {shape}, as the array")
     if target.dtype != dtype:
         raise TypeError(f"out has dtype {target.dtype}; expected {dtype}")
     if isinstance(target, Mapped):
         target.open_for_writing()
     elif isinstance(target, InMemory) and not target.array.flags.writeable:
         raise ValueError("out is read-only")
-    return target
 
 
 def _array(array: Any, name: str) -> Blocks:

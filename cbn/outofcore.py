@@ -72,8 +72,12 @@ def moments(
     """
     source = source_of(array)
     axis = checks.axis_index(channel_axis, len(source.shape))
-    options: dict[str, Any] = {"channel_axis": axis, "skipna": skipna, "extrema": extrema}
-    measured(source.nothing((axis,)), **options)  # which checks them
+    options: dict[str, Any] = {
+        "channel_axis": axis,
+        "skipna": checks.boolean(skipna, "skipna"),
+        "extrema": checks.boolean(extrema, "extrema"),
+    }
+    measured(source.nothing((axis,)), **options)  # which checks the array
     with Work("moments", source, None, memory, state, progress, options) as work:
         return _moments(work, **options)
 
@@ -126,7 +130,7 @@ def update(
         return running._measured(block, None, None)
 
     none = measure(source.nothing(whole))  # which checks the shape
-    settings = {"shape": running.shape, "skipna": running.skipna, "extrema": running.extrema}
+    settings = {name: getattr(running, name) for name in ("shape", "channel_axis", "skipna", "extrema")}
     with Work("update", source, None, memory, state, progress, settings, whole=whole) as work:
         found = work.measure(measure, none, None)
     return running.merge(found)
@@ -259,6 +263,7 @@ def standardize(
     zeros = np.zeros(source.shape[axis])
     dtype = scaling.standardize(source.nothing((axis,)), zeros, zeros, channel_axis=axis, **options).dtype
     given = None if moments is None else moments.to_bytes()
+    correction = checks.number(correction, "correction", "a number")
     settings = {"channel_axis": axis, "correction": correction, "moments": digest(given), "options": repr(options)}
     with Work("standardize", source, (out, dtype), memory, state, progress, settings, measures=not given) as work:
         if moments is None:

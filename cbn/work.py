@@ -52,11 +52,11 @@ class Work:
     ) -> None:
         memory = int(checks.number(memory, "memory", "a number of bytes"))
         shown = checks.boolean(progress, "progress")
-        path = None if state is None else os.path.abspath(os.fspath(state))
+        path = None if state is None else os.path.realpath(os.fspath(state))
         record = None if path is None else _read(path)
         self.source, self.target, self.result = source, None, None
         if out is not None:
-            if path is not None and isinstance(out[0], (str, os.PathLike)) and os.path.abspath(out[0]) == path:
+            if path is not None and isinstance(out[0], (str, os.PathLike)) and os.path.realpath(out[0]) == path:
                 raise ValueError("state and out are the same file")
             self.target = target_of(out[0], source, out[1], record is not None)
         try:
@@ -88,7 +88,7 @@ class Work:
             if kind is None and self.target is not None:
                 self.result = self.target.finish()
         finally:
-            self._abandon(self.journal is not None)
+            self._abandon(self.journal is not None and os.path.exists(self.journal.path))
 
     def _abandon(self, resumable: bool) -> None:
         if self.target is not None:
@@ -200,14 +200,16 @@ class Journal:
         """Remove the state if the work is complete, else write how far it came."""
         if self.thread is not None:
             self.thread.join()
-        if self.target is not None:
-            self.target.flush()
         if not complete:
-            self._write(self._record())
+            with contextlib.suppress(Exception):  # of a write: the last record stays
+                if self.target is not None:
+                    self.target.flush()
+                self._write(self._record())
             return
         if self.error is not None:
             raise self.error
         if self.target is not None:
+            self.target.flush()
             self.target.sync()
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.path)

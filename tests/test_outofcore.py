@@ -1,5 +1,6 @@
 """Arrays larger than memory: values, bits, blocks by chunks and by the memory asked for, interruption, refusals."""
 
+import functools
 import io
 import json
 import os
@@ -14,7 +15,7 @@ import pytest
 
 import cbn
 import cbn.outofcore
-from cbn import work
+from cbn import blocks, work
 from cbn.blocks import Mapped, cut, positions
 
 from .paths import LAYOUTS, LIMIT, in_memory_order
@@ -416,6 +417,55 @@ def test_killed_work_goes_on(tmp_path):
     assert not (tmp_path / "state.json").exists()
 
 
+@pytest.mark.parametrize("fail_at", [0, 1, 2, 5, 7])
+def test_a_write_that_fails_is_not_taken_as_done(rng, tmp_path, monkeypatch, eager, x, fail_at):
+    """As of a full disk; it fails while the next block is made, or the one after it."""
+    bn, n, write = layer(rng), [0], blocks._write_all
+
+    def failing(*args):
+        n[0] += 1
+        if n[0] == fail_at + 1:
+            raise OSError(28, "No space left on device")
+        write(*args)
+
+    monkeypatch.setattr(blocks, "_write_all", failing)
+    call = functools.partial(cbn.outofcore.batch_norm, x, bn, out=tmp_path / "y.npy", memory=40_000)
+    with pytest.raises(OSError, match="No space left"):
+        call(state=tmp_path / "state")
+    assert not (tmp_path / "y.npy").exists()
+    assert (tmp_path / "state").exists() == (tmp_path / "y.npy.part").exists()
+    assert np.array_equal(call(state=tmp_path / "state"), bn(x))
+    n[0] = 0
+    with pytest.raises(OSError, match="No space left"):
+        call()
+    assert [p.name for p in tmp_path.iterdir()] == ["y.npy"]
+
+
+def test_two_processes_do_not_write_one_file(rng, tmp_path, x):
+    source, seen = Chunked(x, (3, 6, 10, 12)), []
+
+    class Meanwhile(Chunked):
+        def __getitem__(self, at):
+            if not seen:
+                seen.append(1)
+                with pytest.raises(BlockingIOError, match="it is being written already"):
+                    cbn.outofcore.batch_norm(source, layer(rng), out=tmp_path / "y.npy")
+            return super().__getitem__(at)
+
+    bn = layer(rng)
+    y = cbn.outofcore.batch_norm(Meanwhile(x, (3, 6, 10, 12)), bn, out=tmp_path / "y.npy")
+    assert seen
+    assert np.array_equal(y, bn(x))
+
+
+def test_a_link_stays_a_link(rng, tmp_path, x):
+    (tmp_path / "link.npy").symlink_to(tmp_path / "y.npy")
+    bn = layer(rng)
+    cbn.outofcore.batch_norm(x, bn, out=tmp_path / "link.npy")
+    assert (tmp_path / "link.npy").is_symlink()
+    assert np.array_equal(np.load(tmp_path / "y.npy"), bn(x))
+
+
 def test_without_a_state_nothing_is_left_of_a_file(rng, tmp_path, x):
     source = Chunked(x, (3, 6, 10, 12))
     source.fail_at = 4
@@ -494,7 +544,9 @@ def test_refusals(rng, tmp_path, x):
         assert sorted(p.name for p in tmp_path.iterdir()) == before
 
     refused(TypeError, "bn must be a cbn.BatchNorm, not int", run, path, 3, out=y)
-    refused(ValueError, "the array has 6 channels, and the layer 5", run, path, cbn.BatchNorm(5), out=y)
+    refused(ValueError, "the array has 6 channels, and the layer has 5", run, path, cbn.BatchNorm(5), out=y)
+    refused(ValueError, "and the layer does not know yet how many", run, path, cbn.BatchNorm(None), out=y)
+    refused(ValueError, "bn has 2 sets of statistics", run, path, cbn.BatchNorm(6, num_domains=2), out=y)
     refused(TypeError, "the array has dtype int8; expected float32", run, x.astype(np.int8), bn, out=y)
     refused(TypeError, "array must be the path of an .npy file, or an array", run, [1, 2], bn, out=y)
     refused(TypeError, "out must be the path of an .npy file, or an array", run, path, bn, out=None)
@@ -511,6 +563,8 @@ def test_refusals(rng, tmp_path, x):
     refused(ValueError, "which is no .npy file", run, tmp_path / "text", bn, out=y)
     refused(ValueError, 'a memmap of mode "c"', run, np.load(path, mmap_mode="c"), bn, out=y)
     refused(TypeError, "masked array", run, np.ma.array(x), bn, out=y)
+    (tmp_path / "folder.npy").mkdir()
+    refused(IsADirectoryError, "folder.npy", run, path, bn, out=tmp_path / "folder.npy")
     refused(TypeError, "memory must be a number of bytes, not '1 GB'", run, path, bn, out=y, memory="1 GB")
     refused(ValueError, "memory is 3 bytes, but the smallest block", run, path, bn, out=y, memory=3)
     refused(

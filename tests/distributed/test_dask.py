@@ -130,7 +130,11 @@ def test_refusals(rng):
         (lambda: cbn.dask.moments(lazy.astype(complex)), TypeError, "complex128"),
         (lambda: cbn.dask.moments(unknown), ValueError, r"compute_chunk_sizes\(\) finds them"),
         (lambda: cbn.dask.batch_norm(lazy, 3), TypeError, "bn must be a cbn.BatchNorm, not int"),
-        (lambda: cbn.dask.batch_norm(lazy, cbn.BatchNorm(5)), ValueError, "the array has 6 channels, and the layer 5"),
+        (
+            lambda: cbn.dask.batch_norm(lazy, cbn.BatchNorm(5)),
+            ValueError,
+            "the array has 6 channels, and the layer has 5",
+        ),
         (lambda: cbn.dask.batch_norm(lazy.astype(int), cbn.BatchNorm(6)), TypeError, "the array has dtype int64"),
         (lambda: cbn.dask.standardize(lazy, eps=-1), ValueError, "eps"),
     ):
