@@ -65,8 +65,8 @@ def make(folder, n_bytes):
 
 def settled(folder):
     """Nothing of the last contender is left, and nothing is on its way to the disk."""
-    for name in ("y.npy", "y.npy.part", "state"):
-        (folder / name).unlink(missing_ok=True)
+    for file in [folder / "y.npy", folder / "state", *folder.glob("*.part")]:
+        file.unlink(missing_ok=True)
     os.sync()
     time.sleep(0.5)
 
@@ -114,9 +114,10 @@ def killed(folder):
     (folder / "y.npy").rename(folder / "whole.npy")
     settled(folder)
     child = process(folder, call)
-    half, part = os.path.getsize(folder / "x.npy") / 2, folder / "y.npy.part"
+    half = os.path.getsize(folder / "x.npy") / 2
     while child.poll() is None:  # blocks are written one after the other, into a file without content
-        if part.exists() and part.stat().st_blocks * 512 > half and (folder / "state").exists():
+        written = sum(part.stat().st_blocks * 512 for part in folder.glob("*.part"))
+        if written > half and (folder / "state").exists():
             child.send_signal(signal.SIGKILL)
             child.wait()
     if not (folder / "state").exists():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import itertools
 import math
 import mmap
@@ -18,14 +17,12 @@ import numpy as np
 from numpy.lib.array_utils import byte_bounds
 
 from . import checks, steps
-from .batchnorm import BatchNorm
+from .batchnorm import BatchNorm, refuse_overrides
 from .checks import Act, Array, Doubles
 from .inputs import as_input
 from .kernels import passes
 
 Slices = tuple[slice, ...]
-
-PART = ".part"  # what a file's name ends with until the file is whole
 
 
 # ---- a layer ---------------------------------------------------------------------------------------------------------
@@ -58,6 +55,10 @@ class Evaluation:
         batch = bn.use_batch_stats
         if batch is None:
             batch = bn.training or bn.running_mean is None
+        refuse_overrides(bn, "an array in blocks")
+        for option in ("ghost_batch_size", "renorm") if batch else ():
+            if getattr(bn, option) is not None:
+                raise ValueError(f"bn has {option}, which is for batches: an array in blocks is normalized as a whole")
         statistics = None if batch else (np.array(bn.running_mean, np.float64), np.array(bn.running_var, np.float64))
         weight, bias = (None if v is None else np.array(v, np.float64) for v in (bn.weight, bn.bias))
         return cls(axis, statistics, (weight, bias), bn.eps, checks.activation(bn.activation), bn.dtype)
@@ -120,9 +121,26 @@ class Blocks:
         self.order = tuple(range(len(self.shape)))
 
     @property
+    def file_name(self) -> str | None:
+        """Of the file that the array is in, where that is known."""
+        found = getattr(getattr(self.array, "file", None), "filename", None)  # of h5py
+        return found if isinstance(found, str) and os.path.isfile(found) else None
+
+    @property
     def modified(self) -> int | None:
         """When the file was written last, where that is known."""
-        return None
+        return None if self.file_name is None else os.stat(self.file_name).st_mtime_ns
+
+    @property
+    def identity(self) -> dict[str, Any] | None:
+        """What tells the array from others, as far as its library says it; None of an array in memory."""
+        names = {"file": self.file_name, "name": getattr(self.array, "name", None)}
+        store = getattr(self.array, "store_path", None)  # of zarr
+        return names | {"store": None if store is None else str(store), "kind": type(self.array).__name__}
+
+    def is_in_file_of(self, other: Blocks) -> bool:
+        mine, others = self.file_name, other.file_name
+        return mine is not None and others is not None and os.path.samefile(mine, others)
 
     def nothing(self, whole: Sequence[int]) -> Array:
         """An array without elements, as a block is, with all of these axes."""
@@ -152,9 +170,8 @@ class Blocks:
 
     def sync(self) -> None:
         """Let what the system has of it reach the disk, where the file is known; any thread may call it."""
-        filename = getattr(getattr(self.array, "file", None), "filename", None)  # of h5py
-        if filename is not None and os.path.isfile(filename):
-            with open(filename, "rb") as file:
+        if self.file_name is not None:
+            with open(self.file_name, "rb") as file:
                 os.fsync(file.fileno())
 
     def finish(self) -> Any:
@@ -184,6 +201,7 @@ class InMemory(Blocks):
         return self.array[at]  # type: ignore[no-any-return]
 
     room = read
+    file_name = identity = None
 
     def write(self, at: Slices, y: Array) -> None:
         pass  # it was made there
@@ -215,53 +233,65 @@ class Mapped(InMemory):
 
     copies = 2
 
-    def __init__(self, array: Any, descriptor: int | None = None, path: str | None = None) -> None:
+    def __init__(self, array: Array, mapped: Any, path: str | None = None, part: str | None = None) -> None:
+        """array: of the memory of `mapped`; part: the file of this name, beside `path`, is ours until it is whole."""
         super().__init__(array)
-        if array.mode == "c":
+        if mapped.mode == "c":
             raise ValueError('a memmap of mode "c" cannot be given back to its file: open it with mode "r" or "r+"')
-        self.map: mmap.mmap = array._mmap
+        self.mapped = mapped
+        self.map: mmap.mmap = mapped._mmap
         self.start: int = np.frombuffer(self.map, np.uint8).ctypes.data
-        self.in_file = array.offset - array.offset % mmap.ALLOCATIONGRANULARITY - self.start  # add it to an address
-        self.file = descriptor
-        self.path = path  # of a file of ours, which ends with PART until it is whole
+        self.in_file = mapped.offset - mapped.offset % mmap.ALLOCATIONGRANULARITY - self.start  # add it to an address
+        self.path, self.part = path, part
+        self.file = None if path is None else os.open(self.part_path, os.O_RDWR)
         self.writer = ThreadPoolExecutor(1, "cbn.outofcore")
         self.buffers: list[Array | Any] = [None, None]  # in turns
         self.writing: list[Future[None] | None] = [None, None]  # what is written from each of them
 
     @classmethod
     def create(cls, path: str, like: Blocks, dtype: np.dtype[Any]) -> Mapped:
-        """A new .npy file, for the results of this array's blocks."""
+        """A new .npy file, for the results of this array's blocks; until it is whole no other file has its name."""
         fortran = like.order == tuple(reversed(range(len(like.shape)))) and len(like.shape) > 1
-        file = _locked(path + PART)
+        part = f"{os.path.basename(path)}.{os.urandom(4).hex()}.part"
+        place = os.path.join(os.path.dirname(path), part)
         try:
-            array = np.lib.format.open_memmap(path + PART, "w+", dtype, like.shape, fortran_order=fortran)
+            array = np.lib.format.open_memmap(place, "w+", dtype, like.shape, fortran_order=fortran)
+            return cls(array, array, path, part)
         except BaseException:
-            os.close(file)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(place)
             raise
-        return cls(array, file, path)
 
     @classmethod
-    def resume(cls, path: str) -> Mapped:
+    def resume(cls, path: str, part: str, dtype: np.dtype[Any]) -> Mapped:
         """The file that `create` began."""
-        file = _locked(path + PART)
-        try:
-            array = np.lib.format.open_memmap(path + PART, "r+")
-        except BaseException:
-            os.close(file)
-            raise
-        return cls(array, file, path)
+        array = np.lib.format.open_memmap(os.path.join(os.path.dirname(path), part), "r+")
+        return cls(_typed(array, dtype), array, path, part)
 
     @property
-    def modified(self) -> int | None:
-        filename = self.array.filename
-        return None if filename is None or not os.path.exists(filename) else os.stat(filename).st_mtime_ns
+    def part_path(self) -> str:
+        assert self.path is not None
+        assert self.part is not None
+        return os.path.join(os.path.dirname(self.path), self.part)
+
+    @property
+    def file_name(self) -> str | None:  # type: ignore[override]
+        found = self.mapped.filename
+        return None if found is None or not os.path.exists(found) else os.path.realpath(found)
+
+    @property
+    def identity(self) -> dict[str, Any] | None:  # type: ignore[override]
+        if self.path is not None:
+            return {"file": self.path, "part": self.part}
+        place = byte_bounds(self.array)[0] + self.in_file
+        return {"file": self.file_name, "place": place, "strides": self.array.strides}
 
     def open_for_writing(self) -> None:
         if not self.array.flags.writeable:
             raise ValueError('out is read-only: a memmap of mode "r+" or "w+" can be written')
-        if self.file is None and self.is_file(self.array.filename):
+        if self.file is None and self.is_file(self.mapped.filename):
             with contextlib.suppress(OSError):
-                self.file = os.open(self.array.filename, os.O_RDWR)
+                self.file = os.open(self.mapped.filename, os.O_RDWR)
 
     def is_file(self, path: Any) -> bool:
         """Whether memory is mapped from what now has this path, as far as Linux tells."""
@@ -296,7 +326,7 @@ class Mapped(InMemory):
 
     def room(self, at: Slices) -> Array:
         part: Array = self.array[at]
-        if self.file is None or not self._is_contiguous(part):
+        if self.file is None:
             return part
         self._wait(0)
         if self.buffers[0] is None or self.buffers[0].size < part.size:
@@ -306,10 +336,10 @@ class Mapped(InMemory):
         return room
 
     def write(self, at: Slices, y: Array) -> None:
-        part = self.array[at]
-        if self.file is not None and self._is_contiguous(part):
-            content = y.transpose(self.order).view(np.uint8).reshape(-1).data
-            self.writing[0] = self.writer.submit(_write_all, self.file, content, byte_bounds(part)[0] + self.in_file)
+        if self.file is not None:
+            target = self.array[at].transpose(self.order)
+            place = target.__array_interface__["data"][0] + self.in_file
+            self.writing[0] = self.writer.submit(_write_runs, self.file, y.transpose(self.order), place, target.strides)
             self.buffers.reverse()
             self.writing.reverse()
 
@@ -333,17 +363,18 @@ class Mapped(InMemory):
         self.flush()
         if self.path is None:
             return self.array
-        path, self.path = self.path, None
-        os.replace(path + PART, path)
-        return np.load(path, mmap_mode="r+")
+        place, path = self.part_path, self.path
+        self.path = None
+        os.replace(place, path)
+        return _typed(np.load(path, mmap_mode="r+"), self.dtype)
 
     def abandon(self, resumable: bool) -> None:
         self.writer.shutdown()
+        if self.path is not None and not resumable:
+            os.unlink(self.part_path)
         if self.file is not None:
             os.close(self.file)
             self.file = None
-        if self.path is not None and not resumable:
-            os.unlink(self.path + PART)
 
     def span(self, at: Slices) -> int:
         """Bytes between the first and the last one of a block, all of which may come to memory with it."""
@@ -353,9 +384,7 @@ class Mapped(InMemory):
     def is_same(self, other: Blocks) -> bool:
         if super().is_same(other):
             return True
-        if not isinstance(other, Mapped) or None in (self.modified, other.modified):
-            return False
-        if not os.path.samefile(self.array.filename, other.array.filename):
+        if not isinstance(other, Mapped) or not self.is_in_file_of(other):
             return False
         mine, others = ([end + b.in_file for end in byte_bounds(b.array)] for b in (self, other))
         if mine[1] <= others[0] or others[1] <= mine[0]:
@@ -365,17 +394,21 @@ class Mapped(InMemory):
         raise ValueError("out overlaps the array in its file, and is another one")
 
 
-def _locked(path: str) -> int:
-    """A descriptor of a file, which may be new and which no other process writes at the same time."""
-    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(file)
-        raise BlockingIOError(errno.EAGAIN, "it is being written already", path) from None
-    except OSError:
-        pass  # a file system without locks
-    return file
+def _typed(array: Any, dtype: np.dtype[Any]) -> Any:
+    """With the dtype that .npy has no name for, as bfloat16."""
+    return array.view(dtype) if array.dtype.kind == "V" and array.dtype.itemsize == dtype.itemsize else array
+
+
+def _write_runs(file: int, y: Array, place: int, strides: tuple[int, ...]) -> None:
+    """Write the contiguous y where an array in the file has its values, with these strides, run by run."""
+    n_outer, size = y.ndim, y.dtype.itemsize
+    while n_outer and (strides[n_outer - 1] == size or y.shape[n_outer - 1] == 1):
+        n_outer -= 1
+        size *= y.shape[n_outer]
+    content = y.reshape(-1).view(np.uint8).data
+    for i, index in enumerate(np.ndindex(y.shape[:n_outer])):
+        at = place + sum(k * stride for k, stride in zip(index, strides, strict=False))
+        _write_all(file, content[i * size : (i + 1) * size], at)
 
 
 def _write_all(file: int, content: memoryview, place: int) -> None:
@@ -397,8 +430,8 @@ def source_of(array: Any, name: str = "array") -> Blocks:
     return _array(array, name)
 
 
-def target_of(out: Any, source: Blocks, dtype: np.dtype[Any], begun: bool) -> Blocks:
-    """Where results go. A path: a new .npy file, or the one that was `begun`."""
+def target_of(out: Any, source: Blocks, dtype: np.dtype[Any], begun: dict[str, Any] | None) -> Blocks:
+    """Where results go. A path: a new .npy file, or the one that was `begun`, as its identity says."""
     if isinstance(out, (str, os.PathLike)):
         path = os.path.realpath(os.fspath(out))
         if os.path.isdir(path):
@@ -407,18 +440,20 @@ def target_of(out: Any, source: Blocks, dtype: np.dtype[Any], begun: bool) -> Bl
             raise ValueError(
                 f"out is {os.fspath(out)!r}; a path ends with .npy, and other files are passed as open arrays"
             )
-        mine = getattr(source.array, "filename", None)
-        if os.path.exists(path) and mine is not None and os.path.samefile(mine, path):
+        if source.file_name is not None and os.path.exists(path) and os.path.samefile(source.file_name, path):
             raise ValueError("out is the file of the array: to work in place, pass a memmap of mode 'r+' as both")
-        if begun and not os.path.exists(path + PART):
-            raise FileNotFoundError(f"there is no {path + PART}, with which the state goes on")
-        target: Blocks = Mapped.resume(path) if begun else Mapped.create(path, source, dtype)
+        if begun is None:
+            target: Blocks = Mapped.create(path, source, dtype)
+        elif begun.get("part") is None or begun["file"] != path:
+            raise ValueError(f"the state is of work whose out is {begun.get('file')!r}, and not {path!r}")
+        else:
+            target = Mapped.resume(path, begun["part"], dtype)
     else:
         target = _array(out, "out")
     try:
         _expect(target, source.shape, dtype)
     except BaseException:
-        target.abandon(begun)
+        target.abandon(begun is not None)
         raise
     return target
 
@@ -438,9 +473,12 @@ def _expect(target: Blocks, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Non
 def _array(array: Any, name: str) -> Blocks:
     if isinstance(array, np.ma.MaskedArray):
         checks.unmasked(array, name)
-    if isinstance(array, np.memmap) and getattr(array, "_mmap", None) is not None:
-        return Mapped(array)
     if isinstance(array, np.ndarray):
+        owner: Any = array
+        while isinstance(owner, np.ndarray):  # np.asarray(memmap) is in its file, too
+            if isinstance(owner, np.memmap) and getattr(owner, "_mmap", None) is not None:
+                return Mapped(array, owner)
+            owner = owner.base
         return InMemory(array)
     chunks = getattr(array, "chunks", None)
     if chunks and not all(isinstance(size, int) for size in chunks):
@@ -450,4 +488,7 @@ def _array(array: Any, name: str) -> Blocks:
             f"{name} must be the path of an .npy file, or an array as numpy, h5py or zarr have it, "
             f"not {type(array).__name__}"
         )
-    return Blocks(array)
+    try:
+        return Blocks(array)
+    except TypeError:
+        raise TypeError(f"{name} has dtype {array.dtype}, which is none of numpy's") from None

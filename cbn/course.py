@@ -151,7 +151,7 @@ def normalize(
             masked.refuse_few(inp, selection)
     if in_slices:
         if now.nonfinite == "raise":
-            _refuse_nonfinite(measure(inp), now.nonfinite)
+            refuse_nonfinite(measure(inp), now.nonfinite)
         y, context, whole = ghost.forward(inp, now.affine, now.eps, now.epilogue, out, now.ghost)
         return y, context, _move(whole, unbiased) if course.tracked else None
     if course.batch_statistics:
@@ -162,7 +162,7 @@ def normalize(
         counts = course.tracked and inp.count > 0
         moved = measure(inp, selection=selection) if course.tracked else None  # before the pass, which may overwrite x
         if moved is not None:
-            _refuse_nonfinite(moved, now.nonfinite)
+            refuse_nonfinite(moved, now.nonfinite)
         if mix:
             y, context = _mixed(inp, now, mix, out, selection)
         else:
@@ -226,7 +226,7 @@ def _batch(
     elif now.nonfinite == "raise" or now.course.single:
         given = measure(inp, selection=selection)
     if given is not None:
-        _refuse_nonfinite(given, now.nonfinite)
+        refuse_nonfinite(given, now.nonfinite)
     if now.renorm is not None:
         if now.options.moments is not None:
             raise ValueError("renorm corrects the batch's statistics, and moments takes their place: pass one of them")
@@ -255,7 +255,7 @@ def check_moments(given: Moments, n_channels: int) -> None:
         )
 
 
-def _refuse_nonfinite(found: Moments, nonfinite: str) -> None:
+def refuse_nonfinite(found: Moments, nonfinite: str) -> None:
     if nonfinite != "raise":
         return
     bad = np.flatnonzero(~(np.isfinite(found.mean) & np.isfinite(found.m2)))

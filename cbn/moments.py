@@ -226,20 +226,16 @@ class Moments:
             return Moments._of(*merged)
         return Moments._of(*merged, np.minimum(self.min, other.min), np.maximum(self.max, other.max))
 
-    def _copy(self) -> Moments:
-        """The same in memory of its own."""
+    def _with_part(self, other: Moments, channels: slice) -> Moments:
+        """Merged with what some of the channels have elsewhere; neither changes."""
+        count, mean, m2, low = rows = [row.copy() for row in self._rows]
         extremes = () if self.min is None else (self.min.copy(), self.max.copy())
-        return Moments._of(*(row.copy() for row in self._rows), *extremes)
-
-    def _merge(self, other: Moments, channels: slice) -> None:
-        """Merge, in place, what some of the channels have elsewhere."""
-        count, mean, m2, low = (row[channels] for row in self._rows)
-        merged = passes.merge_moments((count, mean, m2, low), other._rows)
-        for row, new in zip(self._rows, merged, strict=True):
+        own = (count[channels], mean[channels], m2[channels], low[channels])
+        for row, new in zip(rows, passes.merge_moments(own, other._rows), strict=True):
             row[channels] = new
-        if self.min is not None:
-            self.min[channels] = np.minimum(self.min[channels], other.min)
-            self.max[channels] = np.maximum(self.max[channels], other.max)
+        for row, new, better in zip(extremes, (other.min, other.max), (np.minimum, np.maximum), strict=False):
+            row[channels] = better(row[channels], new)
+        return Moments._of(*rows, *extremes)
 
     @classmethod
     def merge(cls, parts: Iterable[Moments]) -> Moments:

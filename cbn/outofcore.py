@@ -157,8 +157,9 @@ def batch_norm(
     bn : cbn.BatchNorm
         A layer of any kind; its channel axis counts.
     out : path or array
-        Path of an .npy file to make, or an array with the shape and dtype of the array. A file has ``.part`` behind its
-        name until it is whole. With the array itself as ``out`` work is done in place, and cannot have a `state`.
+        Path of an .npy file to make, or an array with the shape and dtype of the array. A file that is made has another
+        name, which ends with ``.part``, until it is whole. With the array itself as ``out`` work is done in place, and
+        cannot have a `state`.
     memory, state, progress
         As for `moments`. A state is written when what it says has reached the disk, as far as the library of `out` sees
         to that.
@@ -188,12 +189,13 @@ def batch_norm(
     source = source_of(array)
     layer = Evaluation.of(bn, source.shape, source.dtype)
     axis, statistics = layer.axis, layer.statistics
-    settings = {"layer": digest(layer.affine, statistics, layer.eps, layer.act, layer.dtype)}
+    settings = {"channel_axis": axis, "layer": digest(layer.affine, statistics, layer.eps, layer.act, layer.dtype)}
     target = out, checks.native_input(source.dtype)
     with Work("batch_norm", source, target, memory, state, progress, settings, measures=statistics is None) as work:
         if statistics is None:
             found = _moments(work, axis)
             if math.prod(source.shape) > 0:
+                course.refuse_nonfinite(found, bn.nonfinite)
                 course.check_moments(found, source.shape[axis])
             statistics = found.mean, found.var()
         work.apply(lambda block, channels, y: layer(block, channels, statistics, y), axis)
@@ -263,8 +265,16 @@ def standardize(
     zeros = np.zeros(source.shape[axis])
     dtype = scaling.standardize(source.nothing((axis,)), zeros, zeros, channel_axis=axis, **options).dtype
     given = None if moments is None else moments.to_bytes()
+    how = {"eps": 1e-8, "eps_outside": False, "zero_var": "eps", "clip": None, "center": True} | options
+    del how["dtype"]
     correction = checks.number(correction, "correction", "a number")
-    settings = {"channel_axis": axis, "correction": correction, "moments": digest(given), "options": repr(options)}
+    settings = {
+        "channel_axis": axis,
+        "correction": correction,
+        "moments": digest(given),
+        "options": repr(scaling.options(**how)),
+    }
+    settings["result"] = str(dtype)
     with Work("standardize", source, (out, dtype), memory, state, progress, settings, measures=not given) as work:
         if moments is None:
             moments = _moments(work, axis)

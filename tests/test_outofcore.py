@@ -71,6 +71,11 @@ def file_of(x, path, fortran=False):
     return path
 
 
+def parts(folder):
+    """Files that are not whole."""
+    return list(folder.glob("*.part"))
+
+
 def agree(found, expected, limit, case=""):
     scale = np.abs(expected).max(initial=1)
     np.testing.assert_allclose(found, expected, rtol=limit, atol=limit * scale, err_msg=str(case))
@@ -277,7 +282,7 @@ def test_a_memmap_that_has_no_file_any_more(rng, tmp_path, x):
     cbn.outofcore.batch_norm(tmp_path / "x.npy", bn, out=held, memory=9000)
     assert np.array_equal(held, bn(x))
     assert (np.load(other) == 5).all()
-    assert not Mapped(held).is_file(other)
+    assert not Mapped(held, held).is_file(other)
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
@@ -433,7 +438,7 @@ def test_a_write_that_fails_is_not_taken_as_done(rng, tmp_path, monkeypatch, eag
     with pytest.raises(OSError, match="No space left"):
         call(state=tmp_path / "state")
     assert not (tmp_path / "y.npy").exists()
-    assert (tmp_path / "state").exists() == (tmp_path / "y.npy.part").exists()
+    assert (tmp_path / "state").exists() == bool(parts(tmp_path))
     assert np.array_equal(call(state=tmp_path / "state"), bn(x))
     n[0] = 0
     with pytest.raises(OSError, match="No space left"):
@@ -441,21 +446,145 @@ def test_a_write_that_fails_is_not_taken_as_done(rng, tmp_path, monkeypatch, eag
     assert [p.name for p in tmp_path.iterdir()] == ["y.npy"]
 
 
-def test_two_processes_do_not_write_one_file(rng, tmp_path, x):
-    source, seen = Chunked(x, (3, 6, 10, 12)), []
+def begun(call):
+    """Whether a call was interrupted, by a source that fails."""
+    with pytest.raises(OSError, match="the disk is gone"):
+        call()
 
-    class Meanwhile(Chunked):
-        def __getitem__(self, at):
-            if not seen:
-                seen.append(1)
-                with pytest.raises(BlockingIOError, match="it is being written already"):
-                    cbn.outofcore.batch_norm(source, layer(rng), out=tmp_path / "y.npy")
-            return super().__getitem__(at)
 
-    bn = layer(rng)
-    y = cbn.outofcore.batch_norm(Meanwhile(x, (3, 6, 10, 12)), bn, out=tmp_path / "y.npy")
-    assert seen
-    assert np.array_equal(y, bn(x))
+def test_a_state_knows_its_arrays(rng, tmp_path, eager, x):
+    """Of one shape and dtype, in one file or several."""
+    state, bn, source = tmp_path / "state", layer(rng), Chunked(x, (3, 6, 10, 12))
+    run = functools.partial(cbn.outofcore.batch_norm, bn=bn, memory=60_000, state=state)
+    outs = [np.load(file_of(x * 0, tmp_path / f"{i}.npy"), mmap_mode="r+") for i in range(2)]
+    source.fail_at = 4
+    begun(lambda: run(source, out=outs[0]))
+    source.fail_at = None
+    for other in (outs[1], tmp_path / "path.npy"):
+        with pytest.raises(ValueError, match=r"out (was|is) "):
+            run(source, out=other)
+    assert np.array_equal(run(source, out=outs[0]), bn(x))
+    with pytest.raises(ValueError, match="an array in memory ends with the process"):
+        run(source, out=np.empty_like(x))
+
+    twice = np.load(file_of(np.concatenate([x, x + 50]), tmp_path / "twice.npy"), mmap_mode="r")
+    read, n = Mapped.read, [0]
+
+    def failing(self, at):
+        n[0] += 1
+        if n[0] == 5:
+            raise OSError("the disk is gone")
+        return read(self, at)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Mapped, "read", failing)
+        begun(lambda: cbn.outofcore.moments(twice[:30], memory=20_000, state=state))
+    with pytest.raises(ValueError, match=r"array was .*'place': 128, .* and is .*'place': 86528"):
+        cbn.outofcore.moments(twice[30:], memory=20_000, state=state)
+    agree(cbn.outofcore.moments(twice[:30], memory=20_000, state=state).mean, cbn.moments(x).mean, 1e-12)
+
+
+def test_a_state_knows_the_channel_axis(rng, tmp_path, eager):
+    x = rng.standard_normal((40, 8, 8)).astype(np.float32)
+    source, state = Chunked(x, (4, 8, 8)), tmp_path / "state"
+    source.fail_at = 3
+    begun(lambda: cbn.outofcore.batch_norm(
+        source, cbn.BatchNorm(8, channel_axis=1), out=tmp_path / "y.npy", memory=8000, state=state))  # fmt: skip
+    with pytest.raises(ValueError, match="channel_axis was 1, and is 2"):
+        cbn.outofcore.batch_norm(
+            source, cbn.BatchNorm(8, channel_axis=2), out=tmp_path / "y.npy", memory=8000, state=state
+        )
+
+
+@pytest.mark.parametrize("interrupted", ["give_back", "prefetch"])
+def test_an_interruption_anywhere_counts_a_block_once(tmp_path, monkeypatch, x, interrupted):
+    path, n, before = file_of(x, tmp_path / "x.npy"), [0], getattr(Mapped, interrupted)
+
+    def interrupting(self, at):
+        n[0] += 1
+        if n[0] == 3:
+            raise KeyboardInterrupt
+        before(self, at)
+
+    monkeypatch.setattr(Mapped, interrupted, interrupting)
+    with pytest.raises(KeyboardInterrupt):
+        cbn.outofcore.moments(path, memory=20_000, state=tmp_path / "state")
+    found = cbn.outofcore.moments(path, memory=20_000, state=tmp_path / "state")
+    assert found.to_bytes() == cbn.outofcore.moments(path, memory=20_000).to_bytes()
+
+
+def test_the_same_options_in_other_words(rng, tmp_path, eager, x):
+    source, state, m = Chunked(x, (3, 6, 10, 12)), tmp_path / "state", cbn.moments(x)
+    run = functools.partial(cbn.outofcore.standardize, source, m, channel_axis=1, memory=80_000, state=state)
+    source.fail_at = 3
+    begun(lambda: run(out=tmp_path / "y.npy", dtype="float32", eps=1e-5, clip=3))
+    source.fail_at = None
+    with pytest.raises(ValueError, match="options was "):
+        run(out=tmp_path / "y.npy", dtype="float32", eps=1e-5, clip=4)
+    y = run(out=tmp_path / "y.npy", clip=3.0, eps=np.float64(1e-5), dtype=np.float32)
+    assert np.array_equal(y, cbn.standardize(x, m.mean, m.var(), channel_axis=1, eps=1e-5, clip=3))
+
+
+def test_a_damaged_state(tmp_path, eager, x):
+    source, state = Chunked(x, (3, 6, 10, 12)), tmp_path / "state"
+    source.fail_at = 3
+    begun(lambda: cbn.outofcore.moments(source, memory=40_000, state=state))
+    source.fail_at, record = None, json.loads(state.read_text())
+    for change in ({"measured": 999}, {"measured": -3}, {"moments": None}, {"moments": "?"}, {"moments": "AAAA"}):
+        state.write_text(json.dumps(record | change))
+        with pytest.raises(ValueError, match=re.escape(f"state is '{state}', which is damaged")):
+            cbn.outofcore.moments(source, memory=40_000, state=state)
+    state.write_text(json.dumps({"work": record["work"], "measured": 3}))
+    with pytest.raises(ValueError, match="which is there and is no state"):
+        cbn.outofcore.moments(source, memory=40_000, state=state)
+
+
+def test_16_bit_floats_without_a_name_in_files(rng, tmp_path, eager, x):
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    source, bn = Chunked(x.astype(ml_dtypes.bfloat16), (3, 6, 10, 12)), layer(rng)
+    source.fail_at = 3
+    run = functools.partial(cbn.outofcore.batch_norm, source, bn, out=tmp_path / "y.npy", memory=40_000)
+    begun(lambda: run(state=tmp_path / "state"))
+    source.fail_at = None
+    y = run(state=tmp_path / "state")
+    assert y.dtype == ml_dtypes.bfloat16
+    assert np.array_equal(y, bn(source.held))
+
+
+def test_arrays_with_gaps(rng, tmp_path, x):
+    """Of a source smaller blocks are read; results go to the file run by run, and the rest of it stays."""
+    bn = layer(rng, 3)
+    held = np.load(file_of(x, tmp_path / "x.npy"), mmap_mode="r")
+    for view in (held[::3, ::2], held[:, 1:4, :, ::2], held[:, ::-2], held[:, :3, 0, 0], np.asarray(held)[5:, :3]):
+        for memory in (12_000, 60_000):
+            target = np.load(file_of(np.full((40, 5, 12, 25), 7, np.float32), tmp_path / "y.npy"), mmap_mode="r+")
+            n, _, *rest = view.shape
+            out = target[:n, 1:4][(..., *(slice(0, 2 * m, 2) for m in rest))] if len(rest) == 1 else target[:n, 1:4]
+            out = out[(slice(None), slice(None), *(slice(m) for m in rest))] if rest else out[:, :, 0, 0]
+            assert cbn.outofcore.batch_norm(view, bn, out=out, memory=memory) is out
+            expected = bn(np.array(view))
+            assert np.array_equal(out, expected), (view.shape, memory)
+            target.flush()
+            assert np.count_nonzero(np.load(tmp_path / "y.npy") != 7) == np.count_nonzero(expected != 7)
+
+
+def test_what_is_for_batches_is_refused(rng, x):
+    y = np.empty_like(x)
+    for option, value in (("ghost_batch_size", 5), ("renorm", (3.0, 5.0))):
+        bn = cbn.BatchNorm(6, **{option: value})
+        with pytest.raises(ValueError, match=f"bn has {option}, which is for batches"):
+            cbn.outofcore.batch_norm(x, bn, out=y)
+        assert np.array_equal(cbn.outofcore.batch_norm(x, bn.eval(), out=y), bn(x))
+    x[3, 2] = np.nan
+    with pytest.raises(ValueError, match="not finite in channel 2"):
+        cbn.outofcore.batch_norm(x, cbn.BatchNorm(6, nonfinite="raise"), out=y)
+
+    class Other(cbn.BatchNorm):
+        def forward(self, x, **options):
+            return x
+
+    with pytest.raises(TypeError, match="Other has a forward of its own"):
+        cbn.outofcore.batch_norm(x, Other(6), out=y)
 
 
 def test_a_link_stays_a_link(rng, tmp_path, x):
@@ -485,28 +614,33 @@ def test_a_state_is_of_one_work(rng, tmp_path, eager, x):
         source.fail_at = None
 
     interrupted(memory=60_000)
-    before = state.read_bytes()
+    before, (part,) = state.read_bytes(), parts(tmp_path)
 
     def refused(words, array=source, layer=bn, out=tmp_path / "y.npy", memory=60_000):
         with pytest.raises(ValueError, match=re.escape(words)):
             cbn.outofcore.batch_norm(array, layer, out=out, state=state, memory=memory)
         assert state.read_bytes() == before
-        assert (tmp_path / "y.npy.part").exists()
+        assert parts(tmp_path) == [part]
 
     refused("of other work: memory was 60000, and is 70000", memory=70_000)
     other = Chunked(x[:15], (3, 6, 10, 12))
     refused("out has shape (30, 6, 10, 12); expected (15, 6, 10, 12)", array=other)
-    refused("shape was [30, 6, 10, 12], and is [15, 6, 10, 12]", array=other, out=np.empty_like(x[:15]))
+    refused(
+        "shape was [30, 6, 10, 12], and is [15, 6, 10, 12]",
+        array=other,
+        out=Chunked(np.empty_like(x[:15]), (3, 6, 10, 12)),
+        memory=80_000,
+    )
     changed = layer(rng)
     changed.running_mean[2] += 1
     refused("layer was ", layer=changed)
     refused("block was [3, 6, 10, 12], and is ", array=x)
     with pytest.raises(ValueError, match=r"work was batch_norm, and is standardize"):
-        cbn.outofcore.standardize(source, out=np.empty_like(x), memory=60_000, state=state)
-    (tmp_path / "y.npy.part").rename(tmp_path / "elsewhere")
-    with pytest.raises(FileNotFoundError, match=r"there is no .*y\.npy\.part, with which the state goes on"):
+        cbn.outofcore.standardize(source, out=Chunked(x * 0, (3, 6, 10, 12)), memory=80_000, state=state)
+    part.rename(tmp_path / "elsewhere")
+    with pytest.raises(FileNotFoundError, match=re.escape(str(part))):
         cbn.outofcore.batch_norm(source, bn, out=tmp_path / "y.npy", state=state, memory=60_000)
-    (tmp_path / "elsewhere").rename(tmp_path / "y.npy.part")
+    (tmp_path / "elsewhere").rename(part)
     y = cbn.outofcore.batch_norm(source, bn, out=tmp_path / "y.npy", state=state, memory=60_000)
     assert np.array_equal(y, bn(x))
 
@@ -566,6 +700,8 @@ def test_refusals(rng, tmp_path, x):
     (tmp_path / "folder.npy").mkdir()
     refused(IsADirectoryError, "folder.npy", run, path, bn, out=tmp_path / "folder.npy")
     refused(TypeError, "memory must be a number of bytes, not '1 GB'", run, path, bn, out=y, memory="1 GB")
+    refused(ValueError, "memory must be a number of bytes, 1 or more, but got nan", run, path, bn, out=y, memory=np.nan)
+    refused(ValueError, "1 or more, but got inf", run, path, bn, out=y, memory=np.inf)
     refused(ValueError, "memory is 3 bytes, but the smallest block", run, path, bn, out=y, memory=3)
     refused(
         ValueError,
